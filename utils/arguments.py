@@ -33,8 +33,64 @@ class DataArguments:
     caption_column: str | None = option("column that holds the captions", None)
     label_column: str | None = option("column that holds class labels, instead of captions", None)
     caption_template: str = option("caption of a label", "a photo of a {label}")
-    resolution: int = option("images are resized and centre-cropped to this many pixels", 32)
+    resolution: int | None = option(
+        "images are resized and centre-cropped to this many pixels; default: what the model makes",
+        None,
+    )
     strict_images: bool = option("refuse a set with an unreadable image, rather than skip it", False)
+
+
+@dataclass
+class ModelArguments:
+    """The public pipeline to start from."""
+
+    pretrained_model_name_or_path: str = option("Stable Diffusion pipeline: folder or Hub id")
+    revision: str | None = option("revision of a Hub id", None)
+
+
+@dataclass
+class PrivacyArguments:
+    """The budget, and what one step of DP-SGD does."""
+
+    target_epsilon: float | None = option("budget; the noise is calibrated to it", None)
+    target_delta: float | None = option("delta of the budget; required, below 1/N", None)
+    noise_multiplier: float | None = option("sigma, instead of --target_epsilon", None)
+    max_grad_norm: float = option("C, the clipping bound on one unit's gradient", 1.0)
+    expected_batch_size: int = option("B, expected units in a Poisson batch; q = B/N", 256)
+    noise_multiplicity: int = option(
+        "K, draws of (noise, timestep, flip) averaged per unit before its one clip", 1
+    )
+    debug_noise_seed: int | None = option(
+        "reproducible noise, for debugging: everything it makes is stamped NOT PRIVATE", None
+    )
+    dry_run: bool = option("print the plan as JSON and stop", False)
+
+
+@dataclass
+class TrainingArguments:
+    """The optimizer and the run."""
+
+    output_dir: str = option("where the adapter, the statement, the card and the samples go")
+    learning_rate: float = option("peak learning rate", 1e-3)
+    lr_scheduler: str = option("a schedule of diffusers.optimization", "constant")
+    lr_warmup_steps: int = option("steps of warm-up", 0)
+    adam_beta1: float = option("AdamW's beta1", 0.9)
+    adam_beta2: float = option("AdamW's beta2", 0.999)
+    adam_weight_decay: float = option("AdamW's weight decay", 0.01)
+    adam_epsilon: float = option("AdamW's epsilon", 1e-8)
+    max_train_steps: int = option("private steps, empty batches included", 100)
+    train_batch_size: int = option(
+        "units per forward pass; changes speed and memory, never the result", 32
+    )
+    random_flip: bool = option("flip each draw left to right with probability 1/2", False)
+    mixed_precision: str = option("no or bf16", "no", choices=["no", "bf16"])
+    gradient_checkpointing: bool = option("recompute activations to save memory", False)
+    validation_prompt: list[str] = option(
+        "prompts of the images drawn at the end into samples/; default: the empty prompt", [""]
+    )
+    num_validation_images: int = option("how many images to draw at the end", 16)
+    report_to: str | None = option("tracker for step, learning rate and epsilon", None)
+    seed: int | None = option("seed of the adapter's start and of samples/; never of the noise", None)
 
 
 def parse(*dataclasses: type, description: str) -> tuple:

@@ -1,0 +1,85 @@
+"""Tiny real models and tiny image folders, made once per test run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.public_models import (  # noqa: E402
+    assemble_pipeline,
+    build_autoencoder,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+)
+
+
+def build_tiny_pipeline(prediction_type: str = "v_prediction"):
+    """A StableDiffusionPipeline of about 100,000 random weights, for 16 x 16 images."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer([f"the digit {d}" for d in range(10)], 600, 8)
+    return assemble_pipeline(
+        build_autoencoder((8, 16)),
+        build_text_encoder(tokenizer, 16, 1),
+        tokenizer,
+        build_unet(8, (8, 16), 16),
+        build_scheduler(prediction_type),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """Folder of the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("base")
+    build_tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """40 images of 4 classes, as an image folder with class sub-folders."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in range(4):
+        (folder / str(label)).mkdir()
+        for index in range(10):
+            pixels = rng.integers(0, 60, (16, 16), dtype=np.uint8)
+            pixels[:, 4 * label : 4 * label + 3] = 220
+            Image.fromarray(pixels).save(folder / str(label) / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def run_script():
+    """Run a script of the repository as a user does; returns the completed process."""
+
+    def run(script: str, *arguments, launch: bool = False, cwd: Path = ROOT):
+        start = [sys.executable]
+        if launch:
+            start += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+        command = [*start, str(ROOT / script), *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(Path(path).read_text())

@@ -1,0 +1,257 @@
+"""What a run will spend: the plan, its calibration, two accountants, and the public statement.
+
+The unit of privacy is one row (its image and caption). The number of units N is public. Epsilon is
+for adding or removing one unit, and also given for replacing one.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+from opacus.accountants import PRVAccountant
+
+from utils.errors import UsageError
+
+ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
+SMALLEST_NOISE, LARGEST_NOISE = 0.2, 1e4  # noise multipliers that calibration looks at
+PLD_INTERVAL = 1e-3  # discretisation of the privacy loss; PLD rounds it up, never down
+PRV_EPSILON_ERROR = 0.01
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Everything that the privacy of a training run depends on; all of it is public.
+
+    Attributes:
+        num_units: N.
+        expected_batch_size: B, the mean of the Poisson batch size; q = B / N.
+        steps: logical steps, empty batches included.
+        noise_multiplier: sigma; the noise on the sum has standard deviation sigma * C.
+        max_grad_norm: C, the bound on one unit's gradient.
+        noise_multiplicity: K, draws averaged within a unit before its one clip.
+        delta: the delta at which epsilon is quoted.
+    """
+
+    num_units: int
+    expected_batch_size: float
+    steps: int
+    noise_multiplier: float
+    max_grad_norm: float
+    noise_multiplicity: int
+    delta: float
+    clipping: str = "flat"
+
+    @property
+    def sampling_rate(self) -> float:
+        return self.expected_batch_size / self.num_units
+
+    @property
+    def sensitivity(self) -> float:
+        """How far adding or removing one unit can move the clipped sum (l2)."""
+        return self.max_grad_norm
+
+    @property
+    def noise_std(self) -> float:
+        return self.noise_multiplier * self.sensitivity
+
+    def event(self, purpose: str = "training", steps: int | None = None) -> dict:
+        """The mechanism as an entry of `events` in the privacy statement."""
+        return {
+            "mechanism": "poisson_subsampled_gaussian",
+            "purpose": purpose,
+            "noise_multiplier": self.noise_multiplier,
+            "sampling_rate": self.sampling_rate,
+            "steps": self.steps if steps is None else steps,
+            "clipping": self.clipping,
+            "max_grad_norm": self.max_grad_norm,
+            "noise_multiplicity": self.noise_multiplicity,
+        }
+
+
+def make_plan(
+    num_units: int,
+    expected_batch_size: int,
+    steps: int,
+    max_grad_norm: float,
+    noise_multiplicity: int,
+    delta: float,
+    target_epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+) -> PrivacyPlan:
+    """Check the public parameters, and calibrate sigma to `target_epsilon` unless it is given.
+
+    Raises:
+        UsageError: delta >= 1/N, B > N, a budget that no finite noise reaches, neither or both of
+            epsilon and sigma, or a number outside its range.
+    """
+    if not 0 < delta < 1 / num_units:
+        raise UsageError(
+            f"--target_delta {delta:g} must be positive and below 1/N = {1 / num_units:.3g} for "
+            f"{num_units} units: at 1/N a mechanism may publish one unit outright"
+        )
+    if not 0 < expected_batch_size <= num_units:
+        raise UsageError(
+            f"--expected_batch_size {expected_batch_size} must be between 1 and the number of "
+            f"units, {num_units}"
+        )
+    for name, value in [("max_train_steps", steps), ("noise_multiplicity", noise_multiplicity)]:
+        if value < 1:
+            raise UsageError(f"--{name} {value} must be at least 1")
+    if not 0 < max_grad_norm < math.inf:
+        raise UsageError(f"--max_grad_norm {max_grad_norm} must be positive and finite")
+    if (target_epsilon is None) == (noise_multiplier is None):
+        raise UsageError("give exactly one of --target_epsilon and --noise_multiplier")
+    if noise_multiplier is None:
+        q = expected_batch_size / num_units
+        noise_multiplier = calibrate_noise_multiplier(target_epsilon, delta, q, steps)
+    elif not SMALLEST_NOISE <= noise_multiplier <= LARGEST_NOISE:
+        raise UsageError(
+            f"--noise_multiplier {noise_multiplier} must be between {SMALLEST_NOISE} and "
+            f"{LARGEST_NOISE:g}"
+        )
+    return PrivacyPlan(
+        num_units=num_units,
+        expected_batch_size=expected_batch_size,
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        noise_multiplicity=noise_multiplicity,
+        delta=delta,
+    )
+
+
+def _dp_event(events: list[dict]) -> dp_accounting.DpEvent:
+    composed = []
+    for event in events:
+        if event["mechanism"] != "poisson_subsampled_gaussian":
+            raise UsageError(f"unknown mechanism '{event['mechanism']}'")
+        gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
+        sampled = dp_accounting.PoissonSampledDpEvent(event["sampling_rate"], gaussian)
+        composed.append(dp_accounting.SelfComposedDpEvent(sampled, event["steps"]))
+    return dp_accounting.ComposedDpEvent(composed)
+
+
+def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
+    """Epsilon of all `events` composed, by privacy loss distributions (Koskela et al. 2020;
+    dp-accounting); an upper bound."""
+    accountant = PLDAccountant(relation, PLD_INTERVAL)
+    return accountant.compose(_dp_event(events)).get_epsilon(delta)
+
+
+def prv_epsilon(events: list[dict], delta: float) -> float:
+    """The same by privacy random variables (Gopi et al. 2021; Opacus), add or remove one."""
+    accountant = PRVAccountant()
+    accountant.history = [(e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events]
+    return float(accountant.get_epsilon(delta, eps_error=PRV_EPSILON_ERROR))
+
+
+def calibrate_noise_multiplier(epsilon: float, delta: float, q: float, steps: int) -> float:
+    """The smallest sigma (to 1e-4) whose PLD epsilon is at most `epsilon`, add or remove one.
+
+    Raises:
+        UsageError: epsilon is not positive, or too small for any noise up to `LARGEST_NOISE`.
+    """
+    if not 0 < epsilon < math.inf:
+        raise UsageError(f"--target_epsilon {epsilon} must be positive: no finite noise reaches it")
+
+    def event(sigma: float) -> dp_accounting.DpEvent:
+        return _dp_event(
+            [
+                {
+                    "mechanism": "poisson_subsampled_gaussian",
+                    "noise_multiplier": sigma,
+                    "sampling_rate": q,
+                    "steps": steps,
+                }
+            ]
+        )
+
+    def spent(sigma: float) -> float:
+        return PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(event(sigma)).get_epsilon(delta)
+
+    low, high = SMALLEST_NOISE, 1.0
+    while spent(high) > epsilon:
+        low, high = high, 2 * high
+        if high > LARGEST_NOISE:
+            raise UsageError(
+                f"--target_epsilon {epsilon:g} at delta {delta:g} needs a noise multiplier above "
+                f"{LARGEST_NOISE:g}: allow a larger epsilon, or take fewer steps"
+            )
+    if low == SMALLEST_NOISE and spent(low) <= epsilon:
+        return low
+    sigma = dp_accounting.calibrate_dp_mechanism(
+        lambda: PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL),
+        event,
+        epsilon,
+        delta,
+        dp_accounting.ExplicitBracketInterval(low, high),
+        tol=1e-4,
+    )
+    return float(sigma)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Epsilon of some events at one delta, by both accountants and under both relations."""
+
+    delta: float
+    add_or_remove_one: float
+    replace_one: float
+    prv: float
+
+
+def account(events: list[dict], delta: float) -> Spent:
+    """Account for `events` twice.
+
+    Raises:
+        RuntimeError: PLD and PRV differ by more than their numerical error.
+    """
+    spent = Spent(
+        delta=delta,
+        add_or_remove_one=pld_epsilon(events, delta),
+        replace_one=pld_epsilon(events, delta, REPLACE_ONE),
+        prv=prv_epsilon(events, delta),
+    )
+    tolerance = 3 * PRV_EPSILON_ERROR + 0.01 * spent.add_or_remove_one
+    if abs(spent.prv - spent.add_or_remove_one) > tolerance:
+        raise RuntimeError(
+            f"the accountants disagree: PLD {spent.add_or_remove_one:.4f}, PRV {spent.prv:.4f}"
+        )
+    return spent
+
+
+def privacy_statement(plan: PrivacyPlan, is_private: bool, spent: Spent) -> dict:
+    """The public `privacy.json`: everything needed to recompute epsilon with public tools.
+
+    A run with debug (reproducible) noise has no guarantee, and its statement gives no epsilon.
+    """
+    packages = ["torch", "diffusers", "peft", "accelerate", "dp-accounting", "opacus", "numpy"]
+    statement = {
+        "schema_version": 1,
+        "private": is_private,
+        "epsilon": {"add_or_remove_one": spent.add_or_remove_one, "replace_one": spent.replace_one},
+        "delta": plan.delta,
+        "privacy_unit": "image",
+        "num_units": plan.num_units,
+        "max_rows_per_unit": 1,
+        "events": [plan.event()],
+        "accountants": {
+            "pld": {"version": version("dp-accounting"), "epsilon": spent.add_or_remove_one},
+            "prv": {"version": version("opacus"), "epsilon": spent.prv},
+        },
+        "not_covered": ["pretraining data", "hyperparameter choice", "the number of units, N"],
+        "software": {name: version(name) for name in packages},
+        "audit": None,
+    }
+    if not is_private:
+        statement["epsilon"] = {"add_or_remove_one": None, "replace_one": None}
+        statement["warning"] = "NOT PRIVATE: trained with reproducible noise, for debugging only"
+    return statement
+
+
+def plan_summary(plan: PrivacyPlan, spent: Spent) -> dict:
+    """The plan and its cost, for `--dry_run` and the log."""
+    return asdict(plan) | {"sampling_rate": plan.sampling_rate, "epsilon": asdict(spent)}

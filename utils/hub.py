@@ -1,0 +1,90 @@
+"""What a run publishes: the privacy statement and the model card."""
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from utils.errors import UsageError
+
+
+def claim_output_dir(output_dir: str | Path) -> Path:
+    """Make the folder of a new run, with its `private/` (mode 0700).
+
+    Raises:
+        UsageError: the folder already holds something, or cannot be written.
+    """
+    path = Path(output_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"--output_dir {path} already holds files; name a new folder for this run")
+    try:
+        (path / "private").mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(f"cannot make --output_dir {path}: {error}") from error
+    return path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is either whole on disk or not there at all."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_statement(statement: dict, output_dir: Path) -> None:
+    """Write `privacy.json`; do so before the weights that it accounts for."""
+    write_durably(output_dir / "privacy.json", json.dumps(statement, indent=2) + "\n")
+
+
+def privacy_paragraph(statement: dict) -> str:
+    """The guarantee in words."""
+    if not statement["private"]:
+        return f"**{statement['warning']}**"
+    epsilon, event = statement["epsilon"], statement["events"][0]
+    return (
+        f"Trained with DP-SGD on {statement['num_units']} private images: "
+        f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
+        f"adding or removing one image (epsilon = {epsilon['replace_one']:.3f} for replacing one). "
+        f"{event['steps']} steps, each on a Poisson batch with sampling rate "
+        f"{event['sampling_rate']:.5g}; every image's gradient, averaged over "
+        f"{event['noise_multiplicity']} draw(s), is clipped once to {event['max_grad_norm']:g}; "
+        f"noise multiplier {event['noise_multiplier']:.4f}. Accountants: PLD (dp-accounting) "
+        f"{statement['accountants']['pld']['epsilon']:.3f}, PRV (Opacus) "
+        f"{statement['accountants']['prv']['epsilon']:.3f}. `privacy.json` holds every event, so the "
+        f"number can be recomputed. Not covered: {', '.join(statement['not_covered'])}."
+    )
+
+
+def write_lora_card(base_model: str, statement: dict, prompt: str, output_dir: Path) -> None:
+    """Write `README.md`, the model card of a LoRA adapter."""
+    is_folder = Path(base_model).exists()
+    data = ModelCardData(
+        base_model=None if is_folder else base_model,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "diffusers", "text-to-image", "differential-privacy", "dp-lora"],
+    )
+    shown = Path(base_model).name if is_folder else base_model
+    text = f"""---
+{data.to_yaml()}
+---
+
+# DP-LoRA adapter for {shown}
+
+{privacy_paragraph(statement)}
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{shown}")
+pipeline.load_lora_weights("this/adapter")
+image = pipeline({prompt!r}).images[0]
+```
+
+The images in `samples/` were drawn from this adapter. Sampling costs no further privacy.
+"""
+    write_durably(output_dir / "README.md", text)
