@@ -126,7 +126,9 @@ def fit(accelerator, name, objective, batch_of, steps, learning_rate, args) -> n
         first = saved["step"]
     bar = tqdm(range(steps), name, initial=first, disable=not accelerator.is_main_process)
     for step in range(first, steps):
-        torch.manual_seed(args.seed + 1009 * (step * accelerator.num_processes + accelerator.process_index))
+        torch.manual_seed(
+            args.seed + 1009 * (step * accelerator.num_processes + accelerator.process_index)
+        )
         loss = model(*batch_of(args.train_batch_size))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,7 +168,9 @@ def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device) -> torch.Tensor
 
 
 def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
-    objective = AutoencoderObjective(build_autoencoder(tuple(args.autoencoder_channels)), args.kl_weight)
+    objective = AutoencoderObjective(
+        build_autoencoder(tuple(args.autoencoder_channels)), args.kl_weight
+    )
 
     def batch_of(size):
         return (pixels[torch.randint(len(pixels), (size,))].to(accelerator.device),)
@@ -204,7 +208,9 @@ def draw_grids(pipeline, pixels, captions, output_dir: Path, seed: int) -> None:
     both = torch.cat([originals, rebuilt]).add(1).div(2).permute(0, 2, 3, 1).cpu().numpy()
     image_grid(pipeline.numpy_to_pil(both), 16).save(output_dir / "reconstructions.png")
     prompts = sorted(set(captions))[:16]
-    images = generate(pipeline, [p for p in prompts for _ in range(8)], seed=seed, num_steps=20)
+    images = generate(
+        pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed
+    )
     image_grid(images, 8).save(output_dir / "samples.png")
 
 
@@ -214,7 +220,9 @@ def main():
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
     if (output_dir / "model_index.json").exists():
-        raise UsageError(f"{output_dir} already holds a finished pipeline; name another --output_dir")
+        raise UsageError(
+            f"{output_dir} already holds a finished pipeline; name another --output_dir"
+        )
     factor = 2 ** (len(args.autoencoder_channels) - 1)
     if data.resolution % (factor * 2 ** (len(args.unet_channels) - 1)):
         raise UsageError(f"--resolution {data.resolution} is not divisible by the models' factors")
@@ -222,7 +230,9 @@ def main():
     rows = load_rows(data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split)
     rows, dropped = keep_readable(rows, data.image_column, data.strict_images)
     captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    accelerator.print(f"{len(rows)} public images, {len(set(captions))} captions, {dropped} unreadable")
+    accelerator.print(
+        f"{len(rows)} public images, {len(set(captions))} captions, {dropped} unreadable"
+    )
     pixels = torch.cat(list(pixel_batches(rows, data.image_column, data.resolution, 256)))
     settings = {"resolution": data.resolution, **vars(args)}
     check_settings(output_dir, settings, accelerator.is_main_process)

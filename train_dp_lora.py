@@ -70,7 +70,9 @@ def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
     targets = resolve_targets(pipeline.unet, args.target_modules)
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     pipeline.unet.add_adapter(
-        LoraConfig(r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+        LoraConfig(
+            r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+        )
     )
 
 
@@ -89,9 +91,11 @@ def save_samples(pipeline, prompts: list[str], count: int, seed: int, output_dir
     folder.mkdir()
     chosen = [prompts[i % len(prompts)] for i in range(count)]
     images = []
+    use_dpm_solver(pipeline)
     for start in range(0, count, 16):
         part = chosen[start : start + 16]
-        images += generate(use_dpm_solver(pipeline), part, seed, first_index=start)
+        indices = list(range(start, start + len(part)))
+        images += generate(pipeline, part, indices, seed)
     for index, image in enumerate(images):
         image.save(folder / f"{index:04}.png")
     image_grid(images, min(len(prompts), 10) if len(prompts) > 1 else 8).save(folder / "grid.png")
@@ -112,8 +116,18 @@ def main():
     if training.seed is not None:
         set_seed(training.seed)
 
-    # Load the private rows; their pixels are not looked at before the plan stands.
-    rows = load_rows(data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split)
+    # Load the private rows; whatever `datasets` caches of them stays under private/.
+    output_dir = Path(training.output_dir)
+    if accelerator.is_main_process:
+        claim_output_dir(output_dir)
+    with accelerator.main_process_first():
+        rows = load_rows(
+            data.dataset_name,
+            data.dataset_config_name,
+            data.train_data_dir,
+            data.split,
+            cache_dir=output_dir / "private" / "cache",
+        )
     captions_of(rows, data.caption_column, data.label_column, data.caption_template)
     rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
     captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
@@ -149,9 +163,6 @@ def main():
         }
         accelerator.print(json.dumps(report, indent=2))
         return
-    output_dir = Path(training.output_dir)
-    if accelerator.is_main_process:
-        claim_output_dir(output_dir)
     accelerator.print(
         f"{plan.num_units} private images ({skipped} unreadable, skipped), "
         f"{engine.num_parameters:,} trainable parameters, noise multiplier "

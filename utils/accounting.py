@@ -170,7 +170,9 @@ def calibrate_noise_multiplier(epsilon: float, delta: float, q: float, steps: in
         )
 
     def spent(sigma: float) -> float:
-        return PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(event(sigma)).get_epsilon(delta)
+        return (
+            PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(event(sigma)).get_epsilon(delta)
+        )
 
     low, high = SMALLEST_NOISE, 1.0
     while spent(high) > epsilon:

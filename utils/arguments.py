@@ -37,7 +37,9 @@ class DataArguments:
         "images are resized and centre-cropped to this many pixels; default: what the model makes",
         None,
     )
-    strict_images: bool = option("refuse a set with an unreadable image, rather than skip it", False)
+    strict_images: bool = option(
+        "refuse a set with an unreadable image, rather than skip it", False
+    )
 
 
 @dataclass
@@ -90,7 +92,9 @@ class TrainingArguments:
     )
     num_validation_images: int = option("how many images to draw at the end", 16)
     report_to: str | None = option("tracker for step, learning rate and epsilon", None)
-    seed: int | None = option("seed of the adapter's start and of samples/; never of the noise", None)
+    seed: int | None = option(
+        "seed of the adapter's start and of samples/; never of the noise", None
+    )
 
 
 def parse(*dataclasses: type, description: str) -> tuple:

@@ -20,27 +20,29 @@ def use_dpm_solver(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline
 def generate(
     pipeline: StableDiffusionPipeline,
     prompts: list[str],
+    indices: list[int],
     seed: int,
     num_steps: int = 20,
     guidance_scale: float = 2.0,
-    first_index: int = 0,
+    resolution: int | None = None,
 ) -> list[Image.Image]:
-    """One image a prompt, in one batch; image i starts from the noise of seed and `first_index` + i.
+    """One image a prompt, in one batch; the image of index i starts from noise of `seed` and i.
 
     The same image comes out whatever the batch it is drawn in (up to floating-point rounding).
     """
     size = pipeline.unet.config.sample_size
+    if resolution is not None:
+        size = resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     noise = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed * 2**20 + first_index + i))
-        for i in range(len(prompts))
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
+        for index in indices
     ]
-    latents = torch.stack(noise).to(pipeline.device, pipeline.unet.dtype)
     return pipeline(
         prompts,
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
-        latents=latents,
+        latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
         height=size * pipeline.vae_scale_factor,
         width=size * pipeline.vae_scale_factor,
     ).images

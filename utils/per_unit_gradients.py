@@ -44,7 +44,9 @@ class PerUnitGradients:
         self._slices, start = {}, 0
         for name, parameter in named:
             if parameter.dtype != torch.float32:
-                raise UsageError(f"trainable parameter {name} is {parameter.dtype}; it must be fp32")
+                raise UsageError(
+                    f"trainable parameter {name} is {parameter.dtype}; it must be fp32"
+                )
             self._slices[parameter] = (start, start + parameter.numel())
             start += parameter.numel()
         self._leaves = self._find_leaves(model)
@@ -85,7 +87,9 @@ class PerUnitGradients:
         finally:
             for leaf in self._leaves:
                 del leaf.forward
-        silent = [n for n, p in zip(self.names, self.parameters, strict=True) if p not in self._written]
+        silent = [
+            n for n, p in zip(self.names, self.parameters, strict=True) if p not in self._written
+        ]
         if silent:
             raise RuntimeError(f"no gradient reached {len(silent)} parameters, such as {silent[0]}")
 
@@ -109,7 +113,9 @@ def _check_leaf(name: str, module: nn.Module) -> None:
         kind = type(module).__name__
         raise UsageError(f"{name} ({kind}) has trainable parameters; only Linear and Conv2d may")
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise UsageError(f"{name}: grouped, named-padding or non-zero-padded Conv2d is not supported")
+        raise UsageError(
+            f"{name}: grouped, named-padding or non-zero-padded Conv2d is not supported"
+        )
 
 
 def _leaf_forward(leaf, engine, rows, x):
@@ -170,7 +176,11 @@ class _UnitConv2d(torch.autograd.Function):
             ctx.rows,
             ctx.leaf,
             lambda: conv2d_unit_gradient(x.to(grad_output.dtype), grad_output, ctx.leaf, num_units),
-            lambda: grad_output.sum((2, 3), dtype=torch.float32).view(num_units, -1, weight.shape[0]).sum(1),
+            lambda: (
+                grad_output.sum((2, 3), dtype=torch.float32)
+                .view(num_units, -1, weight.shape[0])
+                .sum(1)
+            ),
         )
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -196,7 +206,9 @@ def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> tor
     """
     out_channels, in_channels, kh, kw = conv.weight.shape
     if (kh, kw) == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
-        product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(x, num_units)
+        product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(
+            x, num_units
+        )
         return product.view(num_units, out_channels, in_channels, 1, 1)
     if out_channels <= in_channels:
         shifted = _spread_output(grad_output, x.shape[2:], conv)  # [R, out*kh*kw, H*W]
@@ -206,7 +218,9 @@ def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> tor
         return product.permute(0, 1, 4, 2, 3)
     spread = F.unfold(x, (kh, kw), conv.dilation, conv.padding, conv.stride)
     spread = spread.view(*spread.shape[:2], *grad_output.shape[2:])  # [R, in*kh*kw, Ho, Wo]
-    product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(spread, num_units)
+    product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(
+        spread, num_units
+    )
     return product.view(num_units, out_channels, in_channels, kh, kw)
 
 

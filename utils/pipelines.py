@@ -37,6 +37,18 @@ def load_pipeline(name_or_path: str, revision: str | None = None) -> StableDiffu
     return pipeline
 
 
+def load_adapter(pipeline: StableDiffusionPipeline, adapter: str) -> None:
+    """Load a LoRA adapter into the pipeline, from a folder or the Hub.
+
+    Raises:
+        UsageError: it is not there, or it does not fit this model.
+    """
+    try:
+        pipeline.load_lora_weights(adapter)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"cannot load the adapter '{adapter}' into this model: {error}") from error
+
+
 def check_resolution(pipeline: StableDiffusionPipeline, resolution: int) -> None:
     """Raises: UsageError if the autoencoder, then the U-Net, cannot halve `resolution` evenly."""
     factor = pipeline.vae_scale_factor

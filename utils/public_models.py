@@ -77,7 +77,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
     )
 
 
-def build_unet(sample_size: int, channels: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
+def build_unet(
+    sample_size: int, channels: tuple[int, ...], text_width: int
+) -> UNet2DConditionModel:
     """A U-Net with cross-attention at every resolution, for latents of `sample_size` pixels."""
     return UNet2DConditionModel(
         sample_size=sample_size,

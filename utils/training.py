@@ -40,13 +40,9 @@ def train_privately(
     for _ in range(plan.steps):
         batch = draw_poisson_batch(plan, randomness, accelerator)
         share = batch[accelerator.process_index :: accelerator.num_processes]
-        total = torch.zeros(engine.num_parameters, device=engine.device)
-        for units in share.split(micro_batch_size) if len(share) else []:
-            with engine.recording(len(units)) as rows:
-                with accelerator.autocast():
-                    losses = unit_losses(units)
-                losses.sum().backward()
-            total += clipped_sum(rows, plan)
+        total = clipped_gradient_sum(
+            accelerator, engine, unit_losses, share, plan, micro_batch_size
+        )
         engine.assign(add_noise_once(total, plan, randomness, accelerator))
         before = None if checked else [p.detach().clone() for p in engine.parameters]
         rate = optimizer.param_groups[0]["lr"]
@@ -58,6 +54,28 @@ def train_privately(
         optimizer.zero_grad()
         progress.step(rate)
     progress.close()
+
+
+def clipped_gradient_sum(
+    accelerator: Accelerator,
+    engine: PerUnitGradients,
+    unit_losses: UnitLosses,
+    indices: torch.Tensor,
+    plan: PrivacyPlan,
+    micro_batch_size: int,
+) -> torch.Tensor:
+    """Sum over `indices` of each unit's clipped gradient: [P]; zero for no units.
+
+    The micro-batch changes speed and memory only: every unit is clipped by itself.
+    """
+    total = torch.zeros(engine.num_parameters, device=engine.device)
+    for units in indices.split(micro_batch_size) if len(indices) else []:
+        with engine.recording(len(units)) as rows:
+            with accelerator.autocast():
+                losses = unit_losses(units)
+            losses.sum().backward()
+        total += clipped_sum(rows, plan)
+    return total
 
 
 def _check_that_weights_moved(engine: PerUnitGradients, before: list[torch.Tensor]) -> None:

@@ -242,7 +242,9 @@ def main():
     train.to_parquet(args.output_dir / "train.parquet")
     validation.to_parquet(args.output_dir / "validation.parquet")
 
-    tiles = [np.hstack([np.asarray(train[20 * r + c]["image"]) for c in range(20)]) for r in range(8)]
+    tiles = [
+        np.hstack([np.asarray(train[20 * r + c]["image"]) for c in range(20)]) for r in range(8)
+    ]
     PILImage.fromarray(np.vstack(tiles)).save(args.output_dir / "preview.png")
     print(f"{len(train)} training and {len(validation)} validation images in {args.output_dir}")
 

@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment in .venv, from requirements.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style format base
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	@touch $@
+
+demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about 5 minutes)
+	$(BIN)/python examples/digits/demo.py
+
+test: .venv/.installed  ## run the tests
+	$(BIN)/python -m pytest
+
+style: .venv/.installed  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed  ## fix what `make style` complains about
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+base: .venv/.installed  ## remake the public base model in runs/digits/base (about half an hour)
+	$(BIN)/python examples/digits/draw_public.py --output_dir runs/digits/public
+	$(BIN)/accelerate launch --num_processes 1 pretrain_ldm.py --config examples/digits/base.yaml

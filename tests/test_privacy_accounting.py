@@ -1,0 +1,146 @@
+"""Clauses 1 and 10: epsilon under both relations, against closed forms, quadrature and PRV."""
+
+import math
+
+import pytest
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+import utils.accounting
+from utils.accounting import (
+    REPLACE_ONE,
+    PrivacyPlan,
+    account,
+    make_plan,
+    pld_epsilon,
+    privacy_statement,
+    prv_epsilon,
+)
+from utils.errors import UsageError
+
+
+def event(sigma, q=1.0, steps=1):
+    return PrivacyPlan(10**6, q * 10**6, steps, sigma, 1.0, 1, 1e-7).event()
+
+
+def gaussian_delta(epsilon, sigma):
+    """Balle and Wang 2018, theorem 8, for sensitivity 1."""
+    a, b = 1 / (2 * sigma), epsilon * sigma
+    return norm.cdf(a - b) - math.exp(epsilon) * norm.cdf(-a - b)
+
+
+def gaussian_epsilon(delta, sigma):
+    return brentq(lambda e: gaussian_delta(e, sigma) - delta, 0, 200)
+
+
+@pytest.mark.parametrize("sigma", [0.6, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 25])
+def test_whole_batches_equal_the_exact_gaussian_epsilon(sigma, steps):
+    exact = gaussian_epsilon(1e-5, sigma / math.sqrt(steps))
+    ours = pld_epsilon([event(sigma, steps=steps)], 1e-5)
+    assert exact - 1e-9 <= ours <= exact + 0.02 + 0.001 * exact
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.0])
+def test_replacing_one_is_twice_the_sensitivity(sigma):
+    exact = gaussian_epsilon(1e-5, sigma / 2)
+    assert pld_epsilon([event(sigma)], 1e-5, REPLACE_ONE) == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("sigma, q", [(0.5, 0.1), (1.0, 0.3), (0.8, 0.01)])
+def test_one_poisson_step_equals_quadrature(sigma, q):
+    """The hockey-stick divergence of (1-q) N(0) + q N(1) against N(0), integrated directly."""
+
+    def delta(epsilon):
+        def excess(x):
+            base = norm.pdf(x, 0, sigma)
+            return max(0.0, (1 - q) * base + q * norm.pdf(x, 1, sigma) - math.exp(epsilon) * base)
+
+        return quad(excess, 0, 1 + 12 * sigma, limit=500)[0]
+
+    exact = brentq(lambda e: delta(e) - 1e-5, 1e-3, 60)
+    assert pld_epsilon([event(sigma, q)], 1e-5) == pytest.approx(exact, abs=0.01)
+
+
+def test_golden_values():
+    """Figures that were computed once by both accountants, and must not drift."""
+    mnist = [event(0.534, 2000 / 60000, 60)]
+    assert pld_epsilon(mnist, 1e-5) == pytest.approx(9.614, abs=0.005)
+    assert prv_epsilon(mnist, 1e-5) == pytest.approx(9.625, abs=0.005)
+
+
+def test_events_compose_and_split_runs_cost_what_whole_runs_do():
+    whole = pld_epsilon([event(1.0, 0.05, 100)], 1e-5)
+    parts = pld_epsilon([event(1.0, 0.05, 60), event(1.0, 0.05, 40)], 1e-5)
+    assert parts == pytest.approx(whole, abs=1e-6)
+    assert pld_epsilon([event(1.0, 0.05, 100), event(5.0, 1.0, 1)], 1e-5) > whole
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 3.0, 10.0])
+def test_calibration_meets_the_budget_and_wastes_little(epsilon):
+    plan = make_plan(5000, 250, 40, 1.0, 2, 1e-5, target_epsilon=epsilon)
+    spent = account([plan.event()], plan.delta)
+    assert 0.98 * epsilon < spent.add_or_remove_one <= epsilon
+    assert spent.replace_one > spent.add_or_remove_one
+
+
+def test_disagreeing_accountants_stop_the_run(monkeypatch):
+    monkeypatch.setattr(utils.accounting, "prv_epsilon", lambda events, delta: 5.0)
+    with pytest.raises(RuntimeError, match="disagree"):
+        account([event(1.0, 0.05, 100)], 1e-5)
+
+
+def test_noise_multiplicity_and_clipping_bound_cost_nothing():
+    cheap = make_plan(5000, 250, 40, 0.1, 1, 1e-5, noise_multiplier=1.0)
+    dear = make_plan(5000, 250, 40, 7.0, 16, 1e-5, noise_multiplier=1.0)
+    assert account([cheap.event()], 1e-5) == account([dear.event()], 1e-5)
+
+
+def test_the_statement_holds_what_recomputing_needs():
+    plan = make_plan(5000, 250, 40, 1.0, 2, 1e-5, target_epsilon=3.0)
+    spent = account([plan.event()], plan.delta)
+    statement = privacy_statement(plan, True, spent)
+    again = pld_epsilon(statement["events"], statement["delta"])
+    assert again == statement["epsilon"]["add_or_remove_one"]
+    assert statement["num_units"] == 5000 and statement["private"] is True
+
+
+def test_reproducible_noise_gives_no_epsilon():
+    plan = make_plan(5000, 250, 40, 1.0, 2, 1e-5, noise_multiplier=1.0)
+    statement = privacy_statement(plan, False, account([plan.event()], 1e-5))
+    assert statement["private"] is False and "NOT PRIVATE" in statement["warning"]
+    assert set(statement["epsilon"].values()) == {None}
+
+
+GOOD = {
+    "num_units": 1000,
+    "expected_batch_size": 100,
+    "steps": 10,
+    "max_grad_norm": 1.0,
+    "noise_multiplicity": 1,
+    "delta": 1e-4,
+    "target_epsilon": 5.0,
+}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"delta": 1e-3}, "below 1/N"),
+        ({"delta": 0.0}, "must be positive"),
+        ({"expected_batch_size": 1001}, "number of units"),
+        ({"expected_batch_size": 0}, "between 1 and"),
+        ({"target_epsilon": 0.0}, "no finite noise"),
+        ({"target_epsilon": 1e-9}, "allow a larger epsilon"),
+        ({"target_epsilon": None}, "exactly one"),
+        ({"noise_multiplier": 1.0}, "exactly one"),
+        ({"target_epsilon": None, "noise_multiplier": -1.0}, "must be between"),
+        ({"steps": 0}, "at least 1"),
+        ({"noise_multiplicity": 0}, "at least 1"),
+        ({"max_grad_norm": math.inf}, "finite"),
+    ],
+)
+def test_impossible_plans_are_refused_in_a_sentence(change, words):
+    with pytest.raises(UsageError, match=words):
+        make_plan(**(GOOD | change))

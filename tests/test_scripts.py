@@ -1,0 +1,285 @@
+"""Every script, started as a user starts it, on tiny real models: the whole way, and every mistake."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+
+from tests.conftest import read_json
+from utils.accounting import pld_epsilon
+
+CAPTION = ["--label_column", "label", "--caption_template", "the digit {label}"]
+BUDGET = ["--target_epsilon", "8", "--target_delta", "1e-3"]
+
+
+def train_arguments(base, images, output, *more):
+    return [
+        *("--pretrained_model_name_or_path", base, "--train_data_dir", images, *CAPTION, *BUDGET),
+        *("--expected_batch_size", 10, "--max_train_steps", 3, "--train_batch_size", 4),
+        *("--noise_multiplicity", 2, "--num_validation_images", 2, "--output_dir", output, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, image_folder, tmp_path_factory):
+    """One adapter, trained through `accelerate launch` with alpha unlike the rank."""
+    output = tmp_path_factory.mktemp("runs") / "adapter"
+    more = ["--rank", 4, "--lora_alpha", 10, "--random_flip", "--gradient_checkpointing"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    command += ["train_dp_lora.py", *train_arguments(tiny_base, image_folder, output, *more)]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return output, run.stdout + run.stderr
+
+
+def test_training_leaves_what_it_promises(trained):
+    output, shown = trained
+    there = {path.name for path in output.iterdir()}
+    assert there == {
+        *("pytorch_lora_weights.safetensors", "privacy.json", "README.md", "samples", "private")
+    }
+    assert stat.S_IMODE(os.stat(output / "private").st_mode) == 0o700
+    statement = read_json(output / "privacy.json")
+    assert statement["private"] is True and statement["num_units"] == 40
+    recomputed = pld_epsilon(statement["events"], statement["delta"])
+    assert recomputed == pytest.approx(statement["epsilon"]["add_or_remove_one"], abs=1e-9)
+    assert recomputed <= 8
+    assert f"{recomputed:.3f}" in (output / "README.md").read_text()
+    assert "loss" not in shown.lower()
+
+
+def test_nothing_private_is_published(trained, image_folder):
+    """No file outside private/ names the data's folder, its files or a seed."""
+    output, shown = trained
+    for path in output.rglob("*"):
+        if path.is_file() and "private" not in path.relative_to(output).parts[:1]:
+            content = path.read_bytes()
+            assert str(image_folder).encode() not in content
+            assert b"seed" not in content
+
+
+def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, tmp_path):
+    folder = tmp_path / "images"
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--adapter", trained[0]]
+    arguments += ["--class_names", 0, 1, 2, 3, "--caption_template", "the digit {label}"]
+    arguments += ["--num_images", 10, "--num_inference_steps", 2, "--output_dir", folder]
+    run = run_script("sample.py", *arguments, "--batch_size", 4, launch=True)
+    assert run.returncode == 0, run.stderr
+    rows = load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", cache_dir=tmp_path / "c"
+    )
+    assert rows["label"] == list("0123012301")
+    assert rows[0]["text"] == "the digit 0"
+    assert (folder / "grid.png").exists()
+
+    # Interrupted and started again, with another batch size, it ends with the same images.
+    before = {i: np.asarray(Image.open(folder / f"{i:06}.png"), int) for i in range(10)}
+    for index in (3, 4, 9):
+        (folder / f"{index:06}.png").unlink()
+    run = run_script("sample.py", *arguments, "--batch_size", 3)
+    assert run.returncode == 0, run.stderr
+    for index, pixels in before.items():
+        again = np.asarray(Image.open(folder / f"{index:06}.png"), int)
+        assert np.abs(again - pixels).max() <= 1
+
+    # Other settings do not mix into the same folder.
+    run = run_script("sample.py", *arguments, "--seed", 5)
+    assert run.returncode == 2 and "other settings" in run.stderr
+
+    arguments = [
+        "--synthetic_dir",
+        folder,
+        "--test_data_dir",
+        image_folder,
+        "--test_split",
+        "train",
+    ]
+    arguments += ["--classifier_steps", 3, "--classifier_seeds", 2, "--resolution", 16]
+    run = run_script("evaluate.py", *arguments, launch=True)
+    assert run.returncode == 0, run.stderr
+    metrics = read_json(folder / "metrics.json")["accuracy"]
+    assert 0 <= metrics["value"] <= 1 and metrics["covered_by_epsilon"] is False
+
+
+PLAIN_DIFFUSERS = """
+import sys
+import numpy as np, torch
+from diffusers import StableDiffusionPipeline
+base, adapter, latents, output = sys.argv[1:]
+pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+pipeline.load_lora_weights(adapter)
+latents = torch.from_numpy(np.load(latents))
+images = pipeline(["the digit 3"] * 2, latents=latents, num_inference_steps=4, output_type="np").images
+assert not any(name.split(".")[0] in ("utils", "train_dp_lora") for name in sys.modules)
+np.save(output, images)
+"""
+
+
+@pytest.mark.parametrize("alpha", [None, 1, 32])
+def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, alpha):
+    """In a process that cannot import this project, also with alpha unlike the rank."""
+    from train_dp_lora import LoraArguments, add_lora, save_lora
+    from utils.pipelines import load_pipeline
+
+    pipeline = load_pipeline(str(tiny_base))
+    add_lora(pipeline, LoraArguments(rank=4, lora_alpha=alpha))
+    trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    for parameter in trained:
+        parameter.data.normal_(std=0.3)
+    save_lora(pipeline, tmp_path / "adapter")
+    latents = torch.randn(2, 4, 8, 8)
+    prompts = ["the digit 3"] * 2
+    ours = pipeline(prompts, latents=latents, num_inference_steps=4, output_type="np").images
+    pipeline.unet.disable_adapters()
+    without = pipeline(prompts, latents=latents, num_inference_steps=4, output_type="np").images
+    np.save(tmp_path / "latents.npy", latents.numpy())
+    command = [sys.executable, "-c", PLAIN_DIFFUSERS, tiny_base, tmp_path / "adapter"]
+    command += [tmp_path / "latents.npy", tmp_path / "images.npy"]
+    run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    theirs = np.load(tmp_path / "images.npy")
+    assert np.abs(theirs - ours).max() <= 1e-4
+    assert np.abs(without - ours).max() > 1e-2
+
+
+def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_path):
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
+    arguments += ["--autoencoder_channels", 8, 16, "--unet_channels", 8, 16, "--text_width", 16]
+    arguments += ["--text_layers", 1, "--train_batch_size", 4, "--checkpointing_steps", 2]
+    arguments += ["--autoencoder_steps", 4, "--denoiser_steps", 4]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight, launch=True)
+    assert run.returncode == 0, run.stderr
+    pipeline = DiffusionPipeline.from_pretrained(straight)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    assert pipeline.vae.config.scaling_factor != 0.18215
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert (straight / "samples.png").exists() and (straight / "reconstructions.png").exists()
+
+    # Interrupted after the autoencoder, half way through the denoiser: the same weights come out.
+    shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
+    state = torch.load(straight / "checkpoints" / "denoiser" / "state.pt", weights_only=True)
+    assert state["step"] == 4
+    shutil.rmtree(resumed / "checkpoints" / "denoiser")
+    settings = read_json(resumed / "checkpoints" / "settings.json")
+    settings["output_dir"] = str(resumed)
+    (resumed / "checkpoints" / "settings.json").write_text(json.dumps(settings))
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", resumed)
+    assert run.returncode == 0, run.stderr
+    again = DiffusionPipeline.from_pretrained(resumed)
+    for old, new in zip(pipeline.unet.parameters(), again.unet.parameters(), strict=True):
+        torch.testing.assert_close(old, new)
+
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight)
+    assert run.returncode == 2 and "finished pipeline" in run.stderr
+
+
+@pytest.fixture
+def occupied(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "privacy.json").write_text("{}")
+    return tmp_path / "run"
+
+
+MISTAKES = [
+    (["--train_data_dir", "nowhere"], "nowhere is not a folder"),
+    (["--train_data_dir", "EMPTY"], "EMPTY"),
+    (["--image_column", "picture"], "the columns are image, label"),
+    (["--label_column", "class"], "the columns are image, label"),
+    (["--caption_template", "a digit"], "has no {label}"),
+    (["--target_delta", "0.025"], "below 1/N"),
+    (["--target_epsilon", "0"], "no finite noise"),
+    (["--target_epsilon", "1e-9"], "larger epsilon"),
+    (["--expected_batch_size", "41"], "number of units"),
+    (["--target_modules", "to_out"], "did you mean to_out.0"),
+    (["--target_modules", "to_qq"], "did you mean to_q"),
+    (["--rank", "0"], "at least 1"),
+    (["--resolution", "18"], "multiple of 4"),
+    (["--output_dir", "OCCUPIED"], "already holds files"),
+    (["--pretrained_model_name_or_path", "no/such/model"], "cannot load a pipeline"),
+    (["--config", "no.yaml"], "no such file"),
+]
+
+
+@pytest.mark.parametrize("change, words", MISTAKES, ids=[" ".join(c[0]) for c in MISTAKES])
+def test_a_mistake_gets_one_sentence_and_exit_code_2(
+    tiny_base, image_folder, tmp_path, occupied, monkeypatch, capsys, change, words
+):
+    """In this process, for speed; the exit code and stderr are what the script would give."""
+    import train_dp_lora
+    from utils.errors import run_script
+
+    (tmp_path / "EMPTY").mkdir()
+    names = {"EMPTY": str(tmp_path / "EMPTY"), "OCCUPIED": str(occupied)}
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "output")
+    arguments += [names.get(word, word) for word in change]
+    monkeypatch.setattr(sys, "argv", ["train_dp_lora.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        run_script(train_dp_lora.main)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2
+    assert said.startswith("error: ") and words in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert (occupied / "privacy.json").read_text() == "{}"
+
+
+def test_an_attempt_that_failed_does_not_block_its_folder(
+    run_script, tiny_base, image_folder, tmp_path
+):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
+    assert run_script("train_dp_lora.py", *arguments, "--target_delta", 1).returncode == 2
+    run = run_script("train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["sampling_rate"] == 0.25 and plan["num_units"] == 40
+    assert 0 < plan["epsilon"]["add_or_remove_one"] <= 8 < plan["epsilon"]["replace_one"]
+    assert plan["trainable_parameters"] > 0 and plan["per_unit_gradient_bytes"] > 0
+
+
+def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(image_folder, damaged)
+    (damaged / "0" / "3.png").write_bytes(b"this is no image")
+    arguments = train_arguments(tiny_base, damaged, tmp_path / "run", "--dry_run")
+    run = run_script("train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["unreadable_images"] == 1 and plan["num_units"] == 39
+    run = run_script("train_dp_lora.py", *arguments, "--strict_images")
+    assert run.returncode == 2 and "row 3 cannot be read" in run.stderr
+
+
+def test_the_command_line_wins_over_the_config(run_script, tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
+    config = tmp_path / "run.yaml"
+    config.write_text("max_grad_norm: 1e-2\nmax_train_steps: 7\n")
+    plan = json.loads(run_script("train_dp_lora.py", "--config", config, *arguments).stdout)
+    assert plan["max_grad_norm"] == 0.01 and plan["steps"] == 3
+    config.write_text("max_grad_nrom: 1.0\n")
+    run = run_script("train_dp_lora.py", "--config", config, *arguments)
+    assert run.returncode == 2 and "unknown argument max_grad_nrom" in run.stderr
+
+
+def test_reproducible_noise_is_stamped_not_private(run_script, tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--debug_noise_seed", 1)
+    run = run_script("train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert read_json(tmp_path / "run" / "privacy.json")["private"] is False
+    assert "NOT PRIVATE" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["train_dp_lora", "pretrain_ldm", "sample", "evaluate"])
+def test_help_teaches(run_script, script):
+    run = run_script(f"{script}.py", "--help")
+    assert run.returncode == 0
+    assert f"{script}.py" in run.stdout and "--output" in run.stdout
