@@ -7,8 +7,8 @@
     python evaluate.py --synthetic_dir images --test_dataset_name ylecun/mnist --test_split test
 
 Writes metrics.json: for each metric its mean over classifier seeds, their spread (standard
-deviation), and whether the epsilon of the adapter covers it. Accuracy reads the real test images, so
-it is not covered: publish it only if those images may be used that way.
+deviation), and whether the epsilon of the adapter covers it. Accuracy reads the real test images,
+so it is not covered: publish it only if those images may be used that way.
 """
 
 import json

@@ -10,7 +10,7 @@
 
 Trains an autoencoder, then a text encoder and a U-Net together, and saves a
 StableDiffusionPipeline folder that plain `DiffusionPipeline.from_pretrained` loads, with a grid of
-reconstructions and a grid of samples. It gives NO privacy: never point it at images that may not leak.
+reconstructions and a grid of samples. It gives NO privacy: only for images that may leak.
 Run the same command again to go on after an interruption.
 """
 
@@ -105,7 +105,7 @@ class DenoiserObjective(nn.Module):
 def fit(accelerator, name, objective, batch_of, steps, learning_rate, args) -> nn.Module:
     """Train `objective` and return its moving average; `batch_of(indices)` makes its inputs.
 
-    The rows of step t depend on the seed, t and the process alone, so a resumed run goes on exactly.
+    The rows of step t depend on the seed, t and the process alone: a resumed run goes on exactly.
     """
     state_dir = Path(args.output_dir) / "checkpoints" / name
     optimizer = torch.optim.AdamW(objective.parameters(), learning_rate, weight_decay=1e-4)

@@ -1,7 +1,8 @@
 """Prompts or class names -> a folder of synthetic images, from a public model or a private adapter.
 
-    python sample.py --pretrained_model_name_or_path examples/digits/base --adapter runs/digits/adapter \\
-        --class_names 0 1 2 3 4 5 6 7 8 9 --caption_template "the digit {label}" \\
+    python sample.py --pretrained_model_name_or_path examples/digits/base \\
+        --adapter runs/digits/adapter --class_names 0 1 2 3 4 5 6 7 8 9 \\
+        --caption_template "the digit {label}" \\
         --num_images 1000 --output_dir runs/digits/private_images
 
     python sample.py --pretrained_model_name_or_path examples/digits/base \\

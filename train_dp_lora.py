@@ -12,7 +12,7 @@
     # what would it cost? prints the plan and stops
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --dry_run
 
-LoRA on the attention and projection layers of the U-Net, trained by DP-SGD (Tsai et al., ICCV 2025).
+LoRA on the attention and projection layers of the U-Net, trained by DP-SGD (Tsai et al. 2025).
 Writes pytorch_lora_weights.safetensors, which plain diffusers loads, the privacy statement
 privacy.json, a model card and samples. No loss is shown: it is not private.
 """
@@ -60,7 +60,7 @@ class LoraArguments:
 
 
 def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
-    """Put a trainable LoRA beside the target modules; B starts at zero, so the images do not change.
+    """Put a trainable LoRA beside the target modules; B starts at zero: nothing changes yet.
 
     Raises:
         UsageError: an unknown target, or a rank or alpha below 1.
@@ -166,7 +166,8 @@ def main():
     accelerator.print(
         f"{plan.num_units} private images ({skipped} unreadable, skipped), "
         f"{engine.num_parameters:,} trainable parameters, noise multiplier "
-        f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} at delta {plan.delta:g}"
+        f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
+        f"at delta {plan.delta:g}"
     )
 
     # Encode every image once, then train.

@@ -132,7 +132,7 @@ GOOD = {
         ({"expected_batch_size": 1001}, "number of units"),
         ({"expected_batch_size": 0}, "between 1 and"),
         ({"target_epsilon": 0.0}, "no finite noise"),
-        ({"target_epsilon": 1e-9}, "allow a larger epsilon"),
+        ({"target_epsilon": 1e-6, "delta": 1e-12}, "allow a larger epsilon"),
         ({"target_epsilon": None}, "exactly one"),
         ({"noise_multiplier": 1.0}, "exactly one"),
         ({"target_epsilon": None, "noise_multiplier": -1.0}, "must be between"),

@@ -1,4 +1,4 @@
-"""Every script, started as a user starts it, on tiny real models: the whole way, and every mistake."""
+"""Every script, started as a user starts it, on tiny real models; and every mistake."""
 
 import json
 import os
@@ -118,7 +118,8 @@ base, adapter, latents, output = sys.argv[1:]
 pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
 pipeline.load_lora_weights(adapter)
 latents = torch.from_numpy(np.load(latents))
-images = pipeline(["the digit 3"] * 2, latents=latents, num_inference_steps=4, output_type="np").images
+prompts = ["the digit 3"] * 2
+images = pipeline(prompts, latents=latents, num_inference_steps=4, output_type="np").images
 assert not any(name.split(".")[0] in ("utils", "train_dp_lora") for name in sys.modules)
 np.save(output, images)
 """
@@ -199,7 +200,7 @@ MISTAKES = [
     (["--caption_template", "a digit"], "has no {label}"),
     (["--target_delta", "0.025"], "below 1/N"),
     (["--target_epsilon", "0"], "no finite noise"),
-    (["--target_epsilon", "1e-9"], "larger epsilon"),
+    (["--target_epsilon", "1e-6", "--target_delta", "1e-12"], "larger epsilon"),
     (["--expected_batch_size", "41"], "number of units"),
     (["--target_modules", "to_out"], "did you mean to_out.0"),
     (["--target_modules", "to_qq"], "did you mean to_q"),

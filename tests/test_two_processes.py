@@ -47,7 +47,7 @@ def launch(processes: int, tmp_path) -> dict:
     script, output = tmp_path / "worker.py", tmp_path / f"{processes}.pt"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", str(processes)] + (["--multi_cpu"] if processes > 1 else [])
+    command += ["--num_processes", str(processes)]
     command += ["--main_process_port", "0", str(script), str(output)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     import os

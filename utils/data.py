@@ -24,7 +24,7 @@ def load_rows(
     """Load one split, from the Hub, a folder of parquet files, a saved dataset or an image folder.
 
     Raises:
-        UsageError: nothing, or both kinds of source, were named; the folder or the split is missing.
+        UsageError: no source or two were named; the folder or the split is missing.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise UsageError("give exactly one of --dataset_name and --train_data_dir")
@@ -131,7 +131,7 @@ def _open_raw(raw: dict) -> PILImage.Image:
 
 
 def pixels_of(image: PILImage.Image, resolution: int) -> torch.Tensor:
-    """Resize the short side to `resolution` and crop the centre: uint8 [3, resolution, resolution]."""
+    """Resize the short side to `resolution`, crop the centre: uint8 [3, R, R]."""
     image = ImageOps.exif_transpose(image).convert("RGB")
     image = ImageOps.fit(image, (resolution, resolution), PILImage.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""The private step: Poisson sampling, clipping, noise. Algorithm 1 of Abadi et al. 2016, in pieces."""
+"""The pieces of DP-SGD (Abadi et al. 2016, Algorithm 1): Poisson sampling, clipping, noise."""
 
 import torch
 from accelerate import Accelerator

@@ -6,7 +6,7 @@ own, but if they came from a generator that anyone can re-seed, adding one unit 
 the draws of all others, and one unit's influence would no longer be bounded by its own gradient.
 
 PyTorch's CPU generator keeps only the low 32 bits of its seed (seeds 5 and 5 + 2**32 give the same
-stream), few enough to try them all, so the draws come from NumPy's Philox with a 128-bit secret key.
+stream), few enough to try them all. The draws come from NumPy's Philox with a 128-bit key.
 """
 
 import secrets

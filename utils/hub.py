@@ -59,8 +59,8 @@ def privacy_paragraph(statement: dict) -> str:
         f"{event['noise_multiplicity']} draw(s), is clipped once to {event['max_grad_norm']:g}; "
         f"noise multiplier {event['noise_multiplier']:.4f}. Accountants: PLD (dp-accounting) "
         f"{statement['accountants']['pld']['epsilon']:.3f}, PRV (Opacus) "
-        f"{statement['accountants']['prv']['epsilon']:.3f}. `privacy.json` holds every event, so the "
-        f"number can be recomputed. Not covered: {', '.join(statement['not_covered'])}."
+        f"{statement['accountants']['prv']['epsilon']:.3f}. `privacy.json` holds every event, so "
+        f"the number can be recomputed. Not covered: {', '.join(statement['not_covered'])}."
     )
 
 

@@ -40,7 +40,7 @@ def encode_units(
     batch_size: int = 64,
     show_progress: bool = True,
 ) -> EncodedUnits:
-    """Encode every image once (its latent mean; twice with flips) and every distinct caption once."""
+    """Encode every image once (its latent mean; both ways with flips), every caption once."""
     vae, device = pipeline.vae, pipeline.device
     batches = pixel_batches(rows, image_column, resolution, batch_size)
     total = -(-len(rows) // batch_size)

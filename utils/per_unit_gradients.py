@@ -227,8 +227,9 @@ def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> tor
 def _spread_output(grad_output, input_size, conv: nn.Conv2d) -> torch.Tensor:
     """For every input position and kernel offset, the output gradient that the weight there met.
 
-    Input row y met kernel row i at output row (y + padding - i * dilation) / stride. Undo the stride
-    by inserting zeros, pad so that all of these exist, and unfold; the offsets come out reversed.
+    Input row y met kernel row i at output row (y + padding - i * dilation) / stride. Undo the
+    stride by inserting zeros, pad so that all of these exist, and unfold; the offsets come out
+    reversed.
     """
     pads = []
     (sh, sw), rows_out, cols_out = conv.stride, grad_output.shape[2], grad_output.shape[3]

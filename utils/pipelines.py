@@ -80,7 +80,10 @@ def _no_such_module(pattern: str, leaves: list[str]) -> str:
     near = [s for s in suffixes if s.startswith(pattern.split(".")[0])]
     near += difflib.get_close_matches(pattern, suffixes, n=3, cutoff=0.5)
     near = sorted(set(near)) or suffixes
-    return f"target module '{pattern}' matches no Linear or Conv2d layer; did you mean {', '.join(near)}?"
+    return (
+        f"target module '{pattern}' matches no Linear or Conv2d layer; "
+        f"did you mean {', '.join(near)}?"
+    )
 
 
 def encode_captions(tokenizer, captions: list[str]) -> torch.Tensor:

@@ -99,7 +99,8 @@ def main():
     training = run("train_dp_lora.py", "--config", "examples/digits/dp_lora.yaml")
 
     metrics = {}
-    for name, more, earlier in [("base", [], 0.0), ("private", ["--adapter", RUN / "adapter"], training)]:
+    adapter = ["--adapter", RUN / "adapter"]
+    for name, more, earlier in [("base", [], 0.0), ("private", adapter, training)]:
         begun = time.perf_counter() - earlier
         metrics[name] = measure(sample(name, *more))
         metrics[name]["seconds"] = time.perf_counter() - begun

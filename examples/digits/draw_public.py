@@ -1,4 +1,4 @@
-"""Draw the public set: typographic digits, re-drawn with a pen, from the fonts that matplotlib ships.
+"""Draw the public set: digits of the fonts that matplotlib ships, re-drawn with a pen.
 
     python examples/digits/draw_public.py --output_dir runs/digits/public
     python examples/digits/draw_public.py --output_dir /tmp/few --num_train 200 --num_validation 100
@@ -28,8 +28,9 @@ from skimage.morphology import skeletonize
 from tqdm import tqdm
 
 TRAIN_FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono
-    DejaVuSansMono-Bold DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-BoldItalic
-    STIXGeneral STIXGeneralBol STIXGeneralBolIta cmr10 cmb10 cmss10""".split()
+    DejaVuSansMono-Bold DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold
+    DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralBolIta
+    cmr10 cmb10 cmss10""".split()
 HELD_OUT_FONTS = "DejaVuSansMono-Oblique DejaVuSerif-Italic STIXGeneralItalic cmtt10".split()
 SIZE = 32  # pixels, the side of every image
 GLYPH = 128  # pixels, the side of the canvas on which glyphs are traced
@@ -85,7 +86,7 @@ def uniform(generator, low, high, *shape):
 
 
 def affine(generator, count: int) -> torch.Tensor:
-    """[count, 2, 2] matrices: anisotropic scale, then slant (mostly to the right), then rotation."""
+    """[count, 2, 2] matrices: stretch, then slant (mostly to the right), then rotation."""
     angle = uniform(generator, -0.22, 0.22, count)
     slant = uniform(generator, -0.55, 0.25, count)
     width = uniform(generator, 0.65, 1.25, count)
@@ -163,7 +164,7 @@ def draw_with_pen(generator, points: torch.Tensor) -> torch.Tensor:
 
 
 def draw_printed(generator, masks: torch.Tensor) -> torch.Tensor:
-    """[count, GLYPH, GLYPH] filled glyphs -> warped, thickened or thinned prints [count, SIZE, SIZE]."""
+    """[count, GLYPH, GLYPH] filled glyphs -> warped prints [count, SIZE, SIZE]."""
     count = len(masks)
     axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
