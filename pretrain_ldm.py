@@ -168,6 +168,7 @@ def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device) -> torch.Tensor
 
 
 def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
+    torch.manual_seed(args.seed)  # the same start, whether or not a stage was resumed
     objective = AutoencoderObjective(
         build_autoencoder(tuple(args.autoencoder_channels)), args.kl_weight
     )
@@ -181,6 +182,7 @@ def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
 
 def train_denoiser(accelerator, latents, captions, tokenizer, args) -> DenoiserObjective:
     """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability."""
+    torch.manual_seed(args.seed)
     text_encoder = build_text_encoder(tokenizer, args.text_width, args.text_layers)
     unet = build_unet(latents.shape[-1], tuple(args.unet_channels), args.text_width)
     objective = DenoiserObjective(unet, text_encoder, build_scheduler(args.prediction_type))

@@ -167,10 +167,8 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert (straight / "samples.png").exists() and (straight / "reconstructions.png").exists()
 
-    # Interrupted after the autoencoder, half way through the denoiser: the same weights come out.
+    # Interrupted after the autoencoder: the same weights come out.
     shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
-    state = torch.load(straight / "checkpoints" / "denoiser" / "state.pt", weights_only=True)
-    assert state["step"] == 4
     shutil.rmtree(resumed / "checkpoints" / "denoiser")
     settings = read_json(resumed / "checkpoints" / "settings.json")
     settings["output_dir"] = str(resumed)
@@ -183,6 +181,30 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
 
     run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight)
     assert run.returncode == 2 and "finished pipeline" in run.stderr
+
+
+def test_pretraining_interrupted_within_a_stage_goes_on_exactly(accelerator, tmp_path, monkeypatch):
+    import pretrain_ldm
+
+    args = pretrain_ldm.PretrainArguments(
+        output_dir=str(tmp_path), autoencoder_channels=[8, 16], train_batch_size=4,
+        autoencoder_steps=5, checkpointing_steps=2,
+    )  # fmt: skip
+    pixels = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    save, saved = pretrain_ldm.save_state, []
+
+    def keep_the_first(state, folder):
+        saved.append(state["step"])
+        if state["step"] == 2:
+            save(state, folder)
+
+    monkeypatch.setattr(pretrain_ldm, "save_state", keep_the_first)
+    straight = pretrain_ldm.train_autoencoder(accelerator, pixels, args)
+    assert saved == [2, 4, 5]
+    resumed = pretrain_ldm.train_autoencoder(accelerator, pixels, args)
+    assert saved == [2, 4, 5, 4, 5]
+    for old, new in zip(straight.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(old, new)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def _no_such_module(pattern: str, leaves: list[str]) -> str:
     suffixes = sorted({re.sub(r"^.*?\.(?=[a-z_]+(\.\d+)?$)", "", name) for name in leaves})
     near = [s for s in suffixes if s.startswith(pattern.split(".")[0])]
     near += difflib.get_close_matches(pattern, suffixes, n=3, cutoff=0.5)
-    near = sorted(set(near)) or suffixes
+    near = list(dict.fromkeys(near)) or suffixes
     return (
         f"target module '{pattern}' matches no Linear or Conv2d layer; "
         f"did you mean {', '.join(near)}?"
