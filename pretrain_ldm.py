@@ -41,6 +41,7 @@ from utils.public_models import (
     build_text_encoder,
     build_tokenizer,
     build_unet,
+    save_in_fp16,
 )
 
 
@@ -252,7 +253,7 @@ def main():
         )
         pipeline.set_progress_bar_config(disable=True)
         draw_grids(pipeline, pixels, captions, output_dir, args.seed)
-        pipeline.to(dtype=torch.float16).save_pretrained(output_dir)
+        save_in_fp16(pipeline, output_dir)
         print(f"saved the pipeline, reconstructions.png and samples.png in {output_dir}")
     accelerator.end_training()
 

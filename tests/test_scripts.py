@@ -115,7 +115,7 @@ import sys
 import numpy as np, torch
 from diffusers import StableDiffusionPipeline
 base, adapter, latents, output = sys.argv[1:]
-pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+pipeline = StableDiffusionPipeline.from_pretrained(base)
 pipeline.load_lora_weights(adapter)
 latents = torch.from_numpy(np.load(latents))
 prompts = ["the digit 3"] * 2
@@ -163,6 +163,9 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
     assert run.returncode == 0, run.stderr
     pipeline = DiffusionPipeline.from_pretrained(straight)
     assert isinstance(pipeline, StableDiffusionPipeline)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    pipeline("the digit 3", num_inference_steps=2)
     assert pipeline.vae.config.scaling_factor != 0.18215
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert (straight / "samples.png").exists() and (straight / "reconstructions.png").exists()

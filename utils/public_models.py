@@ -3,8 +3,11 @@
 They differ from Stable Diffusion 1.5 in size only, so everything that works on one works on both.
 """
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -41,8 +44,6 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
 
 def _merges_of(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
@@ -116,3 +117,15 @@ def assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDi
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def save_in_fp16(pipeline: StableDiffusionPipeline, folder: str | Path) -> None:
+    """Save with weights in fp16, such that a plain `from_pretrained` gives fp32 throughout.
+
+    diffusers loads its models in fp32 unless told otherwise, transformers in the type that their
+    configuration names; left at fp16, the text encoder would not fit the U-Net it guides.
+    """
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    path = Path(folder) / "text_encoder" / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
