@@ -13,6 +13,7 @@ import torch
 from datasets import load_dataset
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import read_json
 from utils.accounting import pld_epsilon
@@ -34,6 +35,7 @@ def trained(tiny_base, image_folder, tmp_path_factory):
     """One adapter, trained through `accelerate launch` with alpha unlike the rank."""
     output = tmp_path_factory.mktemp("runs") / "adapter"
     more = ["--rank", 4, "--lora_alpha", 10, "--random_flip", "--gradient_checkpointing"]
+    more += ["--mixed_precision", "bf16", "--report_to", "tensorboard"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     command += ["train_dp_lora.py", *train_arguments(tiny_base, image_folder, output, *more)]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -65,6 +67,15 @@ def test_nothing_private_is_published(trained, image_folder):
             content = path.read_bytes()
             assert str(image_folder).encode() not in content
             assert b"seed" not in content
+
+
+def test_trackers_see_nothing_that_depends_on_the_data(trained):
+    logs = trained[0] / "private" / "logs"
+    tags = set()
+    for folder in {path.parent for path in logs.rglob("events.out.tfevents.*")}:
+        tags |= set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+    assert {"learning_rate", "epsilon"} <= tags
+    assert tags <= {"learning_rate", "epsilon", "noise_multiplier"}
 
 
 def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, tmp_path):

@@ -18,10 +18,11 @@ def claim_output_dir(output_dir: str | Path) -> None:
         UsageError: the folder already holds another run, or cannot be written.
     """
     path = Path(output_dir)
+    own = {("private",), ("private", "cache"), ("private", "logs")}
     there = (
         {entry.relative_to(path).parts[:2] for entry in path.rglob("*")} if path.is_dir() else set()
     )
-    if path.is_file() or there - {("private",), ("private", "cache")}:
+    if path.is_file() or there - own:
         raise UsageError(f"--output_dir {path} already holds files; name a new folder for this run")
     try:
         path.mkdir(parents=True, exist_ok=True)

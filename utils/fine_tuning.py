@@ -1,0 +1,188 @@
+"""What every private training script does around the loop: read, plan, fine-tune, publish."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from diffusers import StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+
+from utils.accounting import PrivacyPlan, Spent, account, make_plan, plan_summary
+from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
+from utils.data import captions_of, keep_readable, load_rows
+from utils.entropy import SecretRandomness
+from utils.errors import UsageError
+from utils.generation import generate, image_grid, use_dpm_solver
+from utils.hub import claim_output_dir
+from utils.latents import encode_units, unit_losses
+from utils.per_unit_gradients import PerUnitGradients
+from utils.pipelines import check_resolution
+from utils.training import train_privately
+
+
+@dataclass(frozen=True)
+class PrivateSet:
+    """The private rows and the caption of each; `skipped` rows had unreadable images."""
+
+    rows: Dataset
+    captions: list[str]
+    skipped: int
+
+
+def start(training: TrainingArguments) -> Accelerator:
+    """Claim the output folder, seed what is not private, and set up the devices.
+
+    Raises:
+        UsageError: the folder holds another run.
+    """
+    logs = Path(training.output_dir) / "private" / "logs"
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision, log_with=training.report_to, project_dir=logs
+    )
+    if training.seed is not None:
+        set_seed(training.seed)
+    if accelerator.is_main_process:
+        claim_output_dir(training.output_dir)
+    return accelerator
+
+
+def read_and_plan(
+    accelerator: Accelerator,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> tuple[PrivateSet, PrivacyPlan, Spent]:
+    """Load the private rows, and plan what will be spent on them.
+
+    An impossible plan is refused before any image is read. Whatever `datasets` caches of the images
+    stays under OUTPUT_DIR/private.
+
+    Raises:
+        UsageError: bad data or an impossible plan (see `load_rows`, `captions_of`, `make_plan`).
+    """
+    if privacy.target_delta is None:
+        raise UsageError("give --target_delta, below 1/N for N images")
+    cache = Path(training.output_dir) / "private" / "cache"
+    with accelerator.main_process_first():
+        rows = load_rows(
+            data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
+        )
+    captions_of(rows, data.caption_column, data.label_column, data.caption_template)
+    plan = _plan_for(len(rows), privacy, training)
+    rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
+    if skipped:
+        plan = _plan_for(len(rows), privacy, training)
+    captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
+    return PrivateSet(rows, captions, skipped), plan, account([plan.event()], plan.delta)
+
+
+def _plan_for(num_units: int, privacy: PrivacyArguments, training: TrainingArguments):
+    return make_plan(
+        num_units=num_units,
+        expected_batch_size=privacy.expected_batch_size,
+        steps=training.max_train_steps,
+        max_grad_norm=privacy.max_grad_norm,
+        noise_multiplicity=privacy.noise_multiplicity,
+        delta=privacy.target_delta,
+        target_epsilon=privacy.target_epsilon,
+        noise_multiplier=privacy.noise_multiplier,
+    )
+
+
+def describe(private_set: PrivateSet, plan, spent, engine: PerUnitGradients, micro: int) -> str:
+    """The report of `--dry_run`, as JSON."""
+    units_at_once = min(micro, plan.num_units)
+    report = plan_summary(plan, spent) | {
+        "unreadable_images": private_set.skipped,
+        "trainable_parameters": engine.num_parameters,
+        "per_unit_gradient_bytes": 4 * engine.num_parameters * units_at_once,
+    }
+    return json.dumps(report, indent=2)
+
+
+def fine_tune(
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    engine: PerUnitGradients,
+    private_set: PrivateSet,
+    plan: PrivacyPlan,
+    data: DataArguments,
+    training: TrainingArguments,
+    randomness: SecretRandomness,
+) -> None:
+    """Encode every image once, then train what `engine` covers by DP-SGD."""
+    units = encode_units(
+        pipeline,
+        private_set.rows,
+        data.image_column,
+        private_set.captions,
+        training_resolution(pipeline, data),
+        training.random_flip,
+        show_progress=accelerator.is_main_process,
+    )
+    optimizer = torch.optim.AdamW(
+        engine.parameters,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        weight_decay=training.adam_weight_decay,
+        eps=training.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        training.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=plan.steps,
+    )
+    if training.report_to is not None:
+        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
+
+    def losses_of(indices: torch.Tensor) -> torch.Tensor:
+        draws, device = plan.noise_multiplicity, accelerator.device
+        return unit_losses(
+            pipeline.unet, pipeline.scheduler, units, indices, draws, randomness, device
+        )
+
+    train_privately(
+        accelerator,
+        engine,
+        losses_of,
+        plan,
+        optimizer,
+        lr_scheduler,
+        randomness,
+        training.train_batch_size,
+    )
+
+
+def training_resolution(pipeline: StableDiffusionPipeline, data: DataArguments) -> int:
+    """`--resolution`, or what the model makes.
+
+    Raises:
+        UsageError: the model cannot take that many pixels.
+    """
+    native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = native if data.resolution is None else data.resolution
+    check_resolution(pipeline, resolution)
+    return resolution
+
+
+def save_samples(pipeline: StableDiffusionPipeline, training: TrainingArguments) -> None:
+    """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
+    folder = Path(training.output_dir) / "samples"
+    folder.mkdir()
+    prompts, count = training.validation_prompt, training.num_validation_images
+    use_dpm_solver(pipeline)
+    images = []
+    for start in range(0, count, 16):
+        indices = list(range(start, min(start + 16, count)))
+        chosen = [prompts[i % len(prompts)] for i in indices]
+        images += generate(pipeline, chosen, indices, training.seed or 0)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:04}.png")
+    if images:
+        columns = min(len(prompts), 10) if len(prompts) > 1 else 8
+        image_grid(images, columns).save(folder / "grid.png")
