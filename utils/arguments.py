@@ -10,6 +10,8 @@ from transformers import HfArgumentParser
 
 from utils.errors import UsageError
 
+SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+
 
 def option(help: str, default=MISSING, choices: list | None = None):
     """A dataclass field with a help line; without a default it is required."""
@@ -74,7 +76,7 @@ class TrainingArguments:
 
     output_dir: str = option("where the adapter, the statement, the card and the samples go")
     learning_rate: float = option("peak learning rate", 1e-3)
-    lr_scheduler: str = option("a schedule of diffusers.optimization", "constant")
+    lr_scheduler: str = option("learning rate schedule", "constant", choices=SCHEDULES)
     lr_warmup_steps: int = option("steps of warm-up", 0)
     adam_beta1: float = option("AdamW's beta1", 0.9)
     adam_beta2: float = option("AdamW's beta2", 0.999)

@@ -37,12 +37,19 @@ def start(training: TrainingArguments) -> Accelerator:
     """Claim the output folder, seed what is not private, and set up the devices.
 
     Raises:
-        UsageError: the folder holds another run.
+        UsageError: the folder holds another run, a count is out of range, or no such tracker.
     """
     logs = Path(training.output_dir) / "private" / "logs"
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision, log_with=training.report_to, project_dir=logs
-    )
+    if training.train_batch_size < 1 or training.num_validation_images < 0:
+        raise UsageError(
+            "--train_batch_size must be at least 1, --num_validation_images at least 0"
+        )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision, log_with=training.report_to, project_dir=logs
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"--report_to {training.report_to}: {error}") from error
     if training.seed is not None:
         set_seed(training.seed)
     if accelerator.is_main_process:
