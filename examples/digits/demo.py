@@ -25,7 +25,14 @@ RUN = Path("runs/digits")
 PARTS = ["private", "adapter", "images_base", "images_private", "metrics.json", "before_after.png"]
 SAMPLING = ["--caption_template", "the digit {label}", "--class_names", *"0123456789"]
 SAMPLING += ["--num_images", "1000", "--num_inference_steps", "12", "--batch_size", "100"]
-TESTING = ["--test_data_dir", RUN / "private", "--classifier_steps", "300"]
+TESTING = [
+    "--test_data_dir",
+    RUN / "private",
+    "--classifier_steps",
+    "300",
+    "--classifier_seeds",
+    "2",
+]
 
 
 def run(script: str, *arguments) -> float:
