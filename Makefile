@@ -1,7 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv, from requirements.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
@@ -21,7 +20,7 @@ demo: .venv/.installed  ## a private adapter for real handwritten digits, from n
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 style: .venv/.installed  ## check style and formatting
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
     python examples/digits/prepare_private.py --output_dir runs/digits/private
 
-The images are 8 x 8 scans by 43 people (Alpaydin and Kaynak, UCI 1998), enlarged to 32 x 32.
+The images are 8 x 8 scans by 43 people (Alpaydin and Kaynak, UCI 1998), cropped to the ink. They are
+enlarged to 24 x 24 and centred on 32 x 32, the margin that public digits have.
 OUTPUT_DIR/train/CLASS/*.png holds four fifths, OUTPUT_DIR/test/CLASS/*.png the rest, split evenly
 over the classes; `datasets.load_dataset("imagefolder", data_dir=OUTPUT_DIR)` reads both.
 """
@@ -22,7 +23,9 @@ def write_split(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
         target = folder / str(label)
         target.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((scan / 16 * 255).round().astype(np.uint8))
-        image.resize((32, 32), Image.Resampling.BICUBIC).save(target / f"{index:04}.png")
+        framed = Image.new("L", (32, 32))
+        framed.paste(image.resize((24, 24), Image.Resampling.BICUBIC), (4, 4))
+        framed.save(target / f"{index:04}.png")
 
 
 def main():
