@@ -2,8 +2,8 @@
 
     python examples/digits/prepare_private.py --output_dir runs/digits/private
 
-The images are 8 x 8 scans by 43 people (Alpaydin and Kaynak, UCI 1998), cropped to the ink. They are
-enlarged to 24 x 24 and centred on 32 x 32, the margin that public digits have.
+The images are 8 x 8 scans by 43 people (Alpaydin and Kaynak, UCI 1998), cropped to the ink.
+They are enlarged to 24 x 24 and centred on 32 x 32, the margin that public digits have.
 OUTPUT_DIR/train/CLASS/*.png holds four fifths, OUTPUT_DIR/test/CLASS/*.png the rest, split evenly
 over the classes; `datasets.load_dataset("imagefolder", data_dir=OUTPUT_DIR)` reads both.
 """
