@@ -16,7 +16,7 @@ help:  ## show this list
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about 5 minutes)
+demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about 6 minutes)
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed  ## run the tests
