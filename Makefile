@@ -32,4 +32,5 @@ format: .venv/.installed  ## fix what `make style` complains about
 
 base: .venv/.installed  ## remake the public base model in runs/digits/base (about half an hour)
 	$(BIN)/python examples/digits/draw_public.py --output_dir runs/digits/public
-	$(BIN)/accelerate launch --num_processes 1 pretrain_ldm.py --config examples/digits/base.yaml
+	$(BIN)/accelerate launch --num_processes 1 \
+		--num_cpu_threads_per_process $$(nproc) pretrain_ldm.py --config examples/digits/base.yaml

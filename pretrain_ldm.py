@@ -5,7 +5,7 @@
 
     # a minute on a laptop, to see that it runs
     accelerate launch pretrain_ldm.py --dataset_name runs/digits/public --label_column label \\
-        --caption_template "the digit {label}" --output_dir /tmp/base \\
+        --caption_template "the digit {label}" --resolution 32 --output_dir /tmp/base \\
         --autoencoder_steps 50 --denoiser_steps 50
 
 Trains an autoencoder, then a text encoder and a U-Net together, and saves a
@@ -226,6 +226,8 @@ def main():
         raise UsageError(
             f"{output_dir} already holds a finished pipeline; name another --output_dir"
         )
+    if data.resolution is None:
+        raise UsageError("give --resolution, the side of the images in pixels")
     factor = 2 ** (len(args.autoencoder_channels) - 1)
     if data.resolution % (factor * 2 ** (len(args.unet_channels) - 1)):
         raise UsageError(f"--resolution {data.resolution} is not divisible by the models' factors")

@@ -111,6 +111,7 @@ def test_reproducible_noise_gives_no_epsilon():
     statement = privacy_statement(plan, False, account([plan.event()], 1e-5))
     assert statement["private"] is False and "NOT PRIVATE" in statement["warning"]
     assert set(statement["epsilon"].values()) == {None}
+    assert {a["epsilon"] for a in statement["accountants"].values()} == {None}
 
 
 GOOD = {

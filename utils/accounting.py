@@ -250,6 +250,8 @@ def privacy_statement(plan: PrivacyPlan, is_private: bool, spent: Spent) -> dict
     }
     if not is_private:
         statement["epsilon"] = {"add_or_remove_one": None, "replace_one": None}
+        for accountant in statement["accountants"].values():
+            accountant["epsilon"] = None
         statement["warning"] = "NOT PRIVATE: trained with reproducible noise, for debugging only"
     return statement
 
