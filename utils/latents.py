@@ -25,9 +25,6 @@ class EncodedUnits:
     embeddings: torch.Tensor
     caption_rows: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.latents)
-
 
 @torch.no_grad()
 def encode_units(
