@@ -34,13 +34,14 @@ from utils.arguments import (
     option,
     parse,
 )
-from utils.entropy import SecretRandomness
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import (
     describe,
     fine_tune,
     read_and_plan,
+    rehearse,
     save_samples,
+    secret_randomness,
     start,
     training_resolution,
 )
@@ -97,29 +98,31 @@ def main():
 
     # Adapt the public model.
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
-    training_resolution(pipeline, data)
+    resolution = training_resolution(pipeline, data)
     pipeline.to(accelerator.device)
     add_lora(pipeline, lora)
     if training.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     engine = PerUnitGradients(pipeline.unet)
+    unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
+    randomness = secret_randomness(privacy)
 
     # Plan what will be spent.
     private_set, plan, spent = read_and_plan(accelerator, data, privacy, training)
     if privacy.dry_run:
-        micro = training.train_batch_size
-        accelerator.print(describe(private_set, plan, spent, engine, micro))
+        units_at_once = min(training.train_batch_size, plan.num_units)
+        nbytes = unit_bytes * units_at_once
+        accelerator.print(describe(private_set, plan, spent, engine, nbytes))
         return
     accelerator.print(
-        f"{plan.num_units} private images ({private_set.skipped} unreadable, skipped), "
+        f"{plan.num_units} private units ({private_set.skipped} unreadable images, skipped), "
         f"{engine.num_parameters:,} trainable parameters, noise multiplier "
         f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
         f"at delta {plan.delta:g}"
     )
 
     # Train by DP-SGD.
-    randomness = SecretRandomness(privacy.debug_noise_seed)
-    fine_tune(accelerator, pipeline, engine, private_set, plan, data, training, randomness)
+    fine_tune(accelerator, pipeline, engine, private_set, plan, resolution, training, randomness)
 
     # Publish: the statement before the weights that it accounts for.
     if accelerator.is_main_process:

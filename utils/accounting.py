@@ -1,7 +1,8 @@
 """What a run will spend: the plan, its calibration, two accountants, and the public statement.
 
-The unit of privacy is one row (its image and caption). The number of units N is public. Epsilon is
-for adding or removing one unit, and also given for replacing one.
+The unit of privacy is one row (its image and caption), or all rows that share a value of
+`--privacy_unit_column`. The number of units N is public. Epsilon is for adding or removing one
+unit, and also given for replacing one.
 """
 
 import math
@@ -12,6 +13,7 @@ import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
 
+from utils.arguments import PrivacyArguments
 from utils.errors import UsageError
 
 ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -33,6 +35,8 @@ class PrivacyPlan:
         max_grad_norm: C, the bound on one unit's gradient.
         noise_multiplicity: K, draws averaged within a unit before its one clip.
         delta: the delta at which epsilon is quoted.
+        clipping: how a unit's gradient is bounded (`dp_sgd.clip_scales`).
+        unit_column: the column whose value tells units apart; None if each row is a unit.
     """
 
     num_units: int
@@ -43,6 +47,12 @@ class PrivacyPlan:
     noise_multiplicity: int
     delta: float
     clipping: str = "flat"
+    unit_column: str | None = None
+
+    @property
+    def unit_name(self) -> str:
+        """What is protected, in words."""
+        return "image" if self.unit_column is None else f"all images of one {self.unit_column}"
 
     @property
     def sampling_rate(self) -> float:
@@ -50,7 +60,10 @@ class PrivacyPlan:
 
     @property
     def sensitivity(self) -> float:
-        """How far adding or removing one unit can move the clipped sum (l2)."""
+        """How far adding or removing one unit can move the clipped sum (l2).
+
+        C in every clipping mode: `dp_sgd.clip_scales` bounds a unit's whole gradient by it.
+        """
         return self.max_grad_norm
 
     @property
@@ -73,54 +86,61 @@ class PrivacyPlan:
 
 def make_plan(
     num_units: int,
-    expected_batch_size: int,
+    privacy: PrivacyArguments,
     steps: int,
-    max_grad_norm: float,
-    noise_multiplicity: int,
-    delta: float,
-    target_epsilon: float | None = None,
-    noise_multiplier: float | None = None,
+    unit_column: str | None = None,
 ) -> PrivacyPlan:
-    """Check the public parameters, and calibrate sigma to `target_epsilon` unless it is given.
+    """Check the public parameters, and calibrate sigma to `--target_epsilon` unless it is given.
 
     Raises:
         UsageError: delta >= 1/N, B > N, a budget that no finite noise reaches, neither or both of
             epsilon and sigma, or a number outside its range.
     """
+    _check_plan(num_units, privacy, steps)
+    sigma = privacy.noise_multiplier
+    if sigma is None:
+        q = privacy.expected_batch_size / num_units
+        sigma = calibrate_noise_multiplier(privacy.target_epsilon, privacy.target_delta, q, steps)
+    return PrivacyPlan(
+        num_units=num_units,
+        expected_batch_size=privacy.expected_batch_size,
+        steps=steps,
+        noise_multiplier=sigma,
+        max_grad_norm=privacy.max_grad_norm,
+        noise_multiplicity=privacy.noise_multiplicity,
+        delta=privacy.target_delta,
+        clipping=privacy.clipping,
+        unit_column=unit_column,
+    )
+
+
+def _check_plan(num_units: int, privacy: PrivacyArguments, steps: int) -> None:
+    delta, batch, sigma = (
+        privacy.target_delta,
+        privacy.expected_batch_size,
+        privacy.noise_multiplier,
+    )
+    if delta is None:
+        raise UsageError(f"give --target_delta, below 1/N = {1 / num_units:.3g}")
     if not 0 < delta < 1 / num_units:
         raise UsageError(
             f"--target_delta {delta:g} must be positive and below 1/N = {1 / num_units:.3g} for "
             f"{num_units} units: at 1/N a mechanism may publish one unit outright"
         )
-    if not 0 < expected_batch_size <= num_units:
+    if not 0 < batch <= num_units:
         raise UsageError(
-            f"--expected_batch_size {expected_batch_size} must be between 1 and the number of "
-            f"units, {num_units}"
+            f"--expected_batch_size {batch} must be between 1 and the number of units, {num_units}"
         )
-    for name, value in [("max_train_steps", steps), ("noise_multiplicity", noise_multiplicity)]:
-        if value < 1:
-            raise UsageError(f"--{name} {value} must be at least 1")
-    if not 0 < max_grad_norm < math.inf:
-        raise UsageError(f"--max_grad_norm {max_grad_norm} must be positive and finite")
-    if (target_epsilon is None) == (noise_multiplier is None):
+    if steps < 1:
+        raise UsageError(f"--max_train_steps {steps} must be at least 1")
+    if not 0 < privacy.max_grad_norm < math.inf:
+        raise UsageError(f"--max_grad_norm {privacy.max_grad_norm} must be positive and finite")
+    if (privacy.target_epsilon is None) == (sigma is None):
         raise UsageError("give exactly one of --target_epsilon and --noise_multiplier")
-    if noise_multiplier is None:
-        q = expected_batch_size / num_units
-        noise_multiplier = calibrate_noise_multiplier(target_epsilon, delta, q, steps)
-    elif not SMALLEST_NOISE <= noise_multiplier <= LARGEST_NOISE:
+    if sigma is not None and not SMALLEST_NOISE <= sigma <= LARGEST_NOISE:
         raise UsageError(
-            f"--noise_multiplier {noise_multiplier} must be between {SMALLEST_NOISE} and "
-            f"{LARGEST_NOISE:g}"
+            f"--noise_multiplier {sigma} must be between {SMALLEST_NOISE} and {LARGEST_NOISE:g}"
         )
-    return PrivacyPlan(
-        num_units=num_units,
-        expected_batch_size=expected_batch_size,
-        steps=steps,
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-        noise_multiplicity=noise_multiplicity,
-        delta=delta,
-    )
 
 
 def _dp_event(events: list[dict]) -> dp_accounting.DpEvent:
@@ -236,9 +256,10 @@ def privacy_statement(plan: PrivacyPlan, is_private: bool, spent: Spent) -> dict
         "private": is_private,
         "epsilon": {"add_or_remove_one": spent.add_or_remove_one, "replace_one": spent.replace_one},
         "delta": plan.delta,
-        "privacy_unit": "image",
+        "privacy_unit": plan.unit_name,
         "num_units": plan.num_units,
-        "max_rows_per_unit": 1,
+        # Of a unit of many rows any number may be drawn from: the bound is on its gradient.
+        "max_rows_per_unit": 1 if plan.unit_column is None else None,
         "events": [plan.event()],
         "accountants": {
             "pld": {"version": version("dp-accounting"), "epsilon": spent.add_or_remove_one},

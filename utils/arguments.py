@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from utils.errors import UsageError
 
+CLIPPING_MODES = ["flat", "automatic", "per_layer"]
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
 
 
@@ -35,6 +36,10 @@ class DataArguments:
     caption_column: str | None = option("column that holds the captions", None)
     label_column: str | None = option("column that holds class labels, instead of captions", None)
     caption_template: str = option("caption of a label", "a photo of a {label}")
+    privacy_unit_column: str | None = option(
+        "rows with the same value here are one privacy unit: a patient, a user; default: each row",
+        None,
+    )
     resolution: int | None = option(
         "images are resized and centre-cropped to this many pixels; default: what the model makes",
         None,
@@ -60,14 +65,29 @@ class PrivacyArguments:
     target_delta: float | None = option("delta of the budget; required, below 1/N", None)
     noise_multiplier: float | None = option("sigma, instead of --target_epsilon", None)
     max_grad_norm: float = option("C, the clipping bound on one unit's gradient", 1.0)
+    clipping: str = option(
+        "how a unit's gradient is bounded by C: scaled down if larger (flat), always scaled to it "
+        "(automatic), or each of the L tensors bounded by C / sqrt(L) (per_layer)",
+        "flat",
+        choices=CLIPPING_MODES,
+    )
     expected_batch_size: int = option("B, expected units in a Poisson batch; q = B/N", 256)
     noise_multiplicity: int = option(
         "K, draws of (noise, timestep, flip) averaged per unit before its one clip", 1
+    )
+    secure_noise: bool = option(
+        "noise and sampling from the operating system's cryptographic generator, hardened against "
+        "floating-point attacks; slower",
+        False,
     )
     debug_noise_seed: int | None = option(
         "reproducible noise, for debugging: everything it makes is stamped NOT PRIVATE", None
     )
     dry_run: bool = option("print the plan as JSON and stop", False)
+
+    def __post_init__(self):
+        if self.noise_multiplicity < 1:
+            raise UsageError(f"--noise_multiplicity {self.noise_multiplicity} must be at least 1")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,23 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from utils.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PrivateSet:
+    """The private rows, and what each of them is.
+
+    Attributes:
+        rows: the dataset; its images are in `image_column`.
+        captions: [rows]. unit_of_row: [rows], the privacy unit, 0 ... N - 1.
+        skipped: rows left out because their image could not be read.
+    """
+
+    rows: Dataset
+    image_column: str
+    captions: list[str]
+    unit_of_row: torch.Tensor
+    skipped: int
 
 
 def load_rows(
@@ -89,6 +107,28 @@ def labels_of(rows: Dataset, label_column: str | None) -> list[str]:
     if isinstance(feature, ClassLabel):
         return [feature.int2str(int(label)) for label in rows[label_column]]
     return [str(label) for label in rows[label_column]]
+
+
+def units_of(rows: Dataset, unit_column: str | None) -> torch.Tensor:
+    """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
+
+    Rows with the same value in `unit_column` are one unit; without a column, each row is.
+
+    Raises:
+        UsageError: the column is missing, or has rows without a value.
+    """
+    if unit_column is None:
+        return torch.arange(len(rows))
+    require_column(rows, unit_column, "--privacy_unit_column")
+    values = rows[unit_column]
+    missing = sum(v is None or v != v or v == "" for v in values)
+    if missing:
+        raise UsageError(
+            f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, so nobody knows "
+            "whose they are; fill them in or remove those rows"
+        )
+    number: dict = {}
+    return torch.tensor([number.setdefault(value, len(number)) for value in values])
 
 
 def keep_readable(rows: Dataset, image_column: str, strict: bool = False) -> tuple[Dataset, int]:

@@ -6,6 +6,7 @@ from accelerate.utils import broadcast
 
 from utils.accounting import PrivacyPlan
 from utils.entropy import SecretRandomness
+from utils.per_unit_gradients import Recording
 
 
 def draw_poisson_batch(
@@ -21,20 +22,41 @@ def draw_poisson_batch(
     return drawn.nonzero().flatten().cpu()
 
 
-def clipped_sum(rows: torch.Tensor, plan: PrivacyPlan) -> torch.Tensor:
-    """Bound each unit's gradient and add them up: [U, P] -> [P], changing `rows` in place.
+def clipped_sum(record: Recording, plan: PrivacyPlan) -> torch.Tensor:
+    """Bound each unit's gradient and add them up: [P].
 
-    Flat clipping: row u is scaled by min(1, C / ||row u||). A row with a value that is not finite,
-    or whose norm overflows, counts as zero: its owner's gradient is lost, everyone else's is kept.
-    Adding or removing one unit moves the sum by at most C = `plan.sensitivity`.
+    A unit whose gradient is not finite, or whose norm overflows, counts as zero: its owner's
+    gradient is lost, everyone else's is kept. Adding or removing one unit moves the sum by at most
+    `plan.sensitivity`.
     """
-    norms = rows.norm(dim=1)
-    usable = norms.isfinite()
-    rows[~usable] = 0.0
+    squared_norms = record.squared_norms()
+    unusable = ~squared_norms.sum(1).isfinite()
+    if unusable.any():
+        record.drop(unusable)
+        squared_norms = squared_norms.masked_fill(unusable[:, None], 0.0)
+    return record.weighted_sum(clip_scales(squared_norms, plan))
+
+
+def clip_scales(squared_norms: torch.Tensor, plan: PrivacyPlan) -> torch.Tensor:
+    """What to multiply each unit's gradient of each tensor by: [U, L] -> [U, L].
+
+    Whatever the mode, the scaled gradient of a unit has norm at most C over all its tensors:
+
+    - flat: min(1, C / norm) (Abadi et al. 2016, Algorithm 1).
+    - automatic: C / (norm + 0.01), so that every unit counts alike (Bu et al. 2023, section 4).
+    - per_layer: each of the L tensors to min(1, (C / sqrt(L)) / norm of that tensor).
+    """
     # One part in a million under C, so that rounding the products cannot lift a row above it.
     bound = plan.max_grad_norm * (1 - 1e-6)
-    scale = (bound / norms.clamp_min(bound)).where(usable, torch.zeros_like(norms))
-    return scale @ rows
+    if plan.clipping == "per_layer":
+        share = bound / squared_norms.shape[1] ** 0.5
+        return share / squared_norms.sqrt().clamp_min(share)
+    norms = squared_norms.sum(1, keepdim=True).sqrt()
+    if plan.clipping == "automatic":
+        scales = bound / (norms + 0.01)
+    else:
+        scales = bound / norms.clamp_min(bound)
+    return scales.expand_as(squared_norms)
 
 
 def add_noise_once(
@@ -46,5 +68,6 @@ def add_noise_once(
     """
     total = accelerator.reduce(total, reduction="sum")
     if accelerator.is_main_process:
-        total = total + plan.noise_std * randomness.normal(total.shape).to(total.device)
+        noise = plan.noise_std * randomness.noise(total.shape).to(total.device)
+        total = (total + noise).float()  # added at the precision of the noise, then rounded
     return broadcast(total, from_process=0) / plan.expected_batch_size

@@ -1,36 +1,25 @@
 """What every private training script does around the loop: read, plan, fine-tune, publish."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 
 from utils.accounting import PrivacyPlan, Spent, account, make_plan, plan_summary
 from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data import captions_of, keep_readable, load_rows
-from utils.entropy import SecretRandomness
+from utils.data import PrivateSet, captions_of, keep_readable, load_rows, units_of
+from utils.entropy import SecretRandomness, SecureRandomness
 from utils.errors import UsageError
 from utils.generation import generate, image_grid, use_dpm_solver
 from utils.hub import claim_output_dir
 from utils.latents import encode_units, unit_losses
 from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import check_resolution
+from utils.pipelines import check_resolution, denoising_loss
 from utils.training import train_privately
-
-
-@dataclass(frozen=True)
-class PrivateSet:
-    """The private rows and the caption of each; `skipped` rows had unreadable images."""
-
-    rows: Dataset
-    captions: list[str]
-    skipped: int
 
 
 def start(training: TrainingArguments) -> Accelerator:
@@ -71,44 +60,68 @@ def read_and_plan(
     Raises:
         UsageError: bad data or an impossible plan (see `load_rows`, `captions_of`, `make_plan`).
     """
-    if privacy.target_delta is None:
-        raise UsageError("give --target_delta, below 1/N for N images")
     cache = Path(training.output_dir) / "private" / "cache"
     with accelerator.main_process_first():
         rows = load_rows(
             data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
         )
     captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    plan = _plan_for(len(rows), privacy, training)
+    plan = _plan_for(rows, data, privacy, training)
     rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
     if skipped:
-        plan = _plan_for(len(rows), privacy, training)
+        plan = _plan_for(rows, data, privacy, training)
     captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    return PrivateSet(rows, captions, skipped), plan, account([plan.event()], plan.delta)
+    unit_of_row = units_of(rows, data.privacy_unit_column)
+    private_set = PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
+    return private_set, plan, account([plan.event()], plan.delta)
 
 
-def _plan_for(num_units: int, privacy: PrivacyArguments, training: TrainingArguments):
-    return make_plan(
-        num_units=num_units,
-        expected_batch_size=privacy.expected_batch_size,
-        steps=training.max_train_steps,
-        max_grad_norm=privacy.max_grad_norm,
-        noise_multiplicity=privacy.noise_multiplicity,
-        delta=privacy.target_delta,
-        target_epsilon=privacy.target_epsilon,
-        noise_multiplier=privacy.noise_multiplier,
-    )
+def _plan_for(rows, data, privacy, training) -> PrivacyPlan:
+    num_units = int(units_of(rows, data.privacy_unit_column).max()) + 1
+    return make_plan(num_units, privacy, training.max_train_steps, data.privacy_unit_column)
 
 
-def describe(private_set: PrivateSet, plan, spent, engine: PerUnitGradients, micro: int) -> str:
-    """The report of `--dry_run`, as JSON."""
-    units_at_once = min(micro, plan.num_units)
+def rehearse(
+    pipeline: StableDiffusionPipeline, engine: PerUnitGradients, draws: int, resolution: int
+) -> int:
+    """One step on a blank image, before any private one is read; returns a unit's bytes.
+
+    Raises:
+        UsageError: a trainable layer is not used by this model.
+        RuntimeError: a layer mixes rows of the batch.
+    """
+    unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
+    latents = torch.zeros(draws, unet.config.in_channels, side, side, device=engine.device)
+    tokens = pipeline.tokenizer.model_max_length
+    embeddings = latents.new_zeros(draws, tokens, unet.config.cross_attention_dim)
+    timesteps = torch.zeros(draws, dtype=torch.long, device=engine.device)
+    with engine.recording(1) as record:
+        losses = denoising_loss(unet, pipeline.scheduler, latents, embeddings, latents, timesteps)
+        losses.mean().backward()
+    return record.nbytes()
+
+
+def describe(private_set: PrivateSet, plan, spent, engine: PerUnitGradients, nbytes: int) -> str:
+    """The report of `--dry_run`, as JSON; `nbytes` is the memory of a micro-batch's gradients."""
     report = plan_summary(plan, spent) | {
         "unreadable_images": private_set.skipped,
         "trainable_parameters": engine.num_parameters,
-        "per_unit_gradient_bytes": 4 * engine.num_parameters * units_at_once,
+        "per_unit_gradient_bytes": nbytes,
     }
     return json.dumps(report, indent=2)
+
+
+def secret_randomness(privacy: PrivacyArguments) -> SecretRandomness:
+    """The source of the noise and of the batches.
+
+    Raises:
+        UsageError: both reproducible and secure noise were asked for.
+    """
+    if not privacy.secure_noise:
+        return SecretRandomness(privacy.debug_noise_seed)
+    if privacy.debug_noise_seed is not None:
+        raise UsageError("--secure_noise and --debug_noise_seed exclude each other")
+    return SecureRandomness()
 
 
 def fine_tune(
@@ -117,17 +130,15 @@ def fine_tune(
     engine: PerUnitGradients,
     private_set: PrivateSet,
     plan: PrivacyPlan,
-    data: DataArguments,
+    resolution: int,
     training: TrainingArguments,
     randomness: SecretRandomness,
 ) -> None:
     """Encode every image once, then train what `engine` covers by DP-SGD."""
     units = encode_units(
         pipeline,
-        private_set.rows,
-        data.image_column,
-        private_set.captions,
-        training_resolution(pipeline, data),
+        private_set,
+        resolution,
         training.random_flip,
         show_progress=accelerator.is_main_process,
     )
@@ -148,10 +159,7 @@ def fine_tune(
         accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
 
     def losses_of(indices: torch.Tensor) -> torch.Tensor:
-        draws, device = plan.noise_multiplicity, accelerator.device
-        return unit_losses(
-            pipeline.unet, pipeline.scheduler, units, indices, draws, randomness, device
-        )
+        return unit_losses(pipeline, units, indices, plan.noise_multiplicity, randomness)
 
     train_privately(
         accelerator,

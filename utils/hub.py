@@ -51,12 +51,15 @@ def privacy_paragraph(statement: dict) -> str:
     if not statement["private"]:
         return f"**{statement['warning']}**"
     epsilon, event = statement["epsilon"], statement["events"][0]
+    unit = statement["privacy_unit"]
+    units = "images" if unit == "image" else f"units ({unit})"
     return (
-        f"Trained with DP-SGD on {statement['num_units']} private images: "
+        f"Trained with DP-SGD on {statement['num_units']} private {units}: "
         f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
-        f"adding or removing one image (epsilon = {epsilon['replace_one']:.3f} for replacing one). "
+        f"adding or removing one of them (epsilon = {epsilon['replace_one']:.3f} for replacing "
+        "one). "
         f"{event['steps']} steps, each on a Poisson batch with sampling rate "
-        f"{event['sampling_rate']:.5g}; every image's gradient, averaged over "
+        f"{event['sampling_rate']:.5g}; every unit's gradient, averaged over "
         f"{event['noise_multiplicity']} draw(s), is clipped once to {event['max_grad_norm']:g}; "
         f"noise multiplier {event['noise_multiplier']:.4f}. Accountants: PLD (dp-accounting) "
         f"{statement['accountants']['pld']['epsilon']:.3f}, PRV (Opacus) "

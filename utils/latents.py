@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
-from utils.data import pixel_batches, to_unit_range
+from utils.data import PrivateSet, pixel_batches, to_unit_range
+from utils.entropy import SecretRandomness
 from utils.pipelines import denoising_loss, encode_captions
 
 
@@ -16,30 +16,44 @@ class EncodedUnits:
     """The private set, encoded. It never leaves memory.
 
     Attributes:
-        latents: [N, F, channels, r, r], scaled; F is 2 with flips (as is, mirrored), else 1.
+        latents: [rows, F, channels, r, r], scaled; F is 2 with flips (as is, mirrored), else 1.
         embeddings: [distinct captions, tokens, width].
-        caption_rows: [N], the row of `embeddings` for each unit.
+        caption_rows: [rows], the row of `embeddings` for each row of `latents`.
+        order, first, count: unit u owns the rows order[first[u] : first[u] + count[u]].
     """
 
     latents: torch.Tensor
     embeddings: torch.Tensor
     caption_rows: torch.Tensor
+    order: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+
+    def draw_rows(
+        self, units: torch.Tensor, draws: int, randomness: SecretRandomness
+    ) -> torch.Tensor:
+        """K rows of each unit, every row equally likely, distinct if it has K of them: [U, K].
+
+        Systematic sampling: K evenly spaced places with one random start a unit.
+        """
+        start = randomness.uniform((len(units), 1))
+        places = (torch.arange(draws) + start) / draws * self.count[units, None]
+        places = places.long().minimum(self.count[units, None] - 1)
+        return self.order[self.first[units, None] + places]
 
 
 @torch.no_grad()
 def encode_units(
     pipeline: StableDiffusionPipeline,
-    rows: Dataset,
-    image_column: str,
-    captions: list[str],
+    private_set: PrivateSet,
     resolution: int,
-    random_flip: bool,
-    batch_size: int = 64,
+    random_flip: bool = False,
     show_progress: bool = True,
 ) -> EncodedUnits:
     """Encode every image once (its latent mean; both ways with flips), every caption once."""
+    rows, batch_size = private_set.rows, 64
     vae, device = pipeline.vae, pipeline.device
-    batches = pixel_batches(rows, image_column, resolution, batch_size)
+    batches = pixel_batches(rows, private_set.image_column, resolution, batch_size)
     total = -(-len(rows) // batch_size)
     latents = []
     for pixels in tqdm(batches, "encoding images", total, leave=False, disable=not show_progress):
@@ -47,29 +61,45 @@ def encode_units(
         views = [images, images.flip(-1)] if random_flip else [images]
         encoded = [vae.encode(view).latent_dist.mode() for view in views]
         latents.append(torch.stack(encoded, 1).mul(vae.config.scaling_factor).cpu())
-    distinct = sorted(set(captions))
+    distinct = sorted(set(private_set.captions))
     row_of = {caption: row for row, caption in enumerate(distinct)}
     ids = encode_captions(pipeline.tokenizer, distinct).to(device)
     embeddings = [pipeline.text_encoder(part).last_hidden_state.cpu() for part in ids.split(64)]
-    caption_rows = torch.tensor([row_of[caption] for caption in captions])
-    return EncodedUnits(torch.cat(latents), torch.cat(embeddings), caption_rows)
+    caption_rows = torch.tensor([row_of[caption] for caption in private_set.captions])
+    unit_of_row = private_set.unit_of_row
+    count = unit_of_row.bincount()
+    return EncodedUnits(
+        torch.cat(latents),
+        torch.cat(embeddings),
+        caption_rows,
+        order=unit_of_row.argsort(stable=True),
+        first=count.cumsum(0) - count,
+        count=count,
+    )
 
 
 def unit_losses(
-    unet, scheduler, units: EncodedUnits, indices: torch.Tensor, draws: int, randomness, device
+    pipeline: StableDiffusionPipeline,
+    units: EncodedUnits,
+    indices: torch.Tensor,
+    draws: int,
+    randomness: SecretRandomness,
 ) -> torch.Tensor:
-    """The denoising loss of each unit, averaged over its K draws of (noise, timestep, flip): [U].
+    """The denoising loss of each unit, averaged over its K draws: [U].
 
-    A unit's draws are contiguous in the batch, as the per-unit gradients require.
+    A draw is one of the unit's images, noise, a timestep and a flip. The timesteps of a unit are
+    stratified: one from each of K equal parts, so that their average varies less; which draw gets
+    which part is random. A unit's draws are contiguous in the batch, as the engine requires.
     """
-    shape = (len(indices) * draws, *units.latents.shape[2:])
-    flips = randomness.integers(units.latents.shape[1], shape[:1])
-    timesteps = randomness.integers(scheduler.config.num_train_timesteps, shape[:1])
-    noise = randomness.normal(shape)
-    repeated = indices.repeat_interleave(draws)
-    latents = units.latents[repeated, flips].to(device)
-    embeddings = units.embeddings[units.caption_rows[repeated]].to(device)
-    losses = denoising_loss(
-        unet, scheduler, latents, embeddings, noise.to(device), timesteps.to(device)
-    )
+    rows = units.draw_rows(indices, draws, randomness).flatten()
+    flips = (randomness.uniform(rows.shape) * units.latents.shape[1]).long()
+    turn = (randomness.uniform((len(indices), 1)) * draws).long()
+    part = (torch.arange(draws) + turn) % draws
+    share = pipeline.scheduler.config.num_train_timesteps / draws
+    timesteps = ((part + randomness.uniform(part.shape)) * share).long().flatten()
+    latents = units.latents[rows, flips]
+    noise = randomness.normal(latents.shape)
+    embeddings = units.embeddings[units.caption_rows[rows]]
+    inputs = [tensor.to(pipeline.device) for tensor in (latents, embeddings, noise, timesteps)]
+    losses = denoising_loss(pipeline.unet, pipeline.scheduler, *inputs)
     return losses.view(len(indices), draws).mean(1)

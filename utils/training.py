@@ -10,6 +10,7 @@ from tqdm import tqdm
 from utils.accounting import PrivacyPlan, pld_epsilon
 from utils.dp_sgd import add_noise_once, clipped_sum, draw_poisson_batch
 from utils.entropy import SecretRandomness
+from utils.errors import UsageError
 from utils.per_unit_gradients import PerUnitGradients
 
 # (indices of units [U]) -> losses [U], each a function of its own unit alone
@@ -33,8 +34,11 @@ def train_privately(
     else that depends on the data leaves this function: no loss, norm, or batch size is shown.
 
     Raises:
+        UsageError: fp16, whose gradients overflow and need a loss scale that looks at the data.
         RuntimeError: a trainable tensor did not move at the first step with a positive rate.
     """
+    if accelerator.mixed_precision == "fp16":
+        raise UsageError("fp16 is not supported: its loss scaling looks at the data; use bf16")
     progress = _Progress(accelerator, plan)
     checked = False
     for _ in range(plan.steps):
@@ -70,11 +74,11 @@ def clipped_gradient_sum(
     """
     total = torch.zeros(engine.num_parameters, device=engine.device)
     for units in indices.split(micro_batch_size) if len(indices) else []:
-        with engine.recording(len(units)) as rows:
+        with engine.recording(len(units)) as record:
             with accelerator.autocast():
                 losses = unit_losses(units)
             losses.sum().backward()
-        total += clipped_sum(rows, plan)
+        total += clipped_sum(record, plan)
     return total
 
 

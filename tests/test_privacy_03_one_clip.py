@@ -1,0 +1,144 @@
+"""Clause 3: one unit, one clip. By replay: the clipped sum over D and over D minus one unit, with
+every unit's draws frozen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import utils.training
+from tests.worlds import HOSTILE, LinearWorld, UNetWorld
+from utils.arguments import CLIPPING_MODES
+from utils.dp_sgd import clipped_sum
+from utils.mutants import broken
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(HOSTILE), min_size=2, max_size=7),
+    draws=st.integers(1, 4),
+    micro=st.integers(1, 8),
+    bound=st.sampled_from([1e-3, 0.15, 1.0, 50.0]),
+    clipping=st.sampled_from(CLIPPING_MODES),
+    seed=st.integers(0, 100),
+    wide=st.booleans(),
+)
+def test_one_unit_moves_the_sum_by_at_most_C(
+    accelerator, kinds, draws, micro, bound, clipping, seed, wide
+):
+    world = LinearWorld(kinds, draws, seed, wide)
+    move = world.largest_move(accelerator, micro, max_grad_norm=bound, clipping=clipping)
+    assert move <= bound * (1 + 1e-5) * (1 + 1e-6 * len(kinds))
+
+
+@pytest.mark.parametrize("clipping", CLIPPING_MODES)
+@pytest.mark.parametrize("trainable", ["lora", "all"])
+def test_one_unit_moves_the_sum_of_a_unet_by_at_most_C(accelerator, trainable, clipping):
+    world = UNetWorld(trainable)
+    everyone = torch.arange(world.units)
+    whole = world.total(accelerator, everyone, 7, clipping=clipping)
+    for unit in range(world.units):
+        rest = everyone[everyone != unit]
+        move = (whole - world.total(accelerator, rest, 7, clipping=clipping)).norm()
+        assert move <= 0.05 * (1 + 1e-5)
+        if unit == world.huge_unit:  # the bound is used, not merely kept
+            assert move > 0.99 * 0.05 * (0.2 if clipping == "per_layer" else 1.0)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 100])
+@pytest.mark.parametrize("clipping", CLIPPING_MODES)
+def test_the_micro_batch_changes_nothing(accelerator, micro, clipping):
+    kinds = ["ordinary", "huge", "zero", "nan", "ordinary", "huge", "ordinary"]
+    world = LinearWorld(kinds, 3, 5)
+    plan = {"max_grad_norm": 0.15, "clipping": clipping}
+    at_once = world.total(accelerator, range(7), 7, **plan)
+    in_parts = world.total(accelerator, range(7), micro, **plan)
+    torch.testing.assert_close(in_parts, at_once, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def unet_worlds():
+    return {trainable: UNetWorld(trainable) for trainable in ("lora", "all")}
+
+
+@pytest.mark.parametrize("micro", [1, 2, 100])
+@pytest.mark.parametrize("trainable", ["lora", "all"])
+def test_the_micro_batch_changes_nothing_but_rounding_in_a_unet(
+    accelerator, unet_worlds, trainable, micro
+):
+    world = unet_worlds[trainable]
+    ordinary = torch.arange(world.huge_unit)  # the huge unit's own gradient is mostly rounding
+    at_once = world.total(accelerator, ordinary, 7)
+    in_parts = world.total(accelerator, ordinary, micro)
+    assert (in_parts - at_once).norm() < 2e-3 * at_once.norm()
+
+
+def test_automatic_clipping_makes_units_count_alike(accelerator):
+    """However large their gradients: each unit moves the sum by nearly C."""
+    world = LinearWorld(["ordinary", "huge"], seed=3)
+    for units in ([0], [1]):
+        total = world.total(accelerator, units, clipping="automatic", max_grad_norm=0.5)
+        assert 0.4 < total.norm() <= 0.5
+
+
+def test_per_layer_clipping_bounds_each_tensor(accelerator):
+    world = LinearWorld(["huge"], seed=3)
+    total = world.total(accelerator, [0], clipping="per_layer", max_grad_norm=1.0)
+    sizes = [p.numel() for p in world.engine.parameters]
+    norms = torch.stack([part.norm() for part in total.split(sizes)])
+    assert (norms <= (1 + 1e-5) / len(sizes) ** 0.5).all() and norms.max() > 0.99 / len(
+        sizes
+    ) ** 0.5
+
+
+def _not_clipped(record, plan):
+    return record.weighted_sum(torch.ones_like(record.squared_norms()))
+
+
+def _clipped_at_k_times_c(record, plan):
+    bound = plan.max_grad_norm * plan.noise_multiplicity
+    return clipped_sum(record, replace(plan, max_grad_norm=bound))
+
+
+def _every_tensor_gets_the_whole_bound(record, plan):
+    layers = record.squared_norms().shape[1]
+    whole = replace(plan, clipping="per_layer", max_grad_norm=plan.max_grad_norm * layers**0.5)
+    return clipped_sum(record, whole)
+
+
+@pytest.mark.parametrize(
+    "mutant", [_not_clipped, _clipped_at_k_times_c, _every_tensor_gets_the_whole_bound]
+)
+def test_the_replay_catches_broken_clipping(accelerator, monkeypatch, mutant):
+    world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
+    assert world.largest_move(accelerator, max_grad_norm=0.15) <= 0.15 * (1 + 1e-5)
+    monkeypatch.setattr(utils.training, "clipped_sum", mutant)
+    assert not world.largest_move(accelerator, max_grad_norm=0.15) <= 0.15 * (1 + 1e-5)
+
+
+def test_the_replay_catches_double_bounds():
+    """The same mutant that the audit runs."""
+    from accelerate import Accelerator
+
+    world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
+    with broken("double_clip_bound"):
+        assert world.largest_move(Accelerator(cpu=True), max_grad_norm=0.15) > 0.29
+
+
+def test_the_replay_catches_copies_clipped_one_by_one(accelerator):
+    """The published DP-LoRA bug: one image contributes up to K * C."""
+    world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
+    everyone, rest = torch.arange(3), torch.arange(1, 3)
+    from tests.worlds import plan_of
+
+    plan = plan_of(noise_multiplicity=4, max_grad_norm=0.15)
+    with broken("copies_clipped_one_by_one"):
+        whole, without = (
+            utils.training.clipped_gradient_sum(
+                accelerator, world.engine, world.losses, units, plan, 8
+            )
+            for units in (everyone, rest)
+        )
+    assert (whole - without).norm() > 3.9 * 0.15

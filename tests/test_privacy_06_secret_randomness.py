@@ -1,0 +1,117 @@
+"""Clause 6: noise and sampling are secret, apart from --seed, never saved, never the same twice."""
+
+import pickle
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.worlds import TAIL, assert_normal, plan_of, update_of
+from utils import entropy
+from utils.arguments import PrivacyArguments
+from utils.entropy import SecretRandomness, SecureRandomness
+from utils.errors import UsageError
+from utils.fine_tuning import secret_randomness
+
+SOURCES = [SecretRandomness, SecureRandomness]
+
+
+def draws_after_seeding(source) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    randomness = source()
+    noise = randomness.noise((50,)), randomness.normal((50,)).double()
+    return [*noise, randomness.bernoulli(0.5, 200).double(), randomness.uniform((50,))]
+
+
+def assert_unlike(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_seed_reaches_neither_noise_nor_sampling(source):
+    assert_unlike(draws_after_seeding(source), draws_after_seeding(source))
+
+
+def test_a_published_seed_is_caught():
+    with pytest.raises(AssertionError):
+        published = lambda: SecretRandomness(debug_seed=0)  # noqa: E731
+        assert_unlike(draws_after_seeding(published), draws_after_seeding(published))
+
+
+def test_two_runs_that_differ_in_nothing_draw_different_noise(accelerator):
+    torch.manual_seed(0)
+    first = update_of(accelerator, plan_of())
+    torch.manual_seed(0)
+    assert not torch.equal(first, update_of(accelerator, plan_of()))
+
+
+def test_keys_have_more_than_64_bits():
+    """PyTorch's CPU generator would keep 32 bits of its seed."""
+    keys = [SecretRandomness()._generator.bit_generator.state["state"]["key"] for _ in range(64)]
+    for word in range(2):
+        assert len({int(key[word]) for key in keys}) == 64
+        assert max(int(key[word]) for key in keys) > 2**57
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_secret_randomness_cannot_be_saved(tmp_path, source):
+    with pytest.raises(TypeError, match="never saved"):
+        pickle.dumps(source())
+    with pytest.raises(TypeError, match="never saved"):
+        torch.save({"randomness": source()}, tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_draws_have_the_distributions_they_claim(source):
+    randomness = source()
+    assert_normal(randomness.noise((300, 1000)), 1.0)
+    assert_normal(randomness.normal((300, 1000)), 1.0)
+    uniform = randomness.uniform((300_000,))
+    assert 0 <= uniform.min() and uniform.max() < 1 and uniform.dtype == torch.float64
+    cells = (uniform * 16).long().bincount(minlength=16).double()
+    deviation = (300_000 / 16 * (15 / 16)) ** 0.5
+    assert (cells - 300_000 / 16).abs().max() < TAIL * deviation
+
+
+def test_secure_noise_is_a_sum_of_four_draws_of_the_operating_system(monkeypatch):
+    """All of its bits come from os.urandom; four Gaussians (two pairs) make one value."""
+    asked = []
+    monkeypatch.setattr(entropy.os, "urandom", lambda n: asked.append(n) or bytes(range(256)) * n)
+    with pytest.raises(ValueError, match="reshape"):  # the fake gives too many bytes to be used
+        SecureRandomness().noise((10,))
+    monkeypatch.setattr(entropy.os, "urandom", lambda n: asked.append(n) or b"\x80" * n)
+    asked.clear()
+    noise = SecureRandomness().noise((10,))
+    assert asked == [80, 80, 80, 80]
+    assert (noise == noise[0]).all()
+    half = torch.tensor(float(0x8080808080808080 >> 11) * 2.0**-53, dtype=torch.float64)
+    radius, angle = (-2 * torch.log1p(-half)).sqrt(), 2 * torch.pi * half
+    torch.testing.assert_close(noise[0], radius * (angle.cos() + angle.sin()))
+
+
+def test_secure_noise_takes_far_more_values_than_one_float_draw():
+    """A single fp32 Gaussian repeats itself; sums of four fp64 ones do not."""
+    randomness = SecureRandomness()
+    assert randomness.noise((1,)).dtype == torch.float64
+    assert len(randomness.noise((300_000,)).unique()) == 300_000
+    assert len(randomness.normal((300_000,)).unique()) < 300_000
+
+
+def test_the_arguments_choose_the_source():
+    kinds = {
+        secure: type(secret_randomness(PrivacyArguments(secure_noise=secure)))
+        for secure in (False, True)
+    }
+    assert kinds == {False: SecretRandomness, True: SecureRandomness}
+    assert secret_randomness(PrivacyArguments(debug_noise_seed=1)).is_private is False
+    with pytest.raises(UsageError, match="exclude each other"):
+        secret_randomness(PrivacyArguments(secure_noise=True, debug_noise_seed=1))
+
+
+def test_no_global_generator_is_used_by_the_private_step():
+    """Draws of the engine go through SecretRandomness: its files name no other source."""
+    sources = ["torch.rand", "randn_like", "randint", "randperm", "np.random", "manual_seed"]
+    for name in ("dp_sgd", "training", "latents", "per_unit_gradients", "unit_leaves"):
+        text = (ROOT / "utils" / f"{name}.py").read_text()
+        for source in sources:
+            assert source not in text, f"utils/{name}.py draws from {source}"

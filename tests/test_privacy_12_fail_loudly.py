@@ -1,0 +1,157 @@
+"""Clause 12: whatever the engine does not cover, or does not train, is an error."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from tests.conftest import ROOT, build_tiny_pipeline
+from tests.worlds import plan_of
+from utils.entropy import SecretRandomness
+from utils.errors import UsageError
+from utils.fine_tuning import rehearse
+from utils.per_unit_gradients import PerUnitGradients
+from utils.pipelines import resolve_targets
+from utils.training import train_privately
+
+
+class OwnWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.magnitude = nn.Parameter(torch.ones(3))
+
+
+class Inherited(nn.Linear):
+    """A subclass may do anything in its forward pass."""
+
+
+@pytest.mark.parametrize(
+    "model, word",
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "BatchNorm"),
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm2d(2).requires_grad_(False)), "BatchNorm"),
+        (nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm2d(2, affine=True)), "InstanceNorm2d"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "grouped"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3, padding="same")), "named-padding"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), "non-zero-padded"),
+        (nn.Conv1d(2, 2, 1), "Conv1d"),
+        (nn.ConvTranspose2d(2, 2, 1), "ConvTranspose2d"),
+        (nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
+        (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (nn.Sequential(nn.Linear(2, 2), OwnWeight()), "OwnWeight"),
+        (nn.Sequential(Inherited(2, 2)), "Inherited"),
+        (nn.Linear(2, 2).requires_grad_(False), "no parameter"),
+        (nn.Linear(2, 2).half(), "fp32"),
+        (nn.Linear(2, 2).bfloat16(), "fp32"),
+    ],
+)
+def test_uncovered_parameters_are_refused(model, word):
+    with pytest.raises(UsageError, match=word):
+        PerUnitGradients(model)
+
+
+def test_shared_parameters_are_refused():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    with pytest.raises(UsageError, match="shares a trainable parameter"):
+        PerUnitGradients(nn.Sequential(first, second))
+
+
+def unet_with(**config):
+    unet = build_tiny_pipeline().unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], **config))
+    return unet
+
+
+def test_dora_is_refused():
+    with pytest.raises(UsageError, match="DoRA"):
+        PerUnitGradients(unet_with(use_dora=True))
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_adapters_that_start_from_the_data_are_refused(start):
+    unet = unet_with()
+    PerUnitGradients(unet)
+    unet.peft_config["default"].init_lora_weights = start
+    with pytest.raises(UsageError, match="computed from the training images"):
+        PerUnitGradients(unet)
+
+
+def test_modules_to_save_outside_known_leaves_are_refused():
+    from peft.utils import ModulesToSaveWrapper
+
+    class Holder(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.first, self.inner = nn.Linear(2, 2), inner.requires_grad_(False)
+
+    known, unknown = Holder(nn.LayerNorm(2)), Holder(nn.PReLU())
+    for holder in (known, unknown):
+        holder.inner = ModulesToSaveWrapper(holder.inner, "default")
+        holder.inner.modules_to_save["default"].requires_grad_(True)
+    assert len(PerUnitGradients(known).names) == 4
+    with pytest.raises(UsageError, match="PReLU"):
+        PerUnitGradients(unknown)
+
+
+def test_a_layer_that_recorded_nothing_is_an_error():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    engine = PerUnitGradients(model)
+    with pytest.raises(UsageError, match="no gradient reached 2 trainable"):
+        with engine.recording(1):
+            model[0](torch.ones(1, 2)).sum().backward()
+
+
+def test_a_layer_that_mixes_rows_is_an_error():
+    model = nn.Linear(2, 2)
+    engine = PerUnitGradients(model)
+    with pytest.raises(RuntimeError, match="mixes rows"):
+        with engine.recording(2):
+            model(torch.ones(3, 2)).sum().backward()
+
+
+def test_an_unused_layer_is_found_before_any_image_is_read():
+    pipeline = build_tiny_pipeline()
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    unet.never_called = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="never_called"):
+        rehearse(pipeline, PerUnitGradients(unet), draws=2, resolution=16)
+
+
+def test_targets_match_by_suffix_and_a_miss_names_its_neighbours():
+    unet = build_tiny_pipeline().unet
+    assert all(name.endswith(".to_out.0") for name in resolve_targets(unet, ["to_out.0"]))
+    for wrong, near in [("to_out", "to_out.0"), ("to_out.Linear", "to_out.0"), ("toq", "to_q")]:
+        with pytest.raises(UsageError, match=near):
+            resolve_targets(unet, [wrong])
+
+
+def train(accelerator, model, trained):
+    engine = PerUnitGradients(model)
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    losses = lambda units: model(torch.ones(len(units), 3)).sum(1)  # noqa: E731
+    randomness = SecretRandomness()
+    train_privately(accelerator, engine, losses, plan_of(), optimizer, constant, randomness, 8)
+
+
+def test_weights_that_do_not_move_are_an_error(accelerator):
+    model = nn.Linear(3, 2)
+    train(accelerator, model, model.parameters())
+    with pytest.raises(RuntimeError, match="did not move"):
+        train(accelerator, model, [nn.Parameter(torch.zeros(1))])
+
+
+def test_fp16_is_refused(accelerator, monkeypatch):
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    model = nn.Linear(3, 2)
+    with pytest.raises(UsageError, match="fp16"):
+        train(accelerator, model, model.parameters())
+
+
+def test_no_script_that_trains_can_reach_the_mutants():
+    """They live in their own file, which only the audit and the tests import."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]:
+        if path.name not in ("audit_privacy.py", "mutants.py"):
+            assert "mutants" not in path.read_text(), path

@@ -1,0 +1,273 @@
+"""The layers whose per-unit gradients we know, each as an autograd function.
+
+The backward pass of a leaf returns the gradient of the layer's input, as always, but none of its
+weights: it hands those, unit by unit, to a `Recording`, in one of two forms. Either as rows,
+multiplied out; or, where the product would be larger than its factors, as the factors themselves,
+from which norms and weighted sums are computed later (Goodfellow 2015; Bu et al. 2023).
+
+Shapes: U units, K draws a unit, R = U * K rows of the batch with a unit's draws contiguous; T
+positions of a unit, over all its draws.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import UsageError
+
+LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+
+
+def check_leaf(name: str, module: nn.Module) -> None:
+    """Raises: UsageError if the per-unit gradients of this module are not known."""
+    kind = type(module)
+    if kind not in LEAVES:
+        known = ", ".join(leaf.__name__ for leaf in LEAVES)
+        raise UsageError(
+            f"{name} ({kind.__name__}) has trainable parameters; only plain {known} may"
+        )
+    if kind is nn.Conv2d and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        raise UsageError(
+            f"{name}: grouped, named-padding or non-zero-padded Conv2d is not supported"
+        )
+    if kind is nn.Embedding and (
+        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    ):
+        raise UsageError(
+            f"{name}: Embedding with max_norm, scale_grad_by_freq or sparse is not supported"
+        )
+
+
+def leaf_forward(leaf: nn.Module, record, x: torch.Tensor) -> torch.Tensor:
+    """`leaf(x)`, whose backward pass tells `record` each unit's gradients."""
+    if type(leaf) is nn.Linear:
+        return _UnitLinear.apply(x, leaf.weight, leaf.bias, leaf, record)
+    if type(leaf) is nn.Conv2d:
+        return _UnitConv2d.apply(x, leaf.weight, leaf.bias, leaf, record)
+    if type(leaf) is nn.Embedding:
+        return _UnitEmbedding.apply(leaf.weight, x, leaf, record)
+    if type(leaf) is nn.GroupNorm:
+        normalised = F.group_norm(x, leaf.num_groups, None, None, leaf.eps)
+        return _UnitScale.apply(
+            normalised.transpose(1, -1), leaf.weight, leaf.bias, leaf, record
+        ).transpose(1, -1)
+    normalised = F.layer_norm(x, leaf.normalized_shape, None, None, leaf.eps)
+    return _UnitScale.apply(normalised, leaf.weight, leaf.bias, leaf, record)
+
+
+def by_unit(x: torch.Tensor, num_units: int) -> torch.Tensor:
+    """[R, ..., d] -> [U, K * ..., d]: a unit's draws and positions side by side."""
+    if len(x) % num_units:
+        raise RuntimeError(f"a layer saw {len(x)} rows for {num_units} units; it mixes rows")
+    return x.reshape(num_units, -1, x.shape[-1])
+
+
+class _UnitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, leaf, record):
+        ctx.save_for_backward(x, weight)
+        ctx.leaf, ctx.record = leaf, record
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        leaf, record = ctx.leaf, ctx.record
+        grads = by_unit(grad_output, record.num_units)  # [U, T, out]
+        if leaf.weight.requires_grad:
+            if product_is_smaller(grads.shape[1], *weight.shape):
+                inputs = by_unit(x, record.num_units).to(grads.dtype)
+                record.add_rows(leaf.weight, grads.transpose(1, 2) @ inputs)
+            else:
+                record.add_factors(leaf, x, grad_output)
+        if leaf.bias is not None and leaf.bias.requires_grad:
+            record.add_rows(leaf.bias, grads.sum(1, dtype=torch.float32))
+        grad_x = grad_output @ weight.to(grad_output.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None
+
+
+class _UnitConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, leaf, record):
+        ctx.save_for_backward(x, weight)
+        ctx.leaf, ctx.record = leaf, record
+        return F.conv2d(x, weight, bias, leaf.stride, leaf.padding, leaf.dilation)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        leaf, record = ctx.leaf, ctx.record
+        if leaf.weight.requires_grad:
+            positions = grad_output[0, 0].numel() * len(x) // record.num_units
+            if product_is_smaller(positions, len(weight), weight[0].numel()):
+                same = x.to(grad_output.dtype)
+                rows = conv2d_unit_gradient(same, grad_output, leaf, record.num_units)
+                record.add_rows(leaf.weight, rows)
+            else:
+                record.add_factors(leaf, x, grad_output)
+        if leaf.bias is not None and leaf.bias.requires_grad:
+            sums = grad_output.sum((2, 3), dtype=torch.float32)
+            record.add_rows(leaf.bias, by_unit(sums, record.num_units).sum(1))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            same = weight.to(grad_output.dtype)
+            geometry = (leaf.stride, leaf.padding, leaf.dilation)
+            grad_x = torch.nn.grad.conv2d_input(x.shape, same, grad_output, *geometry)
+        return grad_x, None, None, None, None
+
+
+class _UnitScale(torch.autograd.Function):
+    """x * weight + bias over the last dimensions: what a normalisation layer learns."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, leaf, record):
+        ctx.save_for_backward(x, weight)
+        ctx.leaf, ctx.record = leaf, record
+        scaled = x * weight if bias is None else torch.addcmul(bias, x, weight)
+        return scaled.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        # Not the saved weight: under checkpointing that is a copy.
+        for parameter, gradient in (
+            (ctx.leaf.weight, grad_output * x),
+            (ctx.leaf.bias, grad_output),
+        ):
+            if parameter is not None and parameter.requires_grad:
+                summands = gradient.flatten(-parameter.dim())
+                rows = by_unit(summands, ctx.record.num_units).sum(1, dtype=torch.float32)
+                ctx.record.add_rows(parameter, rows)
+        return (grad_output * weight).to(x.dtype), None, None, None, None
+
+
+class _UnitEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, ids, leaf, record):
+        ctx.save_for_backward(ids)
+        ctx.leaf, ctx.record = leaf, record
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (ids,) = ctx.saved_tensors
+        if ctx.leaf.padding_idx is not None:
+            grad_output = grad_output.masked_fill((ids == ctx.leaf.padding_idx)[..., None], 0.0)
+        ctx.record.add_factors(ctx.leaf, ids, grad_output)
+        return None, None, None, None
+
+
+def product_is_smaller(positions: int, out_features: int, in_features: int) -> bool:
+    """Whether one unit's weight gradient holds fewer numbers than the factors it is made of.
+
+    It is also when multiplying out costs less than the norm by Gram matrices does.
+    """
+    return out_features * in_features <= positions * (out_features + in_features)
+
+
+def factor_matrices(leaf, x, grad_output, num_units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """X and G such that the weight gradient of unit u is G[u]^T X[u].
+
+    Returns:
+        X: [U, T, in], or for an Embedding [U, T] integers that stand for one-hot vectors.
+        G: [U, T, out], fp32.
+    """
+    if type(leaf) is nn.Embedding:
+        return x.reshape(num_units, -1), by_unit(grad_output, num_units).float()
+    if type(leaf) is nn.Conv2d:
+        x = F.unfold(x.float(), leaf.kernel_size, leaf.dilation, leaf.padding, leaf.stride)
+        x, grad_output = x.transpose(1, 2), grad_output.flatten(2).transpose(1, 2)
+    return by_unit(x, num_units).float(), by_unit(grad_output, num_units).float()
+
+
+def squared_norms_of_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """||G[u]^T X[u]||^2 for every unit, without the product: the sum of XX^T * GG^T. [U].
+
+    Terms of that sum may cancel. What their rounding could hide is added, so that no unit's norm
+    comes out too small to be clipped.
+    """
+    if x.is_floating_point():
+        gram, lengths = x @ x.transpose(1, 2), x.norm(dim=2)
+    else:
+        gram, lengths = (x[:, :, None] == x[:, None, :]).float(), 1.0
+    squared = (gram * (grads @ grads.transpose(1, 2))).sum((1, 2))
+    largest = (lengths * grads.norm(dim=2)).sum(1).square()
+    return squared.clamp_min(0) + 16 * torch.finfo(torch.float32).eps * largest
+
+
+def products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """G[u]^T X[u] for every unit: [U, size of the weight]."""
+    if x.is_floating_point():
+        return (grads.transpose(1, 2) @ x).flatten(1)
+    each = [sum_of_products(i[None], g[None], weight) for i, g in zip(x, grads, strict=True)]
+    return torch.stack(each).flatten(1)
+
+
+def sum_of_products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sum over units of G[u]^T X[u], in the shape of `weight`."""
+    if x.is_floating_point():
+        return (grads.flatten(0, 1).T @ x.flatten(0, 1)).view_as(weight)
+    return grads.new_zeros(weight.shape).index_add_(0, x.flatten(), grads.flatten(0, 1))
+
+
+def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> torch.Tensor:
+    """Per-unit weight gradient [U, out, in, kh, kw] of a convolution.
+
+    Args:
+        x: [R, in, H, W]. grad_output: [R, out, Ho, Wo].
+
+    The gradient correlates the two over positions, so either may be spread out over the kernel's
+    offsets before one batched matrix product. The narrower one is: for LoRA, that is the output.
+    """
+    out_channels, in_channels, kh, kw = conv.weight.shape
+    if (kh, kw) == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
+        product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(
+            x, num_units
+        )
+        return product.view(num_units, out_channels, in_channels, 1, 1)
+    if out_channels <= in_channels:
+        shifted = _spread_output(grad_output, x.shape[2:], conv)  # [R, out*kh*kw, H*W]
+        shifted = shifted.view(*shifted.shape[:2], *x.shape[2:])
+        product = _channels_by_position(shifted, num_units) @ _positions_by_channel(x, num_units)
+        product = product.view(num_units, out_channels, kh, kw, in_channels).flip(2, 3)
+        return product.permute(0, 1, 4, 2, 3)
+    spread = F.unfold(x, (kh, kw), conv.dilation, conv.padding, conv.stride)
+    spread = spread.view(*spread.shape[:2], *grad_output.shape[2:])  # [R, in*kh*kw, Ho, Wo]
+    product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(
+        spread, num_units
+    )
+    return product.view(num_units, out_channels, in_channels, kh, kw)
+
+
+def _spread_output(grad_output, input_size, conv: nn.Conv2d) -> torch.Tensor:
+    """For every input position and kernel offset, the output gradient that the weight there met.
+
+    Input row y met kernel row i at output row (y + padding - i * dilation) / stride. Undo the
+    stride by inserting zeros, pad so that all of these exist, and unfold; the offsets come out
+    reversed.
+    """
+    pads = []
+    (sh, sw), rows_out, cols_out = conv.stride, grad_output.shape[2], grad_output.shape[3]
+    if (sh, sw) != (1, 1):
+        size = ((rows_out - 1) * sh + 1, (cols_out - 1) * sw + 1)
+        stuffed = grad_output.new_zeros(*grad_output.shape[:2], *size)
+        stuffed[:, :, ::sh, ::sw] = grad_output
+        grad_output = stuffed
+    for axis in (1, 0):
+        reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis]
+        before = reach - conv.padding[axis]
+        after = input_size[axis] + reach - before - grad_output.shape[2 + axis]
+        pads += [before, after]
+    return F.unfold(F.pad(grad_output, pads), conv.kernel_size, conv.dilation)
+
+
+def _channels_by_position(x: torch.Tensor, num_units: int) -> torch.Tensor:
+    """[R, c, h, w] -> [U, c, K*h*w]."""
+    return _positions_by_channel(x, num_units).transpose(1, 2)
+
+
+def _positions_by_channel(x: torch.Tensor, num_units: int) -> torch.Tensor:
+    """[R, c, h, w] -> [U, K*h*w, c]."""
+    return by_unit(x.permute(0, 2, 3, 1), num_units)
