@@ -1,0 +1,234 @@
+"""What privacy costs: one training step, private and not, side by side in one process.
+
+    python benchmarks/step_time.py --shape tiny --method lora
+    python benchmarks/step_time.py --shape sd15 --method lora --rounds 3     # minutes, 10 GB
+    python benchmarks/step_time.py --shape tiny --method all --json
+
+Every round times, in turn: an ordinary step; ours (per-unit gradients, clipping, noise); Opacus'
+hooks, which clip the mean of each unit's K copies as we do; and Opacus' ghost clipping, where it
+runs and K is 1. Same model, micro-batch, K and precision. Medians of the rounds, after one that
+does not count; peak memory of each kind is that of a process of its own.
+
+Shapes: `tiny` is the digits model of examples/digits; `sd15` the U-Net of Stable Diffusion 1.5 with
+random weights, on 32 x 32 latents.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from opacus import GradSampleModule
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+    GradSampleModuleFastGradientClipping,
+)
+from peft import LoraConfig
+
+from utils.accounting import PrivacyPlan
+from utils.dp_sgd import add_noise_once
+from utils.entropy import SecretRandomness
+from utils.per_unit_gradients import PerUnitGradients
+from utils.pipelines import DEFAULT_TARGETS, denoising_loss, resolve_targets
+from utils.training import clipped_gradient_sum
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "tiny": {"units": 32, "draws": 4, "side": 8},
+    "sd15": {"units": 4, "draws": 1, "side": 32},
+}
+KINDS = ["nonprivate", "private", "opacus_hooks", "opacus_ghost"]
+
+
+def build_unet(shape: str) -> UNet2DConditionModel:
+    if shape == "tiny":
+        return UNet2DConditionModel.from_pretrained(ROOT / "examples" / "digits" / "base" / "unet")
+    return UNet2DConditionModel(cross_attention_dim=768)  # the defaults are Stable Diffusion 1's
+
+
+class Bench:
+    """A model, fixed inputs, and one method that does a whole training step of each kind."""
+
+    def __init__(self, args):
+        torch.manual_seed(0)
+        self.units, self.draws = args.units, args.draws
+        self.unet = build_unet(args.shape).float().train()  # Opacus ignores layers in eval mode
+        self.unet.requires_grad_(args.method == "all")
+        if args.method == "lora":
+            targets = resolve_targets(self.unet, DEFAULT_TARGETS)
+            self.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+        elif args.method == "attention":
+            for name, parameter in self.unet.named_parameters():
+                parameter.requires_grad_("attentions." in name)
+        if args.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.trained = [p for p in self.unet.parameters() if p.requires_grad]
+        self.engine = PerUnitGradients(self.unet)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
+        self.accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
+        self.plan = PrivacyPlan(10**5, self.units, 1, 1.0, 1.0, self.draws, 1e-6)
+        self.scheduler, self.randomness = DDPMScheduler(), SecretRandomness()
+        rows, side, width = args.units * args.draws, args.side, self.unet.config.cross_attention_dim
+        self.latents, self.noise = torch.randn(2, rows, 4, side, side)
+        self.words = torch.randn(rows, 77 if args.shape == "sd15" else 8, width)
+        self.timesteps = torch.randint(1000, (rows,))
+
+    def losses(self, model) -> torch.Tensor:
+        """[rows]."""
+        with self.accelerator.autocast():
+            inputs = (self.latents, self.words, self.noise, self.timesteps)
+            return denoising_loss(model, self.scheduler, *inputs)
+
+    def nonprivate(self):
+        self.losses(self.unet).mean().backward()
+        self._update()
+
+    def private(self):
+        def unit_losses(indices):
+            return self.losses(self.unet).view(self.units, self.draws).mean(1)
+
+        everyone = torch.arange(self.units)
+        total = clipped_gradient_sum(
+            self.accelerator, self.engine, unit_losses, everyone, self.plan, self.units
+        )
+        self.engine.assign(add_noise_once(total, self.plan, self.randomness, self.accelerator))
+        self._update()
+
+    def opacus_hooks(self):
+        model = GradSampleModule(self.unet, loss_reduction="sum", strict=False)
+        try:
+            self.losses(model).sum().backward()
+        finally:
+            model.remove_hooks()
+        samples = []
+        for parameter in self.trained:
+            grads = parameter.grad_sample.view(self.units, self.draws, *parameter.shape)
+            samples.append(grads.mean(1).flatten(1) if self.draws > 1 else grads.flatten(1))
+            parameter.grad_sample = None
+        norms = torch.stack([g.norm(dim=1) for g in samples]).norm(dim=0)
+        scales = (self.plan.max_grad_norm / norms).clamp(max=1)
+        self._assign([scales @ g for g in samples])
+        model.to_standard_module()
+
+    def opacus_ghost(self):
+        model = GradSampleModuleFastGradientClipping(
+            self.unet, loss_reduction="sum", strict=False, max_grad_norm=self.plan.max_grad_norm
+        )
+        losses = self.losses(model)
+        losses.sum().backward(retain_graph=True)
+        scales = model.get_clipping_coef()
+        self.optimizer.zero_grad()
+        model.disable_hooks()
+        (scales * losses).sum().backward()
+        self._assign([p.grad.flatten() for p in self.trained])
+        model.to_standard_module()
+
+    def _assign(self, sums: list[torch.Tensor]) -> None:
+        for parameter, total in zip(self.trained, sums, strict=True):
+            noisy = total.view_as(parameter) + self.plan.noise_std * torch.randn_like(parameter)
+            parameter.grad = noisy / self.units
+        self._update()
+
+    def _update(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def kinds_that_run(bench: Bench, args) -> list[str]:
+    """All kinds, but for those of Opacus that fail here; one untimed step of each."""
+    running = []
+    for kind in KINDS:
+        if kind == "opacus_ghost" and args.draws > 1:
+            continue
+        try:
+            getattr(bench, kind)()
+            running.append(kind)
+        except Exception as error:  # whatever a peer raises is its result
+            if not kind.startswith("opacus"):
+                raise
+            print(f"{kind} does not run here: {type(error).__name__}: {error}", file=sys.stderr)
+            bench = Bench(args)
+    return running
+
+
+def timed(args) -> dict[str, float]:
+    bench = Bench(args)
+    kinds = kinds_that_run(bench, args)
+    seconds = {kind: [] for kind in kinds}
+    for turn in range(args.rounds):
+        for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
+            start = time.perf_counter()
+            getattr(bench, kind)()
+            seconds[kind].append(time.perf_counter() - start)
+    return {kind: median(values) for kind, values in seconds.items()}
+
+
+def peak_bytes(args, kind: str) -> int | None:
+    """Of a fresh process that does two steps of one kind; None if it cannot.
+
+    Ask before this process grows: a child's peak counts from what its parent held at the fork.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak_of", kind]
+    run = subprocess.run(command, capture_output=True, text=True)
+    return int(run.stdout.strip().splitlines()[-1]) if run.returncode == 0 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--method", choices=["lora", "attention", "all"], default="lora")
+    parser.add_argument("--units", type=int, help="units in the micro-batch")
+    parser.add_argument("--draws", type=int, help="K")
+    parser.add_argument("--side", type=int, help="height and width of the latents")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--peak_of", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name, value in SHAPES[args.shape].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.peak_of:
+        bench = Bench(args)
+        for _ in range(2):
+            getattr(bench, args.peak_of)()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+
+    peaks = {kind: peak_bytes(args, kind) for kind in KINDS}
+    seconds = timed(args)
+    result = {
+        "shape": args.shape,
+        "method": args.method,
+        "units": args.units,
+        "draws": args.draws,
+        "seconds": seconds,
+        "ratio": {
+            "private_over_nonprivate": seconds["private"] / seconds["nonprivate"],
+            "opacus_over_private": seconds["opacus_hooks"] / seconds["private"]
+            if "opacus_hooks" in seconds
+            else None,
+        },
+        "peak_bytes": peaks,
+        "peak_memory_ratio": peaks["private"] / peaks["nonprivate"],
+    }
+    for kind, value in seconds.items():
+        ratio = value / seconds["nonprivate"]
+        print(f"{kind:14} {value:8.3f} s {ratio:6.2f} x   {peaks[kind] / 2**20:8.0f} MiB")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
