@@ -25,6 +25,17 @@ from utils.public_models import (  # noqa: E402
     build_unet,
 )
 
+CAPTION = ["--label_column", "label", "--caption_template", "the digit {label}"]
+BUDGET = ["--target_epsilon", "8", "--target_delta", "1e-3"]
+
+
+def train_arguments(base, images, output, *more):
+    return [
+        *("--pretrained_model_name_or_path", base, "--train_data_dir", images, *CAPTION, *BUDGET),
+        *("--expected_batch_size", 10, "--max_train_steps", 3, "--train_batch_size", 4),
+        *("--noise_multiplicity", 2, "--num_validation_images", 2, "--output_dir", output, *more),
+    ]
+
 
 def build_tiny_pipeline(prediction_type: str = "v_prediction"):
     """A StableDiffusionPipeline of about 100,000 random weights, for 16 x 16 images."""
@@ -59,6 +70,19 @@ def image_folder(tmp_path_factory) -> Path:
             pixels[:, 4 * label : 4 * label + 3] = 220
             Image.fromarray(pixels).save(folder / str(label) / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_base, image_folder, tmp_path_factory):
+    """One adapter, trained through `accelerate launch` with alpha unlike the rank."""
+    output = tmp_path_factory.mktemp("runs") / "adapter"
+    more = ["--rank", 4, "--lora_alpha", 10, "--random_flip", "--gradient_checkpointing"]
+    more += ["--mixed_precision", "bf16", "--report_to", "tensorboard"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    command += ["train_dp_lora.py", *train_arguments(tiny_base, image_folder, output, *more)]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return output, run.stdout + run.stderr
 
 
 @pytest.fixture(scope="session")

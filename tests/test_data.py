@@ -1,16 +1,12 @@
 """Rows to images and captions."""
 
-import pytest
 import torch
-from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from tests.conftest import build_tiny_pipeline
-from utils.data import captions_of, keep_readable, load_rows, pixels_of
+from utils.data import PrivateSet, captions_of, load_rows, pixels_of
 from utils.entropy import SecretRandomness
-from utils.errors import UsageError
 from utils.latents import encode_units, unit_losses
-from utils.pipelines import resolve_targets
 
 
 def test_image_folder_saved_dataset_and_parquet_are_read_alike(image_folder, tmp_path):
@@ -30,23 +26,12 @@ def test_images_are_resized_and_cropped_to_rgb():
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and (pixels == 7).all()
 
 
-def test_an_unreadable_image_removes_its_own_row_only(tmp_path):
-    good = PILImage.new("RGB", (8, 8))
-    good.save(tmp_path / "good.png")
-    raw = (tmp_path / "good.png").read_bytes()
-    cells = [{"bytes": b, "path": None} for b in (raw, b"broken", raw, raw[:40])]
-    rows = Dataset.from_dict({"image": cells}).cast_column("image", Image())
-    kept, dropped = keep_readable(rows, "image")
-    assert (len(kept), dropped) == (2, 2)
-    with pytest.raises(UsageError, match="row 1"):
-        keep_readable(rows, "image", strict=True)
-
-
 def encoded(image_folder, tmp_path, flip: bool):
     pipeline = build_tiny_pipeline()
     rows = load_rows(None, None, str(image_folder), "train", tmp_path)
     captions = captions_of(rows, None, "label", "the digit {label}")
-    return pipeline, encode_units(pipeline, rows, "image", captions, 16, flip, 7, False)
+    private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0)
+    return pipeline, encode_units(pipeline, private_set, 16, flip, show_progress=False)
 
 
 def test_units_are_encoded_once_with_each_caption_once(image_folder, tmp_path):
@@ -61,14 +46,27 @@ def test_a_units_loss_depends_on_its_own_image_only(image_folder, tmp_path):
     """Clause 3 rests on this: draws laid out otherwise would spread one image over several rows."""
     pipeline, units = encoded(image_folder, tmp_path, flip=False)
     units.latents[4] = float("nan")
-    asked = (pipeline.unet, pipeline.scheduler, units, torch.tensor([7, 4, 30]))
-    losses = unit_losses(*asked, 3, SecretRandomness(debug_seed=1), "cpu")
+    randomness = SecretRandomness(debug_seed=1)
+    losses = unit_losses(pipeline, units, torch.tensor([7, 4, 30]), 3, randomness)
     assert losses.isfinite().tolist() == [True, False, True]
 
 
-def test_targets_match_by_suffix_as_peft_does():
-    unet = build_tiny_pipeline().unet
-    assert all(name.endswith(".to_out.0") for name in resolve_targets(unet, ["to_out.0"]))
-    for wrong, near in [("to_out", "to_out.0"), ("to_out.Linear", "to_out.0"), ("toq", "to_q")]:
-        with pytest.raises(UsageError, match=near):
-            resolve_targets(unet, [wrong])
+def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
+    image_folder, tmp_path, monkeypatch
+):
+    pipeline, units = encoded(image_folder, tmp_path, flip=False)
+    seen = []
+
+    def keep(unet, scheduler, latents, embeddings, noise, timesteps):
+        seen.append(timesteps.view(-1, 4))
+        return torch.zeros(len(timesteps))
+
+    monkeypatch.setattr("utils.latents.denoising_loss", keep)
+    for _ in range(100):
+        unit_losses(pipeline, units, torch.arange(40), 4, SecretRandomness())
+    timesteps = torch.cat(seen)
+    assert (timesteps.sort(1).values // 250 == torch.arange(4)).all()
+    # Each draw sees each part equally often: 6.5 standard deviations, false alarms below 1e-8.
+    for draw in range(4):
+        counts = (timesteps[:, draw] // 250).bincount(minlength=4).double()
+        assert (counts - 1000).abs().max() < 6.5 * (4000 * 0.25 * 0.75) ** 0.5

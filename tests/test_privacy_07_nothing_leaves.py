@@ -1,0 +1,75 @@
+"""Clause 7: nothing that depends on the data leaves but through the ledger."""
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.worlds import LinearWorld, plan_of
+from utils import training
+from utils.entropy import SecretRandomness
+from utils.training import train_privately
+
+
+def test_no_loss_norm_or_batch_size_is_shown(trained):
+    shown = trained[1].lower()
+    for word in ("loss", "norm ", "clipped", "batch of"):
+        assert word not in shown, word
+
+
+def test_nothing_private_is_published(trained, image_folder):
+    """No file outside private/ names the data's folder, its files or a seed."""
+    output, shown = trained
+    for path in output.rglob("*"):
+        if path.is_file() and "private" not in path.relative_to(output).parts[:1]:
+            content = path.read_bytes()
+            assert str(image_folder).encode() not in content
+            assert path.suffix not in (".json", ".md") or b"seed" not in content
+
+
+def test_trackers_see_nothing_that_depends_on_the_data(trained):
+    logs = trained[0] / "private" / "logs"
+    tags = set()
+    for folder in {path.parent for path in logs.rglob("events.out.tfevents.*")}:
+        tags |= set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+    assert {"learning_rate", "epsilon"} <= tags
+    assert tags <= {"learning_rate", "epsilon", "noise_multiplier"}
+
+
+def told(accelerator, monkeypatch, kind: str) -> list:
+    """All that three steps on 200 units of one kind tell the trackers and the progress bar."""
+    heard = []
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "trackers", ["somebody"])
+        patch.setattr(accelerator, "log", lambda values, step: heard.append(values))
+
+        class Bar(training.tqdm):
+            def set_postfix_str(self, text, *rest):
+                heard.append(text.split(",")[0])  # without the images per second
+
+        patch.setattr(training, "tqdm", Bar)
+        world = LinearWorld([kind] * 200)
+        optimizer = torch.optim.SGD(world.engine.parameters, lr=1.0)
+        constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        train_privately(
+            accelerator, world.engine, world.losses, plan_of(steps=3), optimizer, constant,
+            SecretRandomness(), 64,
+        )  # fmt: skip
+    return heard
+
+
+def test_what_is_told_is_the_same_whatever_the_data(accelerator, monkeypatch):
+    first, second = (told(accelerator, monkeypatch, kind) for kind in ("ordinary", "huge"))
+    assert first == second and len(first) == 6
+
+
+def test_a_loop_that_tells_its_batch_size_is_caught(accelerator, monkeypatch):
+    whole = training.clipped_gradient_sum
+
+    def talkative(accelerator, engine, losses, indices, plan, micro):
+        accelerator.log({"batch_size": len(indices)}, step=0)
+        return whole(accelerator, engine, losses, indices, plan, micro)
+
+    monkeypatch.setattr(training, "clipped_gradient_sum", talkative)
+    with pytest.raises(AssertionError):
+        for _ in range(5):  # two batch sizes coincide now and then
+            test_what_is_told_is_the_same_whatever_the_data(accelerator, monkeypatch)
