@@ -46,7 +46,7 @@ from utils.pipelines import load_pipeline
 from utils.training import train_privately
 
 LOUD = 1000.0  # a canary's gradient before clipping, in units of the clipping bound
-DEFAULT_CANARIES = {"gradients": 50_000, "images": 1_000}
+DEFAULT_CANARIES = {"gradients": 80_000, "images": 1_000}
 CANARIES_PER_GUESS = {"gradients": 250, "images": 10}
 
 
@@ -65,10 +65,10 @@ class AuditArguments:
     noise_multiplicity: int = option("K, draws averaged per unit before its one clip", 4)
     secure_noise: bool = option("draw from the operating system's cryptographic generator", False)
     learning_rate: float = option("AdamW's learning rate", 1e-3)
-    train_batch_size: int = option("units per forward pass", 64)
+    train_batch_size: int = option("units per forward pass", 128)
     num_images: int = option("ordinary training images beside the canaries", 300)
     canaries: str = option("what the canaries are", "gradients", choices=["gradients", "images"])
-    num_canaries: int | None = option("default: 50,000 gradients, or 1,000 images", None)
+    num_canaries: int | None = option("default: 80,000 gradients, or 1,000 images", None)
     confidence: float = option("probability that the bound is right", 0.95)
     mutant: str | None = option("break the loop this way", None, choices=list(MUTANTS))
     mutants: bool = option("run the real loop, then every mutant, and print a table", False)

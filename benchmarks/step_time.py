@@ -4,10 +4,10 @@
     python benchmarks/step_time.py --shape sd15 --method lora --rounds 3     # minutes, 10 GB
     python benchmarks/step_time.py --shape tiny --method all --json
 
-Every round times, in turn: an ordinary step; ours (per-unit gradients, clipping, noise); Opacus'
-hooks, which clip the mean of each unit's K copies as we do; and Opacus' ghost clipping, where it
-runs and K is 1. Same model, micro-batch, K and precision. Medians of the rounds, after one that
-does not count; peak memory of each kind is that of a process of its own.
+Every round times, in turn: an ordinary step; ours (per-unit gradients, clipping, noise), also with
+--secure_noise; Opacus' hooks, which clip the mean of each unit's K copies as we do; and Opacus'
+ghost clipping, where it runs and K is 1. Same model, micro-batch, K and precision. Medians of the
+rounds, after one that does not count; peak memory of each kind is that of a process of its own.
 
 Shapes: `tiny` is the digits model of examples/digits; `sd15` the U-Net of Stable Diffusion 1.5 with
 random weights, on 32 x 32 latents.
@@ -35,7 +35,7 @@ from peft import LoraConfig
 
 from utils.accounting import PrivacyPlan
 from utils.dp_sgd import add_noise_once
-from utils.entropy import SecretRandomness
+from utils.entropy import SecretRandomness, SecureRandomness
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import DEFAULT_TARGETS, denoising_loss, resolve_targets
 from utils.training import clipped_gradient_sum
@@ -45,7 +45,7 @@ SHAPES = {
     "tiny": {"units": 32, "draws": 4, "side": 8},
     "sd15": {"units": 4, "draws": 1, "side": 32},
 }
-KINDS = ["nonprivate", "private", "opacus_hooks", "opacus_ghost"]
+KINDS = ["nonprivate", "private", "private_secure_noise", "opacus_hooks", "opacus_ghost"]
 
 
 def build_unet(shape: str) -> UNet2DConditionModel:
@@ -91,7 +91,7 @@ class Bench:
         self.losses(self.unet).mean().backward()
         self._update()
 
-    def private(self):
+    def private(self, randomness: SecretRandomness | None = None):
         def unit_losses(indices):
             return self.losses(self.unet).view(self.units, self.draws).mean(1)
 
@@ -99,8 +99,12 @@ class Bench:
         total = clipped_gradient_sum(
             self.accelerator, self.engine, unit_losses, everyone, self.plan, self.units
         )
-        self.engine.assign(add_noise_once(total, self.plan, self.randomness, self.accelerator))
+        source = randomness or self.randomness
+        self.engine.assign(add_noise_once(total, self.plan, source, self.accelerator))
         self._update()
+
+    def private_secure_noise(self):
+        self.private(SecureRandomness())
 
     def opacus_hooks(self):
         model = GradSampleModule(self.unet, loss_reduction="sum", strict=False)

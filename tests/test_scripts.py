@@ -14,7 +14,7 @@ from datasets import load_dataset
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from tests.conftest import CAPTION, read_json, train_arguments
+from tests.conftest import BUDGET, CAPTION, read_json, train_arguments
 from utils.accounting import pld_epsilon
 
 
@@ -202,6 +202,10 @@ MISTAKES = [
     (["--pretrained_model_name_or_path", "no/such/model"], "cannot load a pipeline"),
     (["--train_batch_size", "0"], "at least 1"),
     (["--report_to", "telegraph"], "telegraph"),
+    (["--noise_multiplicity", "0"], "at least 1"),
+    (["--privacy_unit_column", "patient"], "there is no such column"),
+    (["--secure_noise", "--debug_noise_seed", "1"], "exclude each other"),
+    (["--mixed_precision", "fp16"], "invalid choice"),
     (["--config", "no.yaml"], "no such file"),
 ]
 
@@ -223,7 +227,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
         run_script(train_dp_lora.main)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2
-    assert said.startswith("error: ") and words in said
+    assert "error: " in said and words in said
     assert not list(tmp_path.rglob("*.safetensors"))
     assert (occupied / "privacy.json").read_text() == "{}"
 
@@ -254,6 +258,42 @@ def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_f
     assert run.returncode == 2 and "row 3 cannot be read" in run.stderr
 
 
+@pytest.fixture
+def patients(image_folder, tmp_path):
+    """The 40 images as those of 12 patients: one has one image, one has many."""
+    folder = tmp_path / "patients"
+    folder.mkdir()
+    lines = []
+    for index, path in enumerate(sorted(image_folder.rglob("*.png"))):
+        name, patient = f"{index}.png", f"p{min(index // 2, 11) if index else 'first'}"
+        shutil.copy(path, folder / name)
+        lines.append({"file_name": name, "text": "the digit 1", "patient": patient})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_patients_are_units(run_script, tiny_base, patients, tmp_path):
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", patients]
+    arguments += ["--caption_column", "text", "--privacy_unit_column", "patient", *BUDGET]
+    arguments += ["--expected_batch_size", 6, "--max_train_steps", 2, "--noise_multiplicity", 3]
+    arguments += ["--num_validation_images", 1, "--clipping", "automatic", "--secure_noise"]
+    run = run_script("train_dp_lora.py", *arguments, "--output_dir", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    assert statement["num_units"] == 13 and statement["privacy_unit"] == "all images of one patient"
+    assert statement["events"][0]["sampling_rate"] == pytest.approx(6 / 13)
+    assert statement["events"][0]["clipping"] == "automatic"
+    assert "13 private units" in (tmp_path / "run" / "README.md").read_text()
+
+    lines = (patients / "metadata.jsonl").read_text().splitlines()
+    nobody = json.loads(lines[5]) | {"patient": None}
+    (patients / "metadata.jsonl").write_text(
+        "\n".join([*lines[:5], json.dumps(nobody), *lines[6:]])
+    )
+    run = run_script("train_dp_lora.py", *arguments, "--output_dir", tmp_path / "again")
+    assert run.returncode == 2 and "1 row(s) have no value" in run.stderr
+
+
 def test_the_command_line_wins_over_the_config(run_script, tiny_base, image_folder, tmp_path):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
     config = tmp_path / "run.yaml"
@@ -273,7 +313,9 @@ def test_reproducible_noise_is_stamped_not_private(run_script, tiny_base, image_
     assert "NOT PRIVATE" in (tmp_path / "run" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("script", ["train_dp_lora", "pretrain_ldm", "sample", "evaluate", "audit_privacy"])
+@pytest.mark.parametrize(
+    "script", ["train_dp_lora", "pretrain_ldm", "sample", "evaluate", "audit_privacy"]
+)
 def test_help_teaches(run_script, script):
     run = run_script(f"{script}.py", "--help")
     assert run.returncode == 0
