@@ -57,6 +57,11 @@ class LoraArguments:
     rank: int = option("rank of the adapter", 8)
     lora_alpha: int | None = option("scale of the adapter times its rank; default: the rank", None)
     target_modules: list[str] = option("layers to adapt, by suffix of their name", DEFAULT_TARGETS)
+    freeze_lora_a: bool = option(
+        "train B only, and leave A at its random start: fewer weights, so less noise in all "
+        "(FFA-LoRA, Sun et al. 2024)",
+        False,
+    )
 
 
 def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
@@ -74,6 +79,10 @@ def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
             r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
         )
     )
+    if args.freeze_lora_a:
+        for name, parameter in pipeline.unet.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
 
 
 def save_lora(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:

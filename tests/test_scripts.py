@@ -120,6 +120,26 @@ def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, 
     assert np.abs(without - ours).max() > 1e-2
 
 
+def test_a_frozen_a_stays_where_it_was_and_is_exported(tiny_base, tmp_path):
+    from train_dp_lora import LoraArguments, add_lora, save_lora
+    from utils.per_unit_gradients import PerUnitGradients
+    from utils.pipelines import load_adapter, load_pipeline
+
+    pipeline = load_pipeline(str(tiny_base))
+    add_lora(pipeline, LoraArguments(rank=4, freeze_lora_a=True))
+    assert all("lora_B" in name for name in PerUnitGradients(pipeline.unet).names)
+    save_lora(pipeline, tmp_path / "adapter")
+    again = load_pipeline(str(tiny_base))
+    load_adapter(again, str(tmp_path / "adapter"))
+    before, after = (
+        {n.split(".lora_A")[0]: p for n, p in unet.named_parameters() if ".lora_A." in n}
+        for unet in (pipeline.unet, again.unet)
+    )
+    assert before and before.keys() == after.keys()
+    for name, parameter in before.items():
+        torch.testing.assert_close(after[name], parameter)
+
+
 def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_path):
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
     arguments += ["--autoencoder_channels", 8, 16, "--unet_channels", 8, 16, "--text_width", 16]
