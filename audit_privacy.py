@@ -40,6 +40,7 @@ from utils.data import PrivateSet, captions_of, keep_readable, load_rows, units_
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import secret_randomness, training_resolution
 from utils.hub import write_durably
+from utils.latents import Objective
 from utils.mutants import MUTANTS, broken
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline
@@ -151,7 +152,7 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
     def losses_of(indices: torch.Tensor) -> torch.Tensor:
-        return world.losses(indices, plan.noise_multiplicity, randomness)
+        return world.losses(indices, Objective(plan.noise_multiplicity), randomness)
 
     with broken(mutant):
         train_privately(

@@ -25,29 +25,10 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from utils.accounting import privacy_statement
-from utils.arguments import (
-    DataArguments,
-    ModelArguments,
-    PrivacyArguments,
-    TrainingArguments,
-    option,
-    parse,
-)
+from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
-from utils.fine_tuning import (
-    describe,
-    fine_tune,
-    read_and_plan,
-    rehearse,
-    save_samples,
-    secret_randomness,
-    start,
-    training_resolution,
-)
-from utils.hub import write_lora_card, write_statement
-from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import DEFAULT_TARGETS, load_pipeline, resolve_targets
+from utils.fine_tuning import ARGUMENTS, Method, run_method
+from utils.pipelines import DEFAULT_TARGETS, resolve_targets
 
 
 @dataclass
@@ -94,56 +75,16 @@ def save_lora(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
     )
 
 
+USAGE = """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("this/adapter")"""
+
+
 def main():
-    model, data, privacy, lora, training = parse(
-        ModelArguments,
-        DataArguments,
-        PrivacyArguments,
-        LoraArguments,
-        TrainingArguments,
-        description=__doc__,
-    )
-    accelerator = start(training)
-
-    # Adapt the public model.
-    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
-    resolution = training_resolution(pipeline, data)
-    pipeline.to(accelerator.device)
-    add_lora(pipeline, lora)
-    if training.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    engine = PerUnitGradients(pipeline.unet)
-    unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
-    randomness = secret_randomness(privacy)
-
-    # Plan what will be spent.
-    private_set, plan, spent = read_and_plan(accelerator, data, privacy, training)
-    if privacy.dry_run:
-        units_at_once = min(training.train_batch_size, plan.num_units)
-        nbytes = unit_bytes * units_at_once
-        accelerator.print(describe(private_set, plan, spent, engine, nbytes))
-        return
-    accelerator.print(
-        f"{plan.num_units} private units ({private_set.skipped} unreadable images, skipped), "
-        f"{engine.num_parameters:,} trainable parameters, noise multiplier "
-        f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
-        f"at delta {plan.delta:g}"
-    )
-
-    # Train by DP-SGD.
-    fine_tune(accelerator, pipeline, engine, private_set, plan, resolution, training, randomness)
-
-    # Publish: the statement before the weights that it accounts for.
-    if accelerator.is_main_process:
-        output_dir = Path(training.output_dir)
-        statement = privacy_statement(plan, randomness.is_private, spent)
-        write_statement(statement, output_dir)
-        save_lora(pipeline, output_dir)
-        prompt = training.validation_prompt[0]
-        write_lora_card(model.pretrained_model_name_or_path, statement, prompt, output_dir)
-        save_samples(pipeline, training)
-        print(f"saved the adapter, privacy.json, README.md and samples/ in {output_dir}")
-    accelerator.end_training()
+    *arguments, lora = parse(*ARGUMENTS, LoraArguments, description=__doc__)
+    method = Method("dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE)
+    run_method(method, *arguments)
 
 
 if __name__ == "__main__":

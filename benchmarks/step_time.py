@@ -36,8 +36,9 @@ from peft import LoraConfig
 from utils.accounting import PrivacyPlan
 from utils.dp_sgd import add_noise_once
 from utils.entropy import SecretRandomness, SecureRandomness
+from utils.loda import LoDAConfig
 from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import DEFAULT_TARGETS, denoising_loss, resolve_targets
+from utils.pipelines import ALL_TARGETS, DEFAULT_TARGETS, denoising_loss, resolve_targets
 from utils.training import clipped_gradient_sum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,9 @@ class Bench:
         if args.method == "lora":
             targets = resolve_targets(self.unet, DEFAULT_TARGETS)
             self.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+        elif args.method == "loda":
+            targets = resolve_targets(self.unet, ALL_TARGETS)
+            self.unet.add_adapter(LoDAConfig(r=4, target_modules=targets))
         elif args.method == "attention":
             for name, parameter in self.unet.named_parameters():
                 parameter.requires_grad_("attentions." in name)
@@ -190,7 +194,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
-    parser.add_argument("--method", choices=["lora", "attention", "all"], default="lora")
+    parser.add_argument("--method", choices=["lora", "loda", "attention", "all"], default="lora")
     parser.add_argument("--units", type=int, help="units in the micro-batch")
     parser.add_argument("--draws", type=int, help="K")
     parser.add_argument("--side", type=int, help="height and width of the latents")

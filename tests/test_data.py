@@ -1,12 +1,14 @@
 """Rows to images and captions."""
 
+import pytest
 import torch
 from PIL import Image as PILImage
 
 from tests.conftest import build_tiny_pipeline
 from utils.data import PrivateSet, captions_of, load_rows, pixels_of
 from utils.entropy import SecretRandomness
-from utils.latents import encode_units, unit_losses
+from utils.latents import Objective, encode_units, unit_losses
+from utils.pipelines import snr_weights
 
 
 def test_image_folder_saved_dataset_and_parquet_are_read_alike(image_folder, tmp_path):
@@ -47,8 +49,35 @@ def test_a_units_loss_depends_on_its_own_image_only(image_folder, tmp_path):
     pipeline, units = encoded(image_folder, tmp_path, flip=False)
     units.latents[4] = float("nan")
     randomness = SecretRandomness(debug_seed=1)
-    losses = unit_losses(pipeline, units, torch.tensor([7, 4, 30]), 3, randomness)
+    losses = unit_losses(pipeline, units, torch.tensor([7, 4, 30]), Objective(3), randomness)
     assert losses.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "high_noise"])
+def test_timesteps_follow_their_distribution(sampling):
+    """Ten equal cells, each within 6.5 standard deviations: false alarms below 1e-8."""
+    timesteps = Objective(3, sampling).timesteps(20_000, 1000, SecretRandomness()).flatten()
+    assert 0 <= timesteps.min() and timesteps.max() <= 999
+    edges = torch.linspace(0, 1, 11, dtype=torch.float64)
+    cumulative = {
+        "uniform": edges,
+        "logit_normal": torch.special.ndtr(edges.logit()),
+        "high_noise": edges.square(),
+    }[sampling]
+    share = cumulative.diff()
+    counts = (timesteps // 100).bincount(minlength=10).double()
+    deviation = (60_000 * share * (1 - share)).sqrt()
+    assert ((counts - 60_000 * share).abs() < 6.5 * deviation + 1).all()
+
+
+def test_min_snr_weights_of_both_predictions():
+    for prediction, divisor in (("epsilon", 0.0), ("v_prediction", 1.0)):
+        scheduler = build_tiny_pipeline(prediction).scheduler
+        steps = torch.tensor([1, 500, 998])
+        alphas = scheduler.alphas_cumprod[steps]
+        snr = alphas / (1 - alphas)
+        expected = snr.clamp(max=5) / (snr + divisor)
+        torch.testing.assert_close(snr_weights(scheduler, steps, 5.0), expected)
 
 
 def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
@@ -63,7 +92,7 @@ def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
 
     monkeypatch.setattr("utils.latents.denoising_loss", keep)
     for _ in range(100):
-        unit_losses(pipeline, units, torch.arange(40), 4, SecretRandomness())
+        unit_losses(pipeline, units, torch.arange(40), Objective(4), SecretRandomness())
     timesteps = torch.cat(seen)
     assert (timesteps.sort(1).values // 250 == torch.arange(4)).all()
     # Each draw sees each part equally often: 6.5 standard deviations, false alarms below 1e-8.

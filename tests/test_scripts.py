@@ -77,6 +77,50 @@ def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, t
     assert 0 <= metrics["value"] <= 1 and metrics["covered_by_epsilon"] is False
 
 
+LODA_FILES = {"adapter_config.json", "adapter_model.safetensors", "loda.py", "pipeline.py"}
+OTHER_METHODS = [
+    ("train_dp_loda.py", ["--rank", 2, "--ema_decay", 0.9], LODA_FILES),
+    ("train_dp_ldm.py", ["--optimizer", "adam_bc", "--timestep_sampling", "high_noise"], {"unet"}),
+    ("train_dp_ldm.py", ["--trainable", "all", "--optimizer", "sgd", "--snr_gamma", 5], {"unet"}),
+]
+
+
+@pytest.mark.parametrize("script, more, files", OTHER_METHODS)
+def test_every_method_trains_and_what_it_leaves_can_be_sampled(
+    run_script, tiny_base, image_folder, tmp_path, script, more, files
+):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
+    run = run_script(script, *arguments, launch=True)
+    assert run.returncode == 0, run.stderr
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert there == files | {"privacy.json", "README.md", "samples", "private"}
+    assert read_json(tmp_path / "run" / "privacy.json")["private"] is True
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--adapter", tmp_path / "run"]
+    arguments += ["--prompts", "the digit 3", "--num_images", 2, "--num_inference_steps", 2]
+    run = run_script("sample.py", *arguments, "--output_dir", tmp_path / "images")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "images" / "000001.png").exists()
+
+
+def test_attention_blocks_are_chosen_by_name(tiny_base):
+    from train_dp_ldm import LdmArguments, unfreeze
+    from utils.errors import UsageError
+    from utils.per_unit_gradients import PerUnitGradients
+    from utils.pipelines import load_pipeline
+
+    sizes = {}
+    for blocks in (None, ["mid_block"], ["down_blocks.0", "up_blocks.1"]):
+        pipeline = load_pipeline(str(tiny_base))
+        unfreeze(pipeline, LdmArguments(trainable_blocks=blocks))
+        engine = PerUnitGradients(pipeline.unet)
+        assert all(".attentions." in name for name in engine.names)
+        assert all(name.startswith(tuple(blocks or [""])) for name in engine.names)
+        sizes[str(blocks)] = engine.num_parameters
+    assert len(set(sizes.values())) == 3 and max(sizes.values()) == sizes["None"]
+    with pytest.raises(UsageError, match="there are: down_blocks.0"):
+        unfreeze(load_pipeline(str(tiny_base)), LdmArguments(trainable_blocks=["down_block"]))
+
+
 PLAIN_DIFFUSERS = """
 import sys
 import numpy as np, torch
@@ -334,7 +378,16 @@ def test_reproducible_noise_is_stamped_not_private(run_script, tiny_base, image_
 
 
 @pytest.mark.parametrize(
-    "script", ["train_dp_lora", "pretrain_ldm", "sample", "evaluate", "audit_privacy"]
+    "script",
+    [
+        "train_dp_lora",
+        "train_dp_loda",
+        "train_dp_ldm",
+        "pretrain_ldm",
+        "sample",
+        "evaluate",
+        "audit_privacy",
+    ],
 )
 def test_help_teaches(run_script, script):
     run = run_script(f"{script}.py", "--help")

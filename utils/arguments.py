@@ -95,13 +95,28 @@ class TrainingArguments:
     """The optimizer and the run."""
 
     output_dir: str = option("where the adapter, the statement, the card and the samples go")
+    optimizer: str = option(
+        "adamw, sgd, or adam_bc, whose second moment is corrected for the noise",
+        "adamw",
+        choices=["adamw", "sgd", "adam_bc"],
+    )
     learning_rate: float = option("peak learning rate", 1e-3)
     lr_scheduler: str = option("learning rate schedule", "constant", choices=SCHEDULES)
     lr_warmup_steps: int = option("steps of warm-up", 0)
-    adam_beta1: float = option("AdamW's beta1", 0.9)
+    adam_beta1: float = option("AdamW's beta1; the momentum of sgd", 0.9)
     adam_beta2: float = option("AdamW's beta2", 0.999)
     adam_weight_decay: float = option("AdamW's weight decay", 0.01)
     adam_epsilon: float = option("AdamW's epsilon", 1e-8)
+    ema_decay: float = option(
+        "publish an exponential moving average of the weights, which costs no privacy; 0: the last",
+        0.0,
+    )
+    timestep_sampling: str = option(
+        "which noise levels to train on: all alike, the middle, or the noisy end",
+        "uniform",
+        choices=["uniform", "logit_normal", "high_noise"],
+    )
+    snr_gamma: float | None = option("min-SNR weighting of the loss, such as 5", None)
     max_train_steps: int = option("private steps, empty batches included", 100)
     train_batch_size: int = option(
         "units per forward pass; changes speed and memory, never the result", 32

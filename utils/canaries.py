@@ -17,7 +17,7 @@ from utils.accounting import PrivacyPlan
 from utils.auditing import log_likelihood_ratio, spread
 from utils.data import PrivateSet
 from utils.entropy import SecretRandomness
-from utils.latents import encode_units, unit_losses
+from utils.latents import Objective, encode_units, unit_losses
 from utils.pipelines import denoising_loss
 
 
@@ -46,12 +46,12 @@ class GradientCanaries:
         self.trained = nn.ModuleList([self.pipeline.unet, self.bank])
         self.seen: list[torch.Tensor] = []
 
-    def losses(self, indices: torch.Tensor, draws: int, randomness: SecretRandomness):
+    def losses(self, indices: torch.Tensor, objective: Objective, randomness: SecretRandomness):
         """The real loss of ordinary units; for a canary, a multiple of its own weight: [U]."""
         ordinary = indices < self.num_ordinary
         if ordinary.any():  # canaries among them borrow an image, and ignore its loss
             image = indices.where(ordinary, torch.zeros_like(indices))
-            losses = unit_losses(self.pipeline, self.units, image, draws, randomness)
+            losses = unit_losses(self.pipeline, self.units, image, objective, randomness)
         else:
             losses = self._blank_losses(len(indices))
         chosen = torch.zeros(len(indices), self.bank.in_features, device=losses.device)
@@ -101,10 +101,10 @@ class ImageCanaries:
         self.trained = pipeline.unet
         self.before = self._canary_losses()
 
-    def losses(self, indices: torch.Tensor, draws: int, randomness: SecretRandomness):
+    def losses(self, indices: torch.Tensor, objective: Objective, randomness: SecretRandomness):
         """The real loss of ordinary images and canaries alike: [U]."""
         who = torch.cat([torch.arange(self.num_ordinary), self.num_ordinary + self.present])
-        return unit_losses(self.pipeline, self.units, who[indices], draws, randomness)
+        return unit_losses(self.pipeline, self.units, who[indices], objective, randomness)
 
     @torch.no_grad()
     def _canary_losses(self) -> torch.Tensor:
@@ -112,7 +112,7 @@ class ImageCanaries:
         randomness = SecretRandomness(debug_seed=0)  # the attacker's own
         everyone = self.num_ordinary + torch.arange(len(self.included))
         parts = [
-            unit_losses(self.pipeline, self.units, part, 16, randomness).cpu()
+            unit_losses(self.pipeline, self.units, part, Objective(16), randomness).cpu()
             for part in everyone.split(64)
         ]
         return torch.cat(parts)

@@ -1,6 +1,8 @@
-"""What every private training script does around the loop: read, plan, fine-tune, publish."""
+"""The story that every private training script tells: load, adapt, plan, fine-tune, publish."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,18 +10,100 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 
-from utils.accounting import PrivacyPlan, Spent, account, make_plan, plan_summary
-from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
+from utils.accounting import (
+    PrivacyPlan,
+    Spent,
+    account,
+    make_plan,
+    plan_summary,
+    privacy_statement,
+)
+from utils.arguments import DataArguments, ModelArguments, PrivacyArguments, TrainingArguments
 from utils.data import PrivateSet, captions_of, keep_readable, load_rows, units_of
 from utils.entropy import SecretRandomness, SecureRandomness
 from utils.errors import UsageError
 from utils.generation import generate, image_grid, use_dpm_solver
-from utils.hub import claim_output_dir
-from utils.latents import encode_units, unit_losses
+from utils.hub import claim_output_dir, write_card, write_statement
+from utils.latents import Objective, encode_units, unit_losses
+from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import check_resolution, denoising_loss
+from utils.pipelines import check_resolution, denoising_loss, load_pipeline
 from utils.training import train_privately
+
+ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments)
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that tells one published method from another.
+
+    Attributes:
+        name: its tag on the model card.
+        adapt: makes some weights of a frozen pipeline's U-Net trainable.
+        export: saves those weights to a folder.
+        usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
+    """
+
+    name: str
+    adapt: Callable[[StableDiffusionPipeline], None]
+    export: Callable[[StableDiffusionPipeline, Path], None]
+    usage: str
+
+
+def run_method(
+    method: Method,
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> None:
+    """Fine-tune a public pipeline on private images, and publish the result.
+
+    Raises:
+        UsageError: bad input of any kind, before anything is trained.
+    """
+    accelerator = start(training)
+    randomness = secret_randomness(privacy)
+
+    # Adapt the public model.
+    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    resolution = training_resolution(pipeline, data)
+    pipeline.to(accelerator.device)
+    method.adapt(pipeline)
+    if training.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    engine = PerUnitGradients(pipeline.unet)
+    unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
+
+    # Plan what will be spent.
+    private_set, plan, spent = read_and_plan(accelerator, data, privacy, training)
+    if privacy.dry_run:
+        nbytes = unit_bytes * min(training.train_batch_size, plan.num_units)
+        accelerator.print(describe(private_set, plan, spent, engine, nbytes))
+        return
+    accelerator.print(
+        f"{plan.num_units} private units ({private_set.skipped} unreadable images, skipped), "
+        f"{engine.num_parameters:,} trainable parameters, noise multiplier "
+        f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
+        f"at delta {plan.delta:g}"
+    )
+
+    # Train by DP-SGD.
+    fine_tune(accelerator, pipeline, engine, private_set, plan, resolution, training, randomness)
+
+    # Publish: the statement before the weights that it accounts for.
+    if accelerator.is_main_process:
+        output_dir = Path(training.output_dir)
+        statement = privacy_statement(plan, randomness.is_private, spent)
+        write_statement(statement, output_dir)
+        method.export(pipeline, output_dir)
+        base, prompt = model.pretrained_model_name_or_path, training.validation_prompt[0]
+        write_card(base, statement, method.name, method.usage, prompt, output_dir)
+        save_samples(pipeline, training)
+        print(f"saved the weights, privacy.json, README.md and samples/ in {output_dir}")
+    accelerator.end_training()
 
 
 def start(training: TrainingArguments) -> Accelerator:
@@ -142,13 +226,11 @@ def fine_tune(
         training.random_flip,
         show_progress=accelerator.is_main_process,
     )
-    optimizer = torch.optim.AdamW(
-        engine.parameters,
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        weight_decay=training.adam_weight_decay,
-        eps=training.adam_epsilon,
-    )
+    optimizer = make_optimizer(training, engine.parameters, plan)
+    average = None
+    if training.ema_decay:
+        average = EMAModel(engine.parameters, decay=training.ema_decay)
+        optimizer.register_step_post_hook(lambda *_: average.step(engine.parameters))
     lr_scheduler = get_scheduler(
         training.lr_scheduler,
         optimizer,
@@ -158,8 +240,10 @@ def fine_tune(
     if training.report_to is not None:
         accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
 
+    objective = Objective(plan.noise_multiplicity, training.timestep_sampling, training.snr_gamma)
+
     def losses_of(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, plan.noise_multiplicity, randomness)
+        return unit_losses(pipeline, units, indices, objective, randomness)
 
     train_privately(
         accelerator,
@@ -171,6 +255,8 @@ def fine_tune(
         randomness,
         training.train_batch_size,
     )
+    if average is not None:
+        average.copy_to(engine.parameters)
 
 
 def training_resolution(pipeline: StableDiffusionPipeline, data: DataArguments) -> int:

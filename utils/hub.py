@@ -8,6 +8,13 @@ from huggingface_hub import ModelCardData
 
 from utils.errors import UsageError
 
+METHODS = {
+    "dp-lora": "DP-LoRA adapter",
+    "dp-loda": "DP-LoDA adapter",
+    "dp-ldm": "DP-LDM: a U-Net whose attention was fine-tuned with differential privacy",
+    "dp-diffusion": "DP-Diffusion: a U-Net fine-tuned with differential privacy",
+}
+
 
 def claim_output_dir(output_dir: str | Path) -> None:
     """Make the folder of a new run, with its `private/` (mode 0700).
@@ -68,32 +75,36 @@ def privacy_paragraph(statement: dict) -> str:
     )
 
 
-def write_lora_card(base_model: str, statement: dict, prompt: str, output_dir: Path) -> None:
-    """Write `README.md`, the model card of a LoRA adapter."""
+def write_card(
+    base_model: str, statement: dict, method: str, usage: str, prompt: str, output_dir: Path
+) -> None:
+    """Write `README.md`, the model card.
+
+    Args:
+        method: the tag of the method, such as dp-lora.
+        usage: Python that makes `pipeline`; `{base}` stands for the base model.
+    """
     is_folder = Path(base_model).exists()
     data = ModelCardData(
         base_model=None if is_folder else base_model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["lora", "diffusers", "text-to-image", "differential-privacy", "dp-lora"],
+        tags=["diffusers", "text-to-image", "differential-privacy", method],
     )
     shown = Path(base_model).name if is_folder else base_model
     text = f"""---
 {data.to_yaml()}
 ---
 
-# DP-LoRA adapter for {shown}
+# {METHODS[method]}, from {shown}
 
 {privacy_paragraph(statement)}
 
 ```python
-from diffusers import StableDiffusionPipeline
-
-pipeline = StableDiffusionPipeline.from_pretrained("{shown}")
-pipeline.load_lora_weights("this/adapter")
+{usage.format(base=shown)}
 image = pipeline({prompt!r}).images[0]
 ```
 
-The images in `samples/` were drawn from this adapter. Sampling costs no further privacy.
+The images in `samples/` were drawn from this model. Sampling costs no further privacy.
 """
     write_durably(output_dir / "README.md", text)

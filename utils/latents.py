@@ -8,7 +8,39 @@ from tqdm import tqdm
 
 from utils.data import PrivateSet, pixel_batches, to_unit_range
 from utils.entropy import SecretRandomness
-from utils.pipelines import denoising_loss, encode_captions
+from utils.pipelines import denoising_loss, encode_captions, snr_weights
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a unit's loss is drawn.
+
+    Attributes:
+        draws: K, noise multiplicity.
+        timestep_sampling: `uniform`; `logit_normal`, which favours the middle (Esser et al. 2024,
+            section 3.1); or `high_noise`, proportional to the timestep (large noise decides an
+            image's layout).
+        snr_gamma: of min-SNR weighting; None for none.
+    """
+
+    draws: int = 1
+    timestep_sampling: str = "uniform"
+    snr_gamma: float | None = None
+
+    def timesteps(self, units: int, total: int, randomness: SecretRandomness) -> torch.Tensor:
+        """K timesteps for each unit, stratified: [units, K], integers below `total`.
+
+        The distribution's quantiles are cut in K equal parts, and each draw has one of them, so
+        that a unit's average varies less; which draw gets which part is random.
+        """
+        turn = (randomness.uniform((units, 1)) * self.draws).long()
+        part = (torch.arange(self.draws) + turn) % self.draws
+        quantile = (part + randomness.uniform(part.shape)) / self.draws
+        if self.timestep_sampling == "logit_normal":
+            quantile = torch.special.ndtri(quantile).sigmoid()
+        elif self.timestep_sampling == "high_noise":
+            quantile = quantile.sqrt()
+        return (quantile * total).long().clamp_max(total - 1)
 
 
 @dataclass(frozen=True)
@@ -82,24 +114,24 @@ def unit_losses(
     pipeline: StableDiffusionPipeline,
     units: EncodedUnits,
     indices: torch.Tensor,
-    draws: int,
+    objective: Objective,
     randomness: SecretRandomness,
 ) -> torch.Tensor:
     """The denoising loss of each unit, averaged over its K draws: [U].
 
-    A draw is one of the unit's images, noise, a timestep and a flip. The timesteps of a unit are
-    stratified: one from each of K equal parts, so that their average varies less; which draw gets
-    which part is random. A unit's draws are contiguous in the batch, as the engine requires.
+    A draw is one of the unit's images, noise, a timestep and a flip. A unit's draws are contiguous
+    in the batch, as the engine requires.
     """
-    rows = units.draw_rows(indices, draws, randomness).flatten()
+    scheduler = pipeline.scheduler
+    rows = units.draw_rows(indices, objective.draws, randomness).flatten()
     flips = (randomness.uniform(rows.shape) * units.latents.shape[1]).long()
-    turn = (randomness.uniform((len(indices), 1)) * draws).long()
-    part = (torch.arange(draws) + turn) % draws
-    share = pipeline.scheduler.config.num_train_timesteps / draws
-    timesteps = ((part + randomness.uniform(part.shape)) * share).long().flatten()
+    total = scheduler.config.num_train_timesteps
+    timesteps = objective.timesteps(len(indices), total, randomness).flatten()
     latents = units.latents[rows, flips]
     noise = randomness.normal(latents.shape)
     embeddings = units.embeddings[units.caption_rows[rows]]
     inputs = [tensor.to(pipeline.device) for tensor in (latents, embeddings, noise, timesteps)]
-    losses = denoising_loss(pipeline.unet, pipeline.scheduler, *inputs)
-    return losses.view(len(indices), draws).mean(1)
+    losses = denoising_loss(pipeline.unet, scheduler, *inputs)
+    if objective.snr_gamma is not None:
+        losses = losses * snr_weights(scheduler, inputs[-1], objective.snr_gamma)
+    return losses.view(len(indices), objective.draws).mean(1)

@@ -1,4 +1,4 @@
-"""Low-dimensional adaptation (LoDA) as a PEFT tuner, in one file that needs torch and peft only.
+"""Low-dimensional adaptation (LoDA) as a PEFT tuner, in one file that needs nothing but peft.
 
 Beside a frozen layer runs B(activation(A(x))): A is like the layer, with r output channels; B goes
 back to the layer's outputs (1 x 1 for a convolution) and starts at zero, so nothing changes yet.
@@ -15,13 +15,21 @@ Between A and B the activation bends, so the adapter cannot be merged into the f
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from peft import mapping
+from peft import inject_adapter_in_model, mapping
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 from torch import nn
 
 ACTIVATIONS = ("leaky_relu", "gelu", "identity")
@@ -155,6 +163,46 @@ class LoDAModel(BaseTuner):
 
     def _check_merge_allowed(self):
         raise ValueError(NO_MERGE)
+
+
+def save_loda(model: nn.Module, folder: str, adapter_name: str = "default") -> None:
+    """Write adapter_config.json and adapter_model.safetensors of a model with an injected LoDA."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    contiguous = {f"base_model.model.{k}": v.contiguous().cpu() for k, v in state.items()}
+    save_file(contiguous, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    config = copy.copy(model.peft_config[adapter_name])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def load_loda(model: nn.Module, name_or_path: str, adapter_name: str = "default") -> None:
+    """Put a saved LoDA beside the layers of a model, such as a diffusers U-Net.
+
+    Args:
+        name_or_path: folder or Hub id with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ValueError: it is not a LoDA, or was made for another model or with another r.
+    """
+    config = PeftConfig.from_pretrained(name_or_path)
+    if not isinstance(config, LoDAConfig):
+        raise ValueError(f"{name_or_path} holds a {config.peft_type} adapter, not a LoDA")
+    weights = load_peft_weights(name_or_path, device="cpu")
+    try:
+        inject_adapter_in_model(config, model, adapter_name)
+        outcome = set_peft_model_state_dict(model, weights, adapter_name)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"the LoDA in {name_or_path} does not fit this model (r = {config.r}): {reason}"
+        ) from error
+    missing = [key for key in outcome.missing_keys if "loda_" in key]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(
+            f"the LoDA in {name_or_path} was made for another model: {len(missing)} of its layers "
+            f"have no weights, {len(outcome.unexpected_keys)} weights have no layer"
+        )
+    model._hf_peft_config_loaded = True  # diffusers: there are adapters to enable and disable
 
 
 # peft registers the methods in its enum only; these mappings take any name.

@@ -2,17 +2,23 @@
 
 import difflib
 import re
+from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from utils.errors import UsageError
+from utils.loda import load_loda
 
 # peft matches by suffix: "to_out.0" is the Linear inside the ModuleList `to_out`.
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PROJECTION_TARGETS = ["proj_in", "proj_out"]
 DEFAULT_TARGETS = ATTENTION_TARGETS + PROJECTION_TARGETS
+ALL_TARGETS = [*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+ADAPTER_FILES = ["*.json", "*.safetensors", "unet/*"]
 
 
 def load_pipeline(name_or_path: str, revision: str | None = None) -> StableDiffusionPipeline:
@@ -38,15 +44,39 @@ def load_pipeline(name_or_path: str, revision: str | None = None) -> StableDiffu
 
 
 def load_adapter(pipeline: StableDiffusionPipeline, adapter: str) -> None:
-    """Load a LoRA adapter into the pipeline, from a folder or the Hub.
+    """Load what a training script published, from a folder or the Hub, whichever kind it is: LoRA,
+    LoDA, or a whole fine-tuned U-Net.
 
     Raises:
-        UsageError: it is not there, or it does not fit this model.
+        UsageError: it is not there, it is none of these, or it does not fit this model.
     """
     try:
-        pipeline.load_lora_weights(adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        kind, folder = _adapter_kind(adapter)
+        if kind == "lora":
+            pipeline.load_lora_weights(folder)
+        elif kind == "loda":
+            load_loda(pipeline.unet, folder)
+        else:
+            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+            if unet.config.cross_attention_dim != pipeline.unet.config.cross_attention_dim:
+                raise ValueError("its U-Net takes text of another width")
+            pipeline.unet = unet.eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(f"cannot load the adapter '{adapter}' into this model: {error}") from error
+
+
+def _adapter_kind(adapter: str) -> tuple[str, str]:
+    """What was published, and the local folder that it is in."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
+    if (folder / "pytorch_lora_weights.safetensors").exists():
+        return "lora", str(folder)
+    if (folder / "adapter_config.json").exists():
+        return "loda", str(folder)
+    if (folder / "unet" / "config.json").exists():
+        return "unet", str(folder)
+    raise ValueError("it holds no LoRA, no LoDA and no unet/")
 
 
 def check_resolution(pipeline: StableDiffusionPipeline, resolution: int) -> None:
@@ -95,6 +125,13 @@ def encode_captions(tokenizer, captions: list[str]) -> torch.Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def snr_weights(scheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR weights of the loss: [batch]. Hang et al. 2023, section 3.4."""
+    snr = compute_snr(scheduler, timesteps)
+    bound = snr.clamp(max=gamma)
+    return bound / (snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr)
 
 
 def denoising_loss(unet, scheduler, latents, embeddings, noise, timesteps) -> torch.Tensor:

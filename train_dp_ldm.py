@@ -1,0 +1,85 @@
+"""DP-LDM and DP-Diffusion: fine-tune a diffusion model's own weights by DP-SGD.
+
+    accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml
+
+    # only the attention of the second down block and of the middle
+    accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml \\
+        --trainable_blocks down_blocks.1 mid_block
+
+    # DP-Diffusion: every weight of the U-Net
+    accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml --trainable all
+
+Attention modules only (Liu et al. 2023, "Differentially private latent diffusion models"), or all
+(Ghalebikesabi et al. 2023). Writes the whole U-Net to unet/, which
+`UNet2DConditionModel.from_pretrained` loads, the privacy statement, a model card and samples.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+
+from utils.arguments import option, parse
+from utils.errors import UsageError, run_script
+from utils.fine_tuning import ARGUMENTS, Method, run_method
+
+NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
+USAGE = """from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained("this/model", subfolder="unet")
+pipeline = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)"""
+
+
+@dataclass
+class LdmArguments:
+    """Which weights train."""
+
+    trainable: str = option(
+        "attention blocks (DP-LDM) or the whole U-Net (DP-Diffusion)",
+        "attention",
+        choices=["attention", "all"],
+    )
+    trainable_blocks: list[str] | None = option(
+        "only within these parts, such as down_blocks.1 or mid_block; default: everywhere", None
+    )
+
+
+def unfreeze(pipeline: StableDiffusionPipeline, args: LdmArguments) -> None:
+    """Make the chosen weights of the U-Net trainable.
+
+    Raises:
+        UsageError: a block that is not there, or that holds no attention.
+    """
+    unet, blocks = pipeline.unet, args.trainable_blocks or [""]
+    for block in blocks:
+        chosen = [
+            parameter
+            for name, parameter in unet.named_parameters()
+            if (not block or name.startswith(block + "."))
+            and (args.trainable == "all" or ".attentions." in name)
+        ]
+        if not chosen:
+            there = [n for n, _ in unet.named_modules() if n.count(".") == 1 and "_blocks" in n]
+            raise UsageError(
+                f"--trainable_blocks {block} holds no {args.trainable} weights; there are: "
+                f"{', '.join([*there, 'mid_block'])}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+
+
+def save_unet(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
+    """Save the whole U-Net, which plain diffusers loads."""
+    pipeline.unet.save_pretrained(output_dir / "unet")
+
+
+def main():
+    *arguments, args = parse(*ARGUMENTS, LdmArguments, description=__doc__)
+    method = Method(
+        NAMES[args.trainable], lambda pipeline: unfreeze(pipeline, args), save_unet, USAGE
+    )
+    run_method(method, *arguments)
+
+
+if __name__ == "__main__":
+    run_script(main)
