@@ -178,7 +178,7 @@ def test_with_identity_it_equals_a_lora_in_outputs_and_per_unit_gradients():
 
 def test_wrong_loads_fail_with_a_sentence(tiny_base, saved, tmp_path):
     pipeline = load_pipeline(str(tiny_base))
-    with pytest.raises(Exception, match="pytorch_lora_weights"):
+    with pytest.raises(Exception, match="Invalid LoRA checkpoint"):
         pipeline.load_lora_weights(str(saved[0]), local_files_only=True)
 
     other_rank = shutil.copytree(saved[0], tmp_path / "rank")
