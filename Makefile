@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style format base
+.PHONY: help demo test audit style format base
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: .venv/.installed  ## a private adapter for real handwritten digits, from n
 
 test: .venv/.installed  ## run the tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about 10 minutes)
+	$(BIN)/python audit_privacy.py --mutants
 
 style: .venv/.installed  ## check style and formatting
 	$(BIN)/ruff check .

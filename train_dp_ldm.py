@@ -18,16 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
+from utils.pipelines import trains_text
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
 USAGE = """from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 unet = UNet2DConditionModel.from_pretrained("this/model", subfolder="unet")
 pipeline = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)"""
+LORA_USAGE = """
+pipeline.load_lora_weights("this/model")  # of the text encoder"""
 
 
 @dataclass
@@ -42,6 +48,10 @@ class LdmArguments:
     trainable_blocks: list[str] | None = option(
         "only within these parts, such as down_blocks.1 or mid_block; default: everywhere", None
     )
+    train_text_encoder: bool = option(
+        "train the conditioning too: a LoRA on the text encoder, under the same clip", False
+    )
+    text_encoder_rank: int = option("rank of that LoRA", 4)
 
 
 def unfreeze(pipeline: StableDiffusionPipeline, args: LdmArguments) -> None:
@@ -66,17 +76,35 @@ def unfreeze(pipeline: StableDiffusionPipeline, args: LdmArguments) -> None:
             )
         for parameter in chosen:
             parameter.requires_grad_(True)
+    if args.train_text_encoder:
+        if args.text_encoder_rank < 1:
+            raise UsageError("--text_encoder_rank must be at least 1")
+        pipeline.text_encoder.add_adapter(
+            LoraConfig(
+                r=args.text_encoder_rank,
+                lora_alpha=args.text_encoder_rank,
+                init_lora_weights="gaussian",
+                target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
+            )
+        )
 
 
 def save_unet(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
-    """Save the whole U-Net, which plain diffusers loads."""
+    """Save the whole U-Net, which plain diffusers loads, and the text encoder's LoRA if any."""
     pipeline.unet.save_pretrained(output_dir / "unet")
+    if trains_text(pipeline):
+        StableDiffusionPipeline.save_lora_weights(
+            output_dir,
+            text_encoder_lora_layers=get_peft_model_state_dict(pipeline.text_encoder),
+            **_collate_lora_metadata({"text_encoder": pipeline.text_encoder}),
+        )
 
 
 def main():
     *arguments, args = parse(*ARGUMENTS, LdmArguments, description=__doc__)
+    usage = USAGE + (LORA_USAGE if args.train_text_encoder else "")
     method = Method(
-        NAMES[args.trainable], lambda pipeline: unfreeze(pipeline, args), save_unet, USAGE
+        NAMES[args.trainable], lambda pipeline: unfreeze(pipeline, args), save_unet, usage
     )
     run_method(method, *arguments)
 

@@ -26,7 +26,8 @@ def encoded(sizes: list[int], shuffle_seed: int | None = None) -> EncodedUnits:
     count = unit_of_row.bincount()
     latents = unit_of_row.float()[:, None, None, None, None].clone()
     order, first = unit_of_row.argsort(stable=True), count.cumsum(0) - count
-    return EncodedUnits(latents, torch.zeros(1, 2, 3), torch.zeros(1), order, first, count)
+    nothing = torch.zeros(1)
+    return EncodedUnits(latents, nothing, nothing, nothing, order, first, count)
 
 
 def test_rows_are_units_unless_a_column_says_otherwise():

@@ -82,6 +82,7 @@ OTHER_METHODS = [
     ("train_dp_loda.py", ["--rank", 2, "--ema_decay", 0.9], LODA_FILES),
     ("train_dp_ldm.py", ["--optimizer", "adam_bc", "--timestep_sampling", "high_noise"], {"unet"}),
     ("train_dp_ldm.py", ["--trainable", "all", "--optimizer", "sgd", "--snr_gamma", 5], {"unet"}),
+    ("train_dp_ldm.py", ["--train_text_encoder"], {"unet", "pytorch_lora_weights.safetensors"}),
 ]
 
 
@@ -100,6 +101,57 @@ def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     run = run_script("sample.py", *arguments, "--output_dir", tmp_path / "images")
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "images" / "000001.png").exists()
+
+
+def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
+    tiny_base, image_folder, tmp_path, accelerator
+):
+    """LoRA on the text encoder: its gradients are recorded, and what is saved draws the same."""
+    from tests.worlds import plan_of
+    from train_dp_ldm import LdmArguments, save_unet, unfreeze
+    from utils.data import PrivateSet, captions_of, load_rows
+    from utils.entropy import SecretRandomness
+    from utils.latents import Objective, encode_units, unit_losses
+    from utils.per_unit_gradients import PerUnitGradients
+    from utils.pipelines import load_adapter, load_pipeline, trained_modules
+    from utils.training import clipped_gradient_sum
+
+    pipeline = load_pipeline(str(tiny_base))
+    unfreeze(pipeline, LdmArguments(train_text_encoder=True))
+    torch.manual_seed(0)
+    for name, parameter in pipeline.text_encoder.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    engine = PerUnitGradients(trained_modules(pipeline))
+    assert any("text_encoder" in name for name in engine.names)
+    rows = load_rows(None, None, str(image_folder), "train", tmp_path / "cache")
+    captions = captions_of(rows, None, "label", "the digit {label}")
+    units = encode_units(pipeline, PrivateSet(rows, "image", captions, torch.arange(40), 0), 16)
+
+    def losses(indices):
+        return unit_losses(pipeline, units, indices, Objective(2), SecretRandomness(7))
+
+    plan = plan_of(max_grad_norm=0.01)
+    total = clipped_gradient_sum(
+        accelerator, engine, losses, torch.arange(3), plan, micro_batch_size=1
+    )
+    assert 0.0 < total.norm() <= 3 * 0.01
+    starts = torch.tensor([0, *[p.numel() for p in engine.parameters]]).cumsum(0)
+    text = [i for i, name in enumerate(engine.names) if "text_encoder" in name]
+    assert all(total[starts[i] : starts[i + 1]].abs().sum() > 0 for i in text)
+
+    def draw(pipeline):
+        latents = torch.ones(1, 4, 8, 8)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline("the digit 3", latents=latents, num_inference_steps=2, output_type="np")
+
+    (tmp_path / "saved").mkdir()
+    save_unet(pipeline, tmp_path / "saved")
+    again = load_pipeline(str(tiny_base))
+    plain = draw(again).images
+    load_adapter(again, str(tmp_path / "saved"))
+    assert np.abs(draw(again).images - draw(pipeline).images).max() <= 1e-4
+    assert np.abs(draw(again).images - plain).max() > 1e-4
 
 
 def test_attention_blocks_are_chosen_by_name(tiny_base):

@@ -29,7 +29,13 @@ from utils.hub import claim_output_dir, write_card, write_statement
 from utils.latents import Objective, encode_units, unit_losses
 from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import check_resolution, denoising_loss, load_pipeline
+from utils.pipelines import (
+    check_resolution,
+    denoising_loss,
+    encode_captions,
+    load_pipeline,
+    trained_modules,
+)
 from utils.training import train_privately
 
 ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments)
@@ -41,7 +47,7 @@ class Method:
 
     Attributes:
         name: its tag on the model card.
-        adapt: makes some weights of a frozen pipeline's U-Net trainable.
+        adapt: makes some weights of a frozen pipeline trainable.
         export: saves those weights to a folder.
         usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
     """
@@ -74,7 +80,7 @@ def run_method(
     method.adapt(pipeline)
     if training.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-    engine = PerUnitGradients(pipeline.unet)
+    engine = PerUnitGradients(trained_modules(pipeline))
     unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
 
     # Plan what will be spent.
@@ -176,10 +182,10 @@ def rehearse(
     """
     unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
     latents = torch.zeros(draws, unet.config.in_channels, side, side, device=engine.device)
-    tokens = pipeline.tokenizer.model_max_length
-    embeddings = latents.new_zeros(draws, tokens, unet.config.cross_attention_dim)
+    ids = encode_captions(pipeline.tokenizer, [""] * draws).to(engine.device)
     timesteps = torch.zeros(draws, dtype=torch.long, device=engine.device)
     with engine.recording(1) as record:
+        embeddings = pipeline.text_encoder(ids)[0]
         losses = denoising_loss(unet, pipeline.scheduler, latents, embeddings, latents, timesteps)
         losses.mean().backward()
     return record.nbytes()

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from utils.data import PrivateSet, pixel_batches, to_unit_range
 from utils.entropy import SecretRandomness
-from utils.pipelines import denoising_loss, encode_captions, snr_weights
+from utils.pipelines import denoising_loss, encode_captions, snr_weights, trains_text
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ class EncodedUnits:
 
     Attributes:
         latents: [rows, F, channels, r, r], scaled; F is 2 with flips (as is, mirrored), else 1.
-        embeddings: [distinct captions, tokens, width].
+        embeddings: [distinct captions, tokens, width]. token_ids: [distinct captions, tokens].
         caption_rows: [rows], the row of `embeddings` for each row of `latents`.
         order, first, count: unit u owns the rows order[first[u] : first[u] + count[u]].
     """
 
     latents: torch.Tensor
     embeddings: torch.Tensor
+    token_ids: torch.Tensor
     caption_rows: torch.Tensor
     order: torch.Tensor
     first: torch.Tensor
@@ -103,6 +104,7 @@ def encode_units(
     return EncodedUnits(
         torch.cat(latents),
         torch.cat(embeddings),
+        ids.cpu(),
         caption_rows,
         order=unit_of_row.argsort(stable=True),
         first=count.cumsum(0) - count,
@@ -129,7 +131,11 @@ def unit_losses(
     timesteps = objective.timesteps(len(indices), total, randomness).flatten()
     latents = units.latents[rows, flips]
     noise = randomness.normal(latents.shape)
-    embeddings = units.embeddings[units.caption_rows[rows]]
+    captions = units.caption_rows[rows]
+    if trains_text(pipeline):
+        embeddings = pipeline.text_encoder(units.token_ids[captions].to(pipeline.device))[0]
+    else:
+        embeddings = units.embeddings[captions]
     inputs = [tensor.to(pipeline.device) for tensor in (latents, embeddings, noise, timesteps)]
     losses = denoising_loss(pipeline.unet, scheduler, *inputs)
     if objective.snr_gamma is not None:

@@ -195,7 +195,8 @@ def _find_leaves(model: nn.Module) -> list[nn.Module]:
 
 def _check_adapters(model: nn.Module) -> None:
     """Refuse what peft offers that would read private data, or that clips do not cover."""
-    for name, config in getattr(model, "peft_config", {}).items():
+    configs = [getattr(module, "peft_config", {}) for module in model.modules()]
+    for name, config in [item for found in configs for item in found.items()]:
         start = getattr(config, "init_lora_weights", None)
         if isinstance(start, str) and start.lower() in READS_DATA:
             raise UsageError(

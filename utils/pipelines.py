@@ -19,6 +19,7 @@ PROJECTION_TARGETS = ["proj_in", "proj_out"]
 DEFAULT_TARGETS = ATTENTION_TARGETS + PROJECTION_TARGETS
 ALL_TARGETS = [*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 ADAPTER_FILES = ["*.json", "*.safetensors", "unet/*"]
+ADAPTER_PARTS = ["unet", "adapter_config.json", "pytorch_lora_weights.safetensors"]
 
 
 def load_pipeline(name_or_path: str, revision: str | None = None) -> StableDiffusionPipeline:
@@ -51,32 +52,40 @@ def load_adapter(pipeline: StableDiffusionPipeline, adapter: str) -> None:
         UsageError: it is not there, it is none of these, or it does not fit this model.
     """
     try:
-        kind, folder = _adapter_kind(adapter)
-        if kind == "lora":
-            pipeline.load_lora_weights(folder)
-        elif kind == "loda":
-            load_loda(pipeline.unet, folder)
-        else:
-            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-            if unet.config.cross_attention_dim != pipeline.unet.config.cross_attention_dim:
-                raise ValueError("its U-Net takes text of another width")
-            pipeline.unet = unet.eval()
+        folder = Path(adapter)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
+        parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
+        if not parts:
+            raise ValueError("it holds no LoRA, no LoDA and no unet/")
+        for name in parts:
+            _load_part(pipeline, name, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(f"cannot load the adapter '{adapter}' into this model: {error}") from error
 
 
-def _adapter_kind(adapter: str) -> tuple[str, str]:
-    """What was published, and the local folder that it is in."""
-    folder = Path(adapter)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
-    if (folder / "pytorch_lora_weights.safetensors").exists():
-        return "lora", str(folder)
-    if (folder / "adapter_config.json").exists():
-        return "loda", str(folder)
-    if (folder / "unet" / "config.json").exists():
-        return "unet", str(folder)
-    raise ValueError("it holds no LoRA, no LoDA and no unet/")
+def _load_part(pipeline: StableDiffusionPipeline, name: str, folder: str) -> None:
+    if name == "unet":
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        if unet.config.cross_attention_dim != pipeline.unet.config.cross_attention_dim:
+            raise ValueError("its U-Net takes text of another width")
+        pipeline.unet = unet.eval()
+    elif name == "adapter_config.json":
+        load_loda(pipeline.unet, folder)
+    else:
+        pipeline.load_lora_weights(folder)
+
+
+def trains_text(pipeline: StableDiffusionPipeline) -> bool:
+    """Whether any weight of the text encoder is trained."""
+    return any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
+
+
+def trained_modules(pipeline: StableDiffusionPipeline) -> nn.Module:
+    """The parts of a pipeline whose trainable weights the engine must cover, as one module."""
+    if trains_text(pipeline):
+        return nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
+    return pipeline.unet
 
 
 def check_resolution(pipeline: StableDiffusionPipeline, resolution: int) -> None:
