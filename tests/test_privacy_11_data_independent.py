@@ -1,6 +1,7 @@
 """Clause 11: adapter start, schedules, bounds and plan do not look at the private images."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,17 +55,15 @@ def test_nothing_is_chosen_by_looking(monkeypatch, tiny_base, image_folder, othe
 def test_a_bound_that_follows_the_data_is_caught(
     monkeypatch, tiny_base, image_folder, other_folder, tmp_path
 ):
-    """Clipping at the median brightness, say."""
+    """Clipping at the first image's brightness, say."""
     whole = utils.fine_tuning.read_and_plan
 
     def peeks(*arguments):
-        from dataclasses import replace
-
         private_set, plan, spent = whole(*arguments)
         bright = max(private_set.rows[0]["image"].convert("L").getdata())
         return private_set, replace(plan, max_grad_norm=1.0 + bright), spent
 
-    monkeypatch.setattr(train_dp_lora, "read_and_plan", peeks)
+    monkeypatch.setattr(utils.fine_tuning, "read_and_plan", peeks)
     with pytest.raises(AssertionError):
         test_nothing_is_chosen_by_looking(
             monkeypatch, tiny_base, image_folder, other_folder, tmp_path
