@@ -39,9 +39,10 @@ if sys.argv[2] != "none":
     utils.training.add_noise_once = globals()[sys.argv[2]]
 
 def run(sigma, randomness, batch, rate):
-    torch.manual_seed(0)
+    torch.manual_seed(accelerator.process_index)  # an adapter's start, when no --seed was given
     model = nn.Linear(500, 40)
     engine = PerUnitGradients(model)
+    torch.manual_seed(0)
     data = torch.randn(31, 500)
     plan = PrivacyPlan(31, batch, 3, sigma, 0.5, 1, 1e-3)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)

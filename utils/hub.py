@@ -85,11 +85,12 @@ def write_card(
         usage: Python that makes `pipeline`; `{base}` stands for the base model.
     """
     is_folder = Path(base_model).exists()
+    family = ["lora"] if method == "dp-lora" else []
     data = ModelCardData(
         base_model=None if is_folder else base_model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["diffusers", "text-to-image", "differential-privacy", method],
+        tags=["diffusers", "text-to-image", "differential-privacy", method, *family],
     )
     shown = Path(base_model).name if is_folder else base_model
     text = f"""---

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from utils.accounting import PrivacyPlan, pld_epsilon
@@ -39,6 +40,8 @@ def train_privately(
     """
     if accelerator.mixed_precision == "fp16":
         raise UsageError("fp16 is not supported: its loss scaling looks at the data; use bf16")
+    for parameter in engine.parameters:  # every process starts where the main one does
+        parameter.data.copy_(broadcast(parameter.data, from_process=0))
     progress = _Progress(accelerator, plan)
     checked = False
     for _ in range(plan.steps):
