@@ -145,6 +145,28 @@ def test_peft_round_trip_with_several_adapters(tmp_path):
             merge()
 
 
+def test_diffusers_scales_disables_and_deletes_it():
+    unet = build_tiny_pipeline().unet.requires_grad_(False)
+    inputs = torch.randn(1, 4, 8, 8), 3, torch.randn(1, 8, 16)
+    plain = unet(*inputs).sample
+    unet.add_adapter(LoDAConfig(target_modules=["to_q", "conv1"]), "one")
+    for name, parameter in unet.named_parameters():
+        if "loda_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    adapted = unet(*inputs).sample
+    assert (adapted - plain).abs().max() > 0.1
+    unet.set_adapters("one", 0.0)
+    torch.testing.assert_close(unet(*inputs).sample, plain)
+    unet.set_adapters("one", 1.0)
+    torch.testing.assert_close(unet(*inputs).sample, adapted)
+    unet.disable_adapters()
+    torch.testing.assert_close(unet(*inputs).sample, plain)
+    unet.enable_adapters()
+    torch.testing.assert_close(unet(*inputs).sample, adapted)
+    unet.delete_adapters("one")
+    torch.testing.assert_close(unet(*inputs).sample, plain)
+
+
 def paired_unets():
     """The same U-Net with a LoRA of scale 1, and with a LoDA whose activation is the identity."""
     lora = build_tiny_pipeline().unet.requires_grad_(False)
