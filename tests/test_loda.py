@@ -225,7 +225,7 @@ def test_wrong_loads_fail_with_a_sentence(tiny_base, saved, tmp_path):
         [sys.executable, "-c", missing_import, str(saved[0])],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    assert run.returncode != 0 and "LODA" in run.stderr
+    assert run.returncode != 0 and "import loda, the file beside this adapter" in run.stderr
 
     with pytest.raises(ValueError, match="at least 1"):
         LoDAConfig(r=0)

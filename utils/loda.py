@@ -33,6 +33,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 ACTIVATIONS = ("leaky_relu", "gelu", "identity")
+# peft looks this up in its mappings, and shows it, as a KeyError, to who did not import this file.
+PEFT_TYPE = "LODA: import loda, the file beside this adapter, before loading it"
 NO_MERGE = "a LoDA adapter is not linear, so it cannot be merged into the weights beside it"
 
 
@@ -58,7 +60,7 @@ class LoDAConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = "LODA"
+        self.peft_type = PEFT_TYPE
         if self.r < 1:
             raise ValueError(f"LoDA's r must be at least 1, not {self.r}")
         if self.activation not in ACTIVATIONS:
@@ -186,7 +188,7 @@ def load_loda(model: nn.Module, name_or_path: str, adapter_name: str = "default"
     """
     config = PeftConfig.from_pretrained(name_or_path)
     if not isinstance(config, LoDAConfig):
-        raise ValueError(f"{name_or_path} holds a {config.peft_type} adapter, not a LoDA")
+        raise ValueError(f"{name_or_path} holds no LoDA, but a {config.peft_type}")
     weights = load_peft_weights(name_or_path, device="cpu")
     try:
         inject_adapter_in_model(config, model, adapter_name)
@@ -206,6 +208,6 @@ def load_loda(model: nn.Module, name_or_path: str, adapter_name: str = "default"
 
 
 # peft registers the methods in its enum only; these mappings take any name.
-mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LODA"] = LoDAConfig
-mapping.PEFT_TYPE_TO_TUNER_MAPPING["LODA"] = LoDAModel
-mapping.PEFT_TYPE_TO_PREFIX_MAPPING["LODA"] = "loda_"
+mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = LoDAConfig
+mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = LoDAModel
+mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoDAModel.prefix
