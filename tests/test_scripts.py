@@ -319,6 +319,8 @@ MISTAKES = [
     (["--train_batch_size", "0"], "at least 1"),
     (["--report_to", "telegraph"], "telegraph"),
     (["--noise_multiplicity", "0"], "at least 1"),
+    (["--ema_decay", "1"], "below 1"),
+    (["--snr_gamma", "0"], "must be positive"),
     (["--privacy_unit_column", "patient"], "there is no such column"),
     (["--secure_noise", "--debug_noise_seed", "1"], "exclude each other"),
     (["--mixed_precision", "fp16"], "invalid choice"),

@@ -133,6 +133,12 @@ class TrainingArguments:
         "seed of the adapter's start and of samples/; never of the noise", None
     )
 
+    def __post_init__(self):
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema_decay {self.ema_decay} must be at least 0 and below 1")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive")
+
 
 def parse(*dataclasses: type, description: str) -> tuple:
     """Parse the command line into one object a dataclass; `--config FILE.yaml` gives defaults.
