@@ -36,9 +36,9 @@ from utils.accounting import PrivacyPlan, calibrate_noise_multiplier, make_plan,
 from utils.arguments import CLIPPING_MODES, DataArguments, PrivacyArguments, option, parse
 from utils.auditing import draw, measure
 from utils.canaries import GradientCanaries, ImageCanaries
-from utils.data import PrivateSet, captions_of, keep_readable, load_rows, units_of
+from utils.data import PrivateSet, load_rows
 from utils.errors import UsageError, run_script
-from utils.fine_tuning import secret_randomness, training_resolution
+from utils.fine_tuning import private_set_of, secret_randomness, training_resolution
 from utils.hub import write_durably
 from utils.latents import Objective
 from utils.mutants import MUTANTS, broken
@@ -81,7 +81,8 @@ class AuditArguments:
 def canaries_of(args: AuditArguments, data: DataArguments, device: torch.device):
     """A fresh adapter, ordinary units, and the canaries whose coins came up heads."""
     pipeline = adapted_pipeline(args, device)
-    resolution, ordinary = training_resolution(pipeline, data), ordinary_set(data, args.num_images)
+    resolution, cache = training_resolution(pipeline, data), Path(args.output_dir) / "private"
+    ordinary = ordinary_set(data, args.num_images, cache)
     coins = torch.Generator().manual_seed(args.seed)
     included = torch.rand(args.num_canaries, generator=coins) < 0.5
     if args.canaries == "images":
@@ -103,8 +104,11 @@ def adapted_pipeline(args: AuditArguments, device: torch.device) -> StableDiffus
     return pipeline
 
 
-def ordinary_set(data: DataArguments, count: int) -> PrivateSet:
-    """The images that the canaries hide among: the user's, or scikit-learn's digits."""
+def ordinary_set(data: DataArguments, count: int, cache: Path) -> PrivateSet:
+    """The images that the canaries hide among: the user's, or scikit-learn's digits.
+
+    What `datasets` copies of the user's images goes to `cache`.
+    """
     if data.dataset_name is None and data.train_data_dir is None:
         digits = load_digits()
         scans = (digits.images[:count] / 16 * 255).astype(np.uint8)
@@ -112,13 +116,10 @@ def ordinary_set(data: DataArguments, count: int) -> PrivateSet:
         rows, data = Dataset.from_dict(columns), replace(data, label_column="label")
     else:
         rows = load_rows(
-            data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split
+            data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
         )
         rows = rows.select(range(min(count, len(rows))))
-    rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
-    captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    unit_of_row = units_of(rows, data.privacy_unit_column)
-    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
+    return private_set_of(rows, data)
 
 
 @functools.cache
@@ -181,8 +182,9 @@ def print_table(findings: list[dict]) -> None:
 def check(args: AuditArguments) -> None:
     if args.num_canaries is None:
         args.num_canaries = DEFAULT_CANARIES[args.canaries]
-    if args.num_canaries < 100 or args.num_images < 1:
-        raise UsageError("--num_canaries must be at least 100, --num_images at least 1")
+    fewest = 10 * CANARIES_PER_GUESS[args.canaries]  # fewer than ten guesses prove nothing
+    if args.num_canaries < fewest or args.num_images < 1:
+        raise UsageError(f"--num_canaries must be at least {fewest}, --num_images at least 1")
     if not 0 < args.sampling_rate <= 1 or not 0.5 < args.confidence < 1:
         raise UsageError("--sampling_rate must be in (0, 1], --confidence in (0.5, 1)")
     if args.mutant and args.mutants:
@@ -194,6 +196,7 @@ def main():
     check(args)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "private").mkdir(mode=0o700, exist_ok=True)
 
     runs = [(args.target_epsilon, args.mutant)]
     if args.mutants:

@@ -1,6 +1,7 @@
 """The audit: its bound is right for mechanisms whose epsilon is known, and it sees broken loops."""
 
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -94,12 +95,15 @@ def test_image_canaries_and_own_images(run_script, tiny_base, image_folder, tmp_
     assert run.returncode == 0, run.stderr
     report = read_json(tmp_path / "audit" / "audit.json")
     assert report["canaries"] == "images" and report["lower_bound"] < report["reported_epsilon"]
+    # The copies that `datasets` makes of the images stay in private/, for their owner alone.
+    private = tmp_path / "audit" / "private"
+    assert list(private.rglob("*.arrow")) and stat.S_IMODE(private.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (["--num_canaries", "5"], "at least 100"),
+        (["--num_canaries", "2499"], "at least 2500"),
         (["--sampling_rate", "0"], "in (0, 1]"),
         (["--mutant", "no_noise", "--mutants"], "not both"),
         (["--target_delta", "0.1"], "below 1/N"),

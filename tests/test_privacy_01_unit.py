@@ -6,28 +6,23 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import build_tiny_pipeline
 from tests.worlds import TAIL
 from utils.accounting import REPLACE_ONE, account, make_plan, pld_epsilon, privacy_statement
 from utils.arguments import PrivacyArguments
-from utils.data import units_of
+from utils.data import PrivateSet, load_rows, units_of
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
-from utils.latents import EncodedUnits
+from utils.latents import EncodedUnits, Objective, encode_units, rows_by_unit, unit_losses
 
 
-def encoded(sizes: list[int], shuffle_seed: int | None = None) -> EncodedUnits:
-    """Units of the given sizes; the latent of a row is the number of its unit."""
+def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
+    """Units of the given sizes, in random order; the latent of a row is the number of its unit."""
     unit_of_row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    if shuffle_seed is not None:
-        order = torch.randperm(
-            len(unit_of_row), generator=torch.Generator().manual_seed(shuffle_seed)
-        )
-        unit_of_row = unit_of_row[order]
-    count = unit_of_row.bincount()
-    latents = unit_of_row.float()[:, None, None, None, None].clone()
-    order, first = unit_of_row.argsort(stable=True), count.cumsum(0) - count
-    nothing = torch.zeros(1)
-    return EncodedUnits(latents, nothing, nothing, nothing, order, first, count)
+    generator = torch.Generator().manual_seed(shuffle_seed)
+    unit_of_row = unit_of_row[torch.randperm(len(unit_of_row), generator=generator)]
+    latents, nothing = unit_of_row.float()[:, None, None, None, None], torch.zeros(1)
+    return EncodedUnits(latents, nothing, nothing, nothing, *rows_by_unit(unit_of_row))
 
 
 def test_rows_are_units_unless_a_column_says_otherwise():
@@ -64,10 +59,36 @@ def test_a_unit_draws_its_own_rows_only_and_distinct_if_it_can(sizes, draws, see
 def test_every_row_of_a_unit_is_equally_likely():
     units, repeats = encoded([1, 7, 50]), 20_000
     rows = units.draw_rows(torch.full((repeats,), 2), 3, SecretRandomness())
-    counts = (rows.flatten() - 8).bincount(minlength=50).double()
+    counts = rows.flatten().bincount(minlength=58).double()[units.latents.flatten() == 2]
     share = 3 / 50
     deviation = (repeats * share * (1 - share)) ** 0.5
     assert (counts - repeats * share).abs().max() < TAIL * deviation
+
+
+def spoilt_units(image_folder, tmp_path) -> list[int]:
+    """The units whose loss is spoilt by spoiling every image of unit 2, among 5 of unlike sizes."""
+    pipeline = build_tiny_pipeline()
+    rows = load_rows(None, None, str(image_folder), "train", tmp_path)
+    unit_of_row = torch.tensor([0, 2, 1, 3, 3, 2, 4, 3, 1, 2] * 4)
+    captions = ["the digit 1"] * 40
+    units = encode_units(pipeline, PrivateSet(rows, "image", captions, unit_of_row, 0), 16)
+    units.latents[unit_of_row == 2] = float("nan")
+    losses = unit_losses(pipeline, units, torch.arange(5), Objective(6), SecretRandomness())
+    return (~losses.isfinite()).nonzero().flatten().tolist()
+
+
+def test_a_units_loss_depends_on_the_rows_of_that_unit_only(image_folder, tmp_path):
+    """One clip a unit bounds its influence only if its rows reach no other unit's gradient."""
+    assert spoilt_units(image_folder, tmp_path) == [2]
+
+
+def test_rows_that_reach_another_unit_are_caught(image_folder, tmp_path, monkeypatch):
+    def off_by_one_unit(unit_of_row):
+        order, first, count = rows_by_unit(unit_of_row)
+        return order, first.roll(1), count
+
+    monkeypatch.setattr("utils.latents.rows_by_unit", off_by_one_unit)
+    assert spoilt_units(image_folder, tmp_path) != [2]
 
 
 def test_epsilon_is_for_units_and_says_which():
@@ -81,21 +102,3 @@ def test_epsilon_is_for_units_and_says_which():
     epsilon = statement["epsilon"]
     assert epsilon["replace_one"] == pld_epsilon([plan.event()], 1e-4, REPLACE_ONE)
     assert epsilon["replace_one"] > epsilon["add_or_remove_one"] > 0
-
-
-def test_a_larger_unit_costs_no_more_than_a_small_one(accelerator, monkeypatch):
-    """One of 300 rows moves the sum by C, as one of one row does; a clip per row would not."""
-    from tests.worlds import LinearWorld
-    from utils import training
-
-    world = LinearWorld(["huge"] * 6, draws=4)
-    assert world.largest_move(accelerator, max_grad_norm=0.3) <= 0.3 * (1 + 1e-5)
-    once = training.clipped_gradient_sum
-
-    def a_clip_per_row(accelerator, engine, losses, units, plan, micro):
-        return sum(once(accelerator, engine, losses, units, plan, micro) for _ in range(300))
-
-    assert a_clip_per_row is not once
-    plan = {"max_grad_norm": 0.3}
-    monkeypatch.setattr("tests.worlds.clipped_gradient_sum", a_clip_per_row)
-    assert world.largest_move(accelerator, **plan) > 0.3 * 200

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import utils.training
-from tests.worlds import HOSTILE, LinearWorld, UNetWorld
+from tests.worlds import HOSTILE, LinearWorld, UNetWorld, plan_of
 from utils.arguments import CLIPPING_MODES
 from utils.dp_sgd import clipped_sum
 from utils.mutants import broken
@@ -118,21 +118,17 @@ def test_the_replay_catches_broken_clipping(accelerator, monkeypatch, mutant):
     assert not world.largest_move(accelerator, max_grad_norm=0.15) <= 0.15 * (1 + 1e-5)
 
 
-def test_the_replay_catches_double_bounds():
+def test_the_replay_catches_double_bounds(accelerator):
     """The same mutant that the audit runs."""
-    from accelerate import Accelerator
-
     world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
     with broken("double_clip_bound"):
-        assert world.largest_move(Accelerator(cpu=True), max_grad_norm=0.15) > 0.29
+        assert world.largest_move(accelerator, max_grad_norm=0.15) > 0.29
 
 
 def test_the_replay_catches_copies_clipped_one_by_one(accelerator):
     """The published DP-LoRA bug: one image contributes up to K * C."""
     world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
     everyone, rest = torch.arange(3), torch.arange(1, 3)
-    from tests.worlds import plan_of
-
     plan = plan_of(noise_multiplicity=4, max_grad_norm=0.15)
     with broken("copies_clipped_one_by_one"):
         whole, without = (

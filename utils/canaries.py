@@ -131,5 +131,5 @@ def with_noise_images(ordinary: PrivateSet, count: int, resolution: int) -> Priv
     noise = Dataset.from_dict({column: [Image.fromarray(p) for p in pixels]})
     rows = concatenate_datasets([ordinary.rows.select_columns([column]), noise])
     captions = ordinary.captions + [ordinary.captions[0]] * count
-    own = ordinary.unit_of_row.max() + 1 + torch.arange(count)
+    own = ordinary.num_units + torch.arange(count)
     return PrivateSet(rows, column, captions, torch.cat([ordinary.unit_of_row, own]), 0)

@@ -31,6 +31,10 @@ class PrivateSet:
     unit_of_row: torch.Tensor
     skipped: int
 
+    @property
+    def num_units(self) -> int:
+        return int(self.unit_of_row.max()) + 1
+
 
 def load_rows(
     dataset_name: str | None,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -156,19 +157,24 @@ def read_and_plan(
             data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
         )
     captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    plan = _plan_for(rows, data, privacy, training)
-    rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
-    if skipped:
-        plan = _plan_for(rows, data, privacy, training)
-    captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    unit_of_row = units_of(rows, data.privacy_unit_column)
-    private_set = PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
+    unit_of_row, steps = units_of(rows, data.privacy_unit_column), training.max_train_steps
+    plan = make_plan(int(unit_of_row.max()) + 1, privacy, steps, data.privacy_unit_column)
+    private_set = private_set_of(rows, data)
+    if private_set.num_units != plan.num_units:
+        plan = make_plan(private_set.num_units, privacy, steps, data.privacy_unit_column)
     return private_set, plan, account([plan.event()], plan.delta)
 
 
-def _plan_for(rows, data, privacy, training) -> PrivacyPlan:
-    num_units = int(units_of(rows, data.privacy_unit_column).max()) + 1
-    return make_plan(num_units, privacy, training.max_train_steps, data.privacy_unit_column)
+def private_set_of(rows: Dataset, data: DataArguments) -> PrivateSet:
+    """The readable rows, with the caption and the privacy unit of each.
+
+    Raises:
+        UsageError: see `keep_readable`, `captions_of` and `units_of`.
+    """
+    rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
+    captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
+    unit_of_row = units_of(rows, data.privacy_unit_column)
+    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
 
 
 def rehearse(

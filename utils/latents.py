@@ -99,17 +99,19 @@ def encode_units(
     ids = encode_captions(pipeline.tokenizer, distinct).to(device)
     embeddings = [pipeline.text_encoder(part).last_hidden_state.cpu() for part in ids.split(64)]
     caption_rows = torch.tensor([row_of[caption] for caption in private_set.captions])
-    unit_of_row = private_set.unit_of_row
-    count = unit_of_row.bincount()
     return EncodedUnits(
         torch.cat(latents),
         torch.cat(embeddings),
         ids.cpu(),
         caption_rows,
-        order=unit_of_row.argsort(stable=True),
-        first=count.cumsum(0) - count,
-        count=count,
+        *rows_by_unit(private_set.unit_of_row),
     )
+
+
+def rows_by_unit(unit_of_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`order` [rows], `first` [N] and `count` [N] of `EncodedUnits`, from the unit of each row."""
+    count = unit_of_row.bincount()
+    return unit_of_row.argsort(stable=True), count.cumsum(0) - count, count
 
 
 def unit_losses(

@@ -21,4 +21,3 @@ class LoDAPipeline(StableDiffusionPipeline):
     def load_loda(self, name_or_path: str, adapter_name: str = "default") -> None:
         """Load a LoDA from a folder or the Hub. Raises ValueError if it does not fit."""
         load_loda(self.unet, name_or_path, adapter_name)
-        self.unet.to(self.unet.device)
