@@ -30,6 +30,7 @@ def test_images_are_resized_and_cropped_to_rgb():
 
 def encoded(image_folder, tmp_path, flip: bool):
     pipeline = build_tiny_pipeline()
+    pipeline.text_encoder.requires_grad_(False)
     rows = load_rows(None, None, str(image_folder), "train", tmp_path)
     captions = captions_of(rows, None, "label", "the digit {label}")
     private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0)

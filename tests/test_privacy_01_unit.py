@@ -1,18 +1,22 @@
 """Clause 1: the unit is one row, or all rows that share a value; epsilon under both relations."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.conftest import build_tiny_pipeline
 from tests.worlds import TAIL
 from utils.accounting import REPLACE_ONE, account, make_plan, pld_epsilon, privacy_statement
-from utils.arguments import PrivacyArguments
+from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data import PrivateSet, load_rows, units_of
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
+from utils.fine_tuning import read_and_plan
 from utils.latents import EncodedUnits, Objective, encode_units, rows_by_unit, unit_losses
 
 
@@ -65,21 +69,32 @@ def test_every_row_of_a_unit_is_equally_likely():
     assert (counts - repeats * share).abs().max() < TAIL * deviation
 
 
-def spoilt_units(image_folder, tmp_path) -> list[int]:
-    """The units whose loss is spoilt by spoiling every image of unit 2, among 5 of unlike sizes."""
+def spoilt_units(image_folder, tmp_path, what: str = "images") -> list[int]:
+    """The units, of 5 of unlike sizes, whose loss is spoilt when what is unit 2's is spoilt."""
     pipeline = build_tiny_pipeline()
+    pipeline.text_encoder.requires_grad_(False)
     rows = load_rows(None, None, str(image_folder), "train", tmp_path)
     unit_of_row = torch.tensor([0, 2, 1, 3, 3, 2, 4, 3, 1, 2] * 4)
-    captions = ["the digit 1"] * 40
+    captions = ["the digit 8" if unit == 2 else "the digit 1" for unit in unit_of_row]
     units = encode_units(pipeline, PrivateSet(rows, "image", captions, unit_of_row, 0), 16)
-    units.latents[unit_of_row == 2] = float("nan")
+    if what == "images":
+        units.latents[unit_of_row == 2] = float("nan")
+    elif what == "captions":
+        units.embeddings[units.caption_rows[unit_of_row == 2]] = float("nan")
+    else:  # captions, read by a text encoder that trains: spoil the one word that only unit 2 uses
+        own, others = units.token_ids[units.caption_rows[[1, 0]]]
+        word = own[own != others]
+        assert len(word) == 1
+        words = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+        words.data[word] = float("nan")
     losses = unit_losses(pipeline, units, torch.arange(5), Objective(6), SecretRandomness())
     return (~losses.isfinite()).nonzero().flatten().tolist()
 
 
-def test_a_units_loss_depends_on_the_rows_of_that_unit_only(image_folder, tmp_path):
+@pytest.mark.parametrize("what", ["images", "captions", "captions of a trained encoder"])
+def test_a_units_loss_depends_on_the_rows_of_that_unit_only(image_folder, tmp_path, what):
     """One clip a unit bounds its influence only if its rows reach no other unit's gradient."""
-    assert spoilt_units(image_folder, tmp_path) == [2]
+    assert spoilt_units(image_folder, tmp_path, what) == [2]
 
 
 def test_rows_that_reach_another_unit_are_caught(image_folder, tmp_path, monkeypatch):
@@ -102,3 +117,23 @@ def test_epsilon_is_for_units_and_says_which():
     epsilon = statement["epsilon"]
     assert epsilon["replace_one"] == pld_epsilon([plan.event()], 1e-4, REPLACE_ONE)
     assert epsilon["replace_one"] > epsilon["add_or_remove_one"] > 0
+
+
+def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path):
+    """Eleven rows of four patients; the only image of one of them is damaged."""
+    folder, lines = tmp_path / "images", []
+    folder.mkdir()
+    for index, patient in enumerate("aabbbbccccd"):
+        name = f"{index}.png"
+        Image.new("RGB", (8, 8), (20 * index, 0, 0)).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": "a scan", "patient": patient}))
+    (folder / "10.png").write_bytes(b"this is no image")
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    data = DataArguments(
+        train_data_dir=str(folder), caption_column="text", privacy_unit_column="patient"
+    )
+    privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, expected_batch_size=2)
+    training = TrainingArguments(output_dir=str(tmp_path / "run"))
+    private_set, plan, _ = read_and_plan(accelerator, data, privacy, training)
+    assert (private_set.num_units, plan.num_units, private_set.skipped) == (3, 3, 1)
+    assert len(private_set.captions) == 10
