@@ -70,7 +70,7 @@ def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, t
         "--test_split",
         "train",
     ]
-    arguments += ["--classifier_steps", 3, "--classifier_seeds", 2, "--resolution", 16]
+    arguments += ["--classifier_steps", 3, "--classifier_seeds", 2, "--evaluation_resolution", 16]
     run = run_script("evaluate.py", *arguments, launch=True)
     assert run.returncode == 0, run.stderr
     metrics = read_json(folder / "metrics.json")["accuracy"]
@@ -101,6 +101,15 @@ def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     run = run_script("sample.py", *arguments, "--output_dir", tmp_path / "images")
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "images" / "000001.png").exists()
+
+    # evaluate.py draws with it too, as it does with no adapter at all.
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--adapter", tmp_path / "run"]
+    arguments += ["--class_names", 0, 1, "--num_images", 4, "--num_inference_steps", 2]
+    arguments += ["--synthetic_dir", tmp_path / "set", "--test_data_dir", image_folder]
+    arguments += ["--test_split", "train", "--classifier_steps", 2, "--classifier_seeds", 1]
+    run = run_script("evaluate.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert read_json(tmp_path / "set" / "metrics.json")["accuracy"]["num_synthetic"] == 4
 
 
 def test_the_text_encoder_trains_under_the_same_clip_and_reloads(

@@ -1,10 +1,42 @@
-"""Batched text-to-image generation."""
+"""Batched text-to-image generation, over processes, into folders that `datasets` reads."""
 
+import json
 import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from tqdm import tqdm
+
+from utils.arguments import ModelArguments, option
+from utils.errors import UsageError, on_main_process
+from utils.pipelines import check_resolution, load_adapter, load_pipeline
+
+
+@dataclass
+class SamplingArguments:
+    """What to draw, and how."""
+
+    adapter: str | None = option("folder or Hub id of what a training script published", None)
+    prompts: list[str] | None = option("prompts, one or more", None)
+    prompts_file: str | None = option("text file with a prompt a line", None)
+    class_names: list[str] | None = option("class names that fill --caption_template", None)
+    caption_template: str = option("prompt of a class name", "a photo of a {label}")
+    num_images: int = option("how many images in all", 100)
+    resolution: int | None = option("pixels; default: what the model makes", None)
+    num_inference_steps: int = option("steps of DPM-Solver++", 20)
+    guidance_scale: float = option("classifier-free guidance; 1 is none", 2.0)
+    batch_size: int = option("images per batch", 64)
+    seed: int = option("image i starts from noise that depends on the seed and i alone", 0)
+
+    def __post_init__(self):
+        if min(self.num_images, self.batch_size, self.num_inference_steps) < 1:
+            raise UsageError(
+                "--num_images, --batch_size and --num_inference_steps must be at least 1"
+            )
 
 
 def use_dpm_solver(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
@@ -55,3 +87,117 @@ def image_grid(images: list[Image.Image], columns: int) -> Image.Image:
     for index, image in enumerate(images):
         grid.paste(image, (index % columns * width, index // columns * height))
     return grid
+
+
+def read_prompts(args: SamplingArguments) -> list[dict]:
+    """One entry a prompt: its text, and its label where class names were given.
+
+    Raises:
+        UsageError: not exactly one source of prompts, a missing or empty file, a bad template.
+    """
+    given = [args.prompts is not None, args.prompts_file is not None, args.class_names is not None]
+    if sum(given) != 1:
+        raise UsageError("give exactly one of --prompts, --prompts_file and --class_names")
+    if args.class_names is not None:
+        if "{label}" not in args.caption_template:
+            raise UsageError(f"--caption_template '{args.caption_template}' has no {{label}}")
+        return [
+            {"text": args.caption_template.format(label=name.replace("_", " ")), "label": name}
+            for name in args.class_names
+        ]
+    texts = args.prompts
+    if args.prompts_file is not None:
+        path = Path(args.prompts_file)
+        if not path.is_file():
+            raise UsageError(f"--prompts_file {path}: there is no such file")
+        texts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not texts:
+        raise UsageError("there are no prompts")
+    return [{"text": text} for text in texts]
+
+
+def claim_folder(folder: Path, settings: dict) -> None:
+    """Start or go on with a folder of images.
+
+    Raises:
+        UsageError: it holds something else, or images made with other settings.
+    """
+    record = folder / "sampling.json"
+    if record.exists():
+        if json.loads(record.read_text()) != settings:
+            raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder} already holds other files")
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=2))
+
+
+def draw_folder(
+    model: ModelArguments, sampling: SamplingArguments, folder: Path, state: PartialState
+) -> None:
+    """Draw the images that `folder` does not hold yet, each process its share.
+
+    They come from the pipeline of `model`, with `sampling.adapter`, of any kind, if it is named.
+
+    Leaves one file an image, metadata.jsonl (columns file_name, text, and label for class names)
+    and grid.png. Images are balanced over the prompts.
+
+    Raises:
+        UsageError: see `read_prompts`, `load_pipeline` and `load_adapter`; or the folder holds
+            something else, or other settings' images.
+    """
+    prompts = read_prompts(sampling)
+    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    if sampling.resolution is not None:
+        check_resolution(pipeline, sampling.resolution)
+    if sampling.adapter is not None:
+        load_adapter(pipeline, sampling.adapter)
+    settings = asdict(sampling) | asdict(model)
+    del settings["batch_size"]  # it changes no image
+    on_main_process(lambda: claim_folder(folder, settings))
+    use_dpm_solver(pipeline.to(state.device))
+    entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
+    missing = [i for i in range(len(entries)) if not (folder / f"{i:06}.png").exists()]
+    state.wait_for_everyone()  # all have looked, before anyone draws
+    share = missing[state.process_index :: state.num_processes]
+    draw_missing(pipeline, entries, share, sampling, folder)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        lines = [
+            json.dumps({"file_name": f"{i:06}.png", **entry}) for i, entry in enumerate(entries)
+        ]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        columns = min(len(prompts), 10) if len(prompts) > 1 else 8
+        count = min(len(entries), 10 * columns)
+        shown = [Image.open(folder / f"{i:06}.png") for i in range(count)]
+        image_grid(shown, columns).save(folder / "grid.png")
+    state.wait_for_everyone()
+
+
+def draw_missing(
+    pipeline: StableDiffusionPipeline,
+    entries: list[dict],
+    indices: list[int],
+    sampling: SamplingArguments,
+    folder: Path,
+) -> None:
+    """Draw image i from entry i, for the given indices; an image file is whole or not there."""
+    shown = PartialState().is_local_main_process
+    bar = tqdm(total=len(indices), desc="images", disable=not shown)
+    for start in range(0, len(indices), sampling.batch_size):
+        part = indices[start : start + sampling.batch_size]
+        images = generate(
+            pipeline,
+            [entries[i]["text"] for i in part],
+            part,
+            sampling.seed,
+            sampling.num_inference_steps,
+            sampling.guidance_scale,
+            sampling.resolution,
+        )
+        for index, image in zip(part, images, strict=True):
+            aside = folder / f"{index:06}.tmp"
+            image.save(aside, format="PNG")
+            aside.replace(folder / f"{index:06}.png")
+        bar.update(len(part))
+    bar.close()
