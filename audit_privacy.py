@@ -37,14 +37,16 @@ from utils.arguments import CLIPPING_MODES, DataArguments, PrivacyArguments, opt
 from utils.auditing import draw, measure
 from utils.canaries import GradientCanaries, ImageCanaries
 from utils.data import PrivateSet, load_rows
+from utils.entropy import secret_randomness
 from utils.errors import UsageError, run_script
-from utils.fine_tuning import private_set_of, secret_randomness, training_resolution
+from utils.fine_tuning import training_resolution
 from utils.hub import write_durably
 from utils.latents import Objective
 from utils.mutants import MUTANTS, broken
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline
-from utils.training import train_privately
+from utils.planning import private_set_of
+from utils.training import TrainingState, private_steps
 
 LOUD = 1000.0  # a canary's gradient before clipping, in units of the clipping bound
 DEFAULT_CANARIES = {"gradients": 80_000, "images": 1_000}
@@ -156,10 +158,11 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
         return world.losses(indices, Objective(plan.noise_multiplicity), randomness)
 
     with broken(mutant):
-        train_privately(
-            accelerator, engine, losses_of, plan, optimizer, constant, randomness,
-            args.train_batch_size,
-        )  # fmt: skip
+        state = TrainingState(engine, optimizer, constant)
+        for _ in private_steps(
+            accelerator, state, losses_of, plan, randomness, args.train_batch_size
+        ):
+            pass
     guesses = args.num_canaries // CANARIES_PER_GUESS[args.canaries]
     finding = measure(
         world.scores(plan), world.included.numpy(), guesses, plan.delta, args.confidence

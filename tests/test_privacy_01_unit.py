@@ -16,8 +16,8 @@ from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data import PrivateSet, load_rows, units_of
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
-from utils.fine_tuning import read_and_plan
 from utils.latents import EncodedUnits, Objective, encode_units, rows_by_unit, unit_losses
+from utils.planning import read_and_plan
 
 
 def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
@@ -110,7 +110,7 @@ def test_epsilon_is_for_units_and_says_which():
     privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-4, expected_batch_size=50)
     plan = make_plan(500, privacy, 10, "patient_id")
     spent = account([plan.event()], plan.delta)
-    statement = privacy_statement(plan, True, spent)
+    statement = privacy_statement(plan, [plan.event()], spent, True)
     assert statement["num_units"] == 500
     assert statement["privacy_unit"] == "all images of one patient_id"
     assert statement["max_rows_per_unit"] is None
@@ -134,6 +134,7 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     )
     privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, expected_batch_size=2)
     training = TrainingArguments(output_dir=str(tmp_path / "run"))
-    private_set, plan, _ = read_and_plan(accelerator, data, privacy, training)
+    (tmp_path / "run" / "private").mkdir(parents=True)
+    private_set, plan, _ = read_and_plan(accelerator, data, privacy, training, {})
     assert (private_set.num_units, plan.num_units, private_set.skipped) == (3, 3, 1)
     assert len(private_set.captions) == 10

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.worlds import LinearWorld, plan_of
+from tests.worlds import LinearWorld, plan_of, train
 from utils import training
 from utils.entropy import SecretRandomness
-from utils.training import train_privately
+from utils.training import TrainingState
 
 
 def test_no_loss_norm_or_batch_size_is_shown(trained):
@@ -50,10 +50,8 @@ def told(accelerator, monkeypatch, kind: str) -> list:
         world = LinearWorld([kind] * 200)
         optimizer = torch.optim.SGD(world.engine.parameters, lr=1.0)
         constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        train_privately(
-            accelerator, world.engine, world.losses, plan_of(steps=3), optimizer, constant,
-            SecretRandomness(), 64,
-        )  # fmt: skip
+        state = TrainingState(world.engine, optimizer, constant)
+        train(accelerator, state, world.losses, plan_of(steps=3), SecretRandomness(), 64)
     return heard
 
 

@@ -29,17 +29,20 @@ def choices(monkeypatch, base, images, output) -> list:
     """Everything that the script had chosen when the private loop was to begin."""
     kept = []
 
-    def spy(accelerator, engine, losses, plan, optimizer, lr_scheduler, randomness, micro):
+    def spy(accelerator, state, losses, plan, randomness, micro):
+        engine, optimizer = state.engine, state.optimizer
         weights = torch.cat([p.detach().flatten() for p in engine.parameters])
         rates = []
-        for _ in range(plan.steps):
+        for step in range(plan.steps):
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
-            lr_scheduler.step()
+            state.lr_scheduler.step()
+            state.step += 1
+            yield step + 1
         settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         kept.extend([engine.names, weights.tolist(), rates, settings, plan, micro])
 
-    monkeypatch.setattr(utils.fine_tuning, "train_privately", spy)
+    monkeypatch.setattr(utils.fine_tuning, "private_steps", spy)
     arguments = train_arguments(base, images, output, "--seed", 3, "--lr_scheduler", "cosine")
     monkeypatch.setattr(sys, "argv", ["train_dp_lora.py", *map(str, arguments)])
     train_dp_lora.main()
@@ -59,9 +62,9 @@ def test_a_bound_that_follows_the_data_is_caught(
     whole = utils.fine_tuning.read_and_plan
 
     def peeks(*arguments):
-        private_set, plan, spent = whole(*arguments)
+        private_set, plan, run = whole(*arguments)
         bright = max(private_set.rows[0]["image"].convert("L").getdata())
-        return private_set, replace(plan, max_grad_norm=1.0 + bright), spent
+        return private_set, replace(plan, max_grad_norm=1.0 + bright), run
 
     monkeypatch.setattr(utils.fine_tuning, "read_and_plan", peeks)
     with pytest.raises(AssertionError):

@@ -6,13 +6,13 @@ from peft import LoraConfig
 from torch import nn
 
 from tests.conftest import ROOT, build_tiny_pipeline
-from tests.worlds import plan_of
+from tests.worlds import plan_of, train
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
 from utils.fine_tuning import rehearse
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import resolve_targets
-from utils.training import train_privately
+from utils.training import TrainingState
 
 
 class OwnWeight(nn.Module):
@@ -127,27 +127,27 @@ def test_targets_match_by_suffix_and_a_miss_names_its_neighbours():
             resolve_targets(unet, [wrong])
 
 
-def train(accelerator, model, trained):
+def train_linear(accelerator, model, trained):
     engine = PerUnitGradients(model)
     optimizer = torch.optim.SGD(trained, lr=1.0)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     losses = lambda units: model(torch.ones(len(units), 3)).sum(1)  # noqa: E731
     randomness = SecretRandomness()
-    train_privately(accelerator, engine, losses, plan_of(), optimizer, constant, randomness, 8)
+    train(accelerator, TrainingState(engine, optimizer, constant), losses, plan_of(), randomness, 8)
 
 
 def test_weights_that_do_not_move_are_an_error(accelerator):
     model = nn.Linear(3, 2)
-    train(accelerator, model, model.parameters())
+    train_linear(accelerator, model, model.parameters())
     with pytest.raises(RuntimeError, match="did not move"):
-        train(accelerator, model, [nn.Parameter(torch.zeros(1))])
+        train_linear(accelerator, model, [nn.Parameter(torch.zeros(1))])
 
 
 def test_fp16_is_refused(accelerator, monkeypatch):
     monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
     model = nn.Linear(3, 2)
     with pytest.raises(UsageError, match="fp16"):
-        train(accelerator, model, model.parameters())
+        train_linear(accelerator, model, model.parameters())
 
 
 def test_no_script_that_trains_can_reach_the_mutants():

@@ -17,7 +17,8 @@ def statement(request):
         target_epsilon=3.0, target_delta=1e-5, expected_batch_size=250, clipping=request.param
     )
     plan = make_plan(5000, privacy, 40)
-    return json.loads(json.dumps(privacy_statement(plan, True, account([plan.event()], 1e-5))))
+    events = [plan.event()]
+    return json.loads(json.dumps(privacy_statement(plan, events, account(events, 1e-5), True)))
 
 
 def test_epsilon_is_recomputed_with_dp_accounting_alone(statement):
@@ -56,7 +57,8 @@ def test_the_statement_says_what_it_is_about(statement):
 def test_reproducible_noise_gives_no_epsilon():
     privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-5)
     plan = make_plan(5000, privacy, 40)
-    statement = privacy_statement(plan, False, account([plan.event()], 1e-5))
+    events = [plan.event()]
+    statement = privacy_statement(plan, events, account(events, 1e-5), False)
     assert statement["private"] is False and "NOT PRIVATE" in statement["warning"]
     assert set(statement["epsilon"].values()) == {None}
     assert {a["epsilon"] for a in statement["accountants"].values()} == {None}

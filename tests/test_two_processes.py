@@ -20,7 +20,7 @@ import utils.training
 from utils.accounting import PrivacyPlan
 from utils.entropy import SecretRandomness
 from utils.per_unit_gradients import PerUnitGradients
-from utils.training import train_privately
+from utils.training import TrainingState, private_steps
 
 accelerator = Accelerator(cpu=True)
 
@@ -48,8 +48,10 @@ def run(sigma, randomness, batch, rate):
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    train_privately(accelerator, engine, lambda u: model(data[u]).square().mean(1),
-                    plan, optimizer, schedule, randomness, 4)
+    state = TrainingState(engine, optimizer, schedule)
+    for _ in private_steps(accelerator, state, lambda u: model(data[u]).square().mean(1),
+                           plan, randomness, 4):
+        pass
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     everywhere = gather(after[None])
     assert (everywhere == everywhere[0]).all(), "the processes drifted apart"

@@ -9,7 +9,7 @@ from utils.accounting import PrivacyPlan
 from utils.entropy import SecretRandomness
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import denoising_loss
-from utils.training import clipped_gradient_sum, train_privately
+from utils.training import TrainingState, clipped_gradient_sum, private_steps
 
 TAIL = 6.5  # standard deviations: a normal tail of 8e-11, below 1e-6 over thousands of comparisons
 HOSTILE = ["ordinary", "huge", "overflowing", "nan", "inf", "zero"]
@@ -99,6 +99,12 @@ class UNetWorld:
         return clipped_gradient_sum(accelerator, self.engine, self.losses, units, plan, micro)
 
 
+def train(*arguments) -> None:
+    """All the private steps."""
+    for _ in private_steps(*arguments):
+        pass
+
+
 def update_of(accelerator, plan, randomness=None, losses=None):
     """The parameters' move over `plan.steps` steps of plain SGD at rate 1, times B."""
     model = nn.Linear(1000, 100, bias=False)
@@ -108,7 +114,7 @@ def update_of(accelerator, plan, randomness=None, losses=None):
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     losses = losses or (lambda units: 0 * model(torch.ones(len(units), 1000)).sum(1))
     randomness = randomness or SecretRandomness()
-    train_privately(accelerator, engine, losses, plan, optimizer, constant, randomness, 16)
+    train(accelerator, TrainingState(engine, optimizer, constant), losses, plan, randomness, 16)
     return -model.weight.detach().flatten() * plan.expected_batch_size
 
 

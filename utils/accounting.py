@@ -15,6 +15,7 @@ from opacus.accountants import PRVAccountant
 
 from utils.arguments import PrivacyArguments
 from utils.errors import UsageError
+from utils.replace_one import ReplaceOnePRVAccountant
 
 ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -81,6 +82,16 @@ class PrivacyPlan:
             "clipping": self.clipping,
             "max_grad_norm": self.max_grad_norm,
             "noise_multiplicity": self.noise_multiplicity,
+        }
+
+    def terms(self, is_private: bool) -> dict:
+        """What a ledger records about the plan."""
+        return {
+            "event": self.event(),
+            "delta": self.delta,
+            "num_units": self.num_units,
+            "privacy_unit": self.unit_name,
+            "private": is_private,
         }
 
 
@@ -161,9 +172,9 @@ def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) ->
     return accountant.compose(_dp_event(events)).get_epsilon(delta)
 
 
-def prv_epsilon(events: list[dict], delta: float) -> float:
-    """The same by privacy random variables (Gopi et al. 2021; Opacus), add or remove one."""
-    accountant = PRVAccountant()
+def prv_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
+    """The same by privacy random variables (Gopi et al. 2021; Opacus)."""
+    accountant = PRVAccountant() if relation == ADD_OR_REMOVE_ONE else ReplaceOnePRVAccountant()
     accountant.history = [(e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events]
     return float(accountant.get_epsilon(delta, eps_error=PRV_EPSILON_ERROR))
 
@@ -223,6 +234,10 @@ class Spent:
     add_or_remove_one: float
     replace_one: float
     prv: float
+    prv_replace_one: float
+
+    def both_relations(self) -> dict:
+        return {"add_or_remove_one": self.add_or_remove_one, "replace_one": self.replace_one}
 
 
 def account(events: list[dict], delta: float) -> Spent:
@@ -236,36 +251,45 @@ def account(events: list[dict], delta: float) -> Spent:
         add_or_remove_one=pld_epsilon(events, delta),
         replace_one=pld_epsilon(events, delta, REPLACE_ONE),
         prv=prv_epsilon(events, delta),
+        prv_replace_one=prv_epsilon(events, delta, REPLACE_ONE),
     )
-    tolerance = 3 * PRV_EPSILON_ERROR + 0.01 * spent.add_or_remove_one
-    if abs(spent.prv - spent.add_or_remove_one) > tolerance:
-        raise RuntimeError(
-            f"the accountants disagree: PLD {spent.add_or_remove_one:.4f}, PRV {spent.prv:.4f}"
-        )
+    for pld, prv in (
+        (spent.add_or_remove_one, spent.prv),
+        (spent.replace_one, spent.prv_replace_one),
+    ):
+        if abs(prv - pld) > 3 * PRV_EPSILON_ERROR + 0.01 * pld:
+            raise RuntimeError(f"the accountants disagree: PLD {pld:.4f}, PRV {prv:.4f}")
     return spent
 
 
-def privacy_statement(plan: PrivacyPlan, is_private: bool, spent: Spent) -> dict:
+def privacy_statement(
+    plan: PrivacyPlan, events: list[dict], spent: Spent, is_private: bool
+) -> dict:
     """The public `privacy.json`: everything needed to recompute epsilon with public tools.
 
-    A run with debug (reproducible) noise has no guarantee, and its statement gives no epsilon.
+    `events` are what the run was charged for, and `spent` what they come to. A run with debug
+    (reproducible) noise has no guarantee, and its statement gives no epsilon.
     """
     packages = ["torch", "diffusers", "peft", "accelerate", "dp-accounting", "opacus", "numpy"]
     statement = {
         "schema_version": 1,
         "private": is_private,
-        "epsilon": {"add_or_remove_one": spent.add_or_remove_one, "replace_one": spent.replace_one},
+        "epsilon": spent.both_relations(),
         "delta": plan.delta,
         "privacy_unit": plan.unit_name,
         "num_units": plan.num_units,
         # Of a unit of many rows any number may be drawn from: the bound is on its gradient.
         "max_rows_per_unit": 1 if plan.unit_column is None else None,
-        "events": [plan.event()],
+        "events": events,
         "accountants": {
             "pld": {"version": version("dp-accounting"), "epsilon": spent.add_or_remove_one},
             "prv": {"version": version("opacus"), "epsilon": spent.prv},
         },
-        "not_covered": ["pretraining data", "hyperparameter choice", "the number of units, N"],
+        "not_covered": [
+            "pretraining data",
+            "hyperparameter choice outside this ledger",
+            "the number of units, N",
+        ],
         "software": {name: version(name) for name in packages},
         "audit": None,
     }

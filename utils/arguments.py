@@ -83,11 +83,21 @@ class PrivacyArguments:
     debug_noise_seed: int | None = option(
         "reproducible noise, for debugging: everything it makes is stamped NOT PRIVATE", None
     )
+    privacy_ledger: str | None = option(
+        "ledger to record this run in, shared by all runs on the same data; default: "
+        "OUTPUT_DIR/private/ledger.jsonl",
+        None,
+    )
+    total_epsilon: float | None = option(
+        "refuse to start if everything in the ledger, this run included, would exceed this", None
+    )
     dry_run: bool = option("print the plan as JSON and stop", False)
 
     def __post_init__(self):
         if self.noise_multiplicity < 1:
             raise UsageError(f"--noise_multiplicity {self.noise_multiplicity} must be at least 1")
+        if self.total_epsilon is not None and not self.total_epsilon > 0:
+            raise UsageError(f"--total_epsilon {self.total_epsilon} must be positive")
 
 
 @dataclass
@@ -128,6 +138,15 @@ class TrainingArguments:
         "prompts of the images drawn at the end into samples/; default: the empty prompt", [""]
     )
     num_validation_images: int = option("how many images to draw at the end", 16)
+    checkpointing_steps: int = option(
+        "a checkpoint every so many steps, and at the first and the last; they cost no privacy", 20
+    )
+    checkpoints_total_limit: int = option("how many checkpoints to keep", 2)
+    resume_from_checkpoint: str | None = option(
+        "go on with the run in --output_dir: latest, or the name or path of a checkpoint; an older "
+        "one charges the steps in between once more",
+        None,
+    )
     report_to: str | None = option("tracker for step, learning rate and epsilon", None)
     seed: int | None = option(
         "seed of the adapter's start and of samples/; never of the noise", None
@@ -136,6 +155,13 @@ class TrainingArguments:
     def __post_init__(self):
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema_decay {self.ema_decay} must be at least 0 and below 1")
+        if min(self.train_batch_size, self.checkpointing_steps, self.checkpoints_total_limit) < 1:
+            raise UsageError(
+                "--train_batch_size, --checkpointing_steps and --checkpoints_total_limit must be "
+                "at least 1"
+            )
+        if self.num_validation_images < 0:
+            raise UsageError("--num_validation_images must be at least 0")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive")
 

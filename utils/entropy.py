@@ -17,6 +17,9 @@ import secrets
 import numpy as np
 import torch
 
+from utils.arguments import PrivacyArguments
+from utils.errors import UsageError
+
 
 class SecretRandomness:
     """Draws whose key comes from the operating system, never from `--seed`; cannot be saved.
@@ -78,3 +81,16 @@ class SecureRandomness(SecretRandomness):
         radius = (-2 * torch.log1p(-self.uniform(shape))).sqrt()
         angle = 2 * math.pi * self.uniform(shape)
         return torch.stack([radius * angle.cos(), radius * angle.sin()][:kept])
+
+
+def secret_randomness(privacy: PrivacyArguments) -> SecretRandomness:
+    """The source of the noise and of the batches.
+
+    Raises:
+        UsageError: both reproducible and secure noise were asked for.
+    """
+    if not privacy.secure_noise:
+        return SecretRandomness(privacy.debug_noise_seed)
+    if privacy.debug_noise_seed is not None:
+        raise UsageError("--secure_noise and --debug_noise_seed exclude each other")
+    return SecureRandomness()

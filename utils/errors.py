@@ -4,11 +4,20 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 
 class UsageError(ValueError):
     """A bad argument or bad data: its message says what was wrong and what to do."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and did, after a checkpoint."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal
 
 
 def on_main_process(work: Callable[[], object]) -> object:
@@ -29,13 +38,38 @@ def on_main_process(work: Callable[[], object]) -> object:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UsageError` becomes one sentence on stderr and exit code 2."""
+    """Run a script's `main`, and end with a sentence on stderr rather than a traceback.
+
+    Exit code 2 for a `UsageError`; 128 + signal for a clean stop; 1 if another process was lost.
+    """
+    where = f" (process {_rank()})" if _rank() else ""
     try:
         main()
     except UsageError as error:
-        where = f" (process {_rank()})" if _rank() else ""
         print(f"error{where}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"{stop}{where}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        print(
+            f"error{where}: another process ended, so this one does too; what was saved is safe: "
+            f"go on with --resume_from_checkpoint latest ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an orderly exit would wait for the process that is gone
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    signs = ("connection closed", "connection reset", "broken pipe", "timed out")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    from_network = isinstance(error, torch.distributed.DistError) or any(
+        sign in str(error).lower() for sign in signs
+    )
+    return several and from_network
 
 
 def _rank() -> int:

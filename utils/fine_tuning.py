@@ -1,6 +1,5 @@
 """The story that every private training script tells: load, adapt, plan, fine-tune, publish."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,25 +7,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from filelock import FileLock
 
-from utils.accounting import (
-    PrivacyPlan,
-    Spent,
-    account,
-    make_plan,
-    plan_summary,
-    privacy_statement,
-)
+from utils.accounting import PrivacyPlan, account
 from utils.arguments import DataArguments, ModelArguments, PrivacyArguments, TrainingArguments
-from utils.data import PrivateSet, captions_of, keep_readable, load_rows, units_of
-from utils.entropy import SecretRandomness, SecureRandomness
-from utils.errors import UsageError
+from utils.checkpoints import StopRequest
+from utils.entropy import SecretRandomness, secret_randomness
+from utils.errors import Stopped, UsageError, on_main_process
 from utils.generation import generate, image_grid, use_dpm_solver
-from utils.hub import claim_output_dir, write_card, write_statement
+from utils.hub import write_card
 from utils.latents import Objective, encode_units, unit_losses
 from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
@@ -37,7 +29,9 @@ from utils.pipelines import (
     load_pipeline,
     trained_modules,
 )
-from utils.training import train_privately
+from utils.planning import describe, read_and_plan
+from utils.runs import Run, claim_output_dir, private_folder
+from utils.training import TrainingState, UnitLosses, checksum, private_steps
 
 ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments)
 
@@ -71,22 +65,32 @@ def run_method(
     Raises:
         UsageError: bad input of any kind, before anything is trained.
     """
-    accelerator = start(training)
+    accelerator, _lock = start(training)
     randomness = secret_randomness(privacy)
 
     # Adapt the public model.
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
     resolution = training_resolution(pipeline, data)
     pipeline.to(accelerator.device)
+    public = public_parameters(pipeline)
+    base = checksum(public).item()
     method.adapt(pipeline)
     if training.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     engine = PerUnitGradients(trained_modules(pipeline))
     unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
+    adapter = adapter_tensors(pipeline, public)
 
-    # Plan what will be spent.
-    private_set, plan, spent = read_and_plan(accelerator, data, privacy, training)
-    if privacy.dry_run:
+    # Plan what will be spent, and reserve it.
+    agreed = {
+        "base_model_checksum": base,
+        "optimizer": training.optimizer,
+        "ema_decay": training.ema_decay,
+        "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
+    }
+    private_set, plan, run = read_and_plan(accelerator, data, privacy, training, agreed)
+    spent = account([plan.event()], plan.delta)
+    if run is None:
         nbytes = unit_bytes * min(training.train_batch_size, plan.num_units)
         accelerator.print(describe(private_set, plan, spent, engine, nbytes))
         return
@@ -98,32 +102,45 @@ def run_method(
     )
 
     # Train by DP-SGD.
-    fine_tune(accelerator, pipeline, engine, private_set, plan, resolution, training, randomness)
+    units = encode_units(
+        pipeline, private_set, resolution, training.random_flip, accelerator.is_main_process
+    )
+    objective = Objective(plan.noise_multiplicity, training.timestep_sampling, training.snr_gamma)
 
-    # Publish: the statement before the weights that it accounts for.
-    if accelerator.is_main_process:
-        output_dir = Path(training.output_dir)
-        statement = privacy_statement(plan, randomness.is_private, spent)
-        write_statement(statement, output_dir)
-        method.export(pipeline, output_dir)
-        base, prompt = model.pretrained_model_name_or_path, training.validation_prompt[0]
-        write_card(base, statement, method.name, method.usage, prompt, output_dir)
+    def losses_of(indices: torch.Tensor) -> torch.Tensor:
+        return unit_losses(pipeline, units, indices, objective, randomness)
+
+    state = training_state(engine, adapter, plan, training)
+    run.restore(state)
+    if training.report_to is not None:
+        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
+    fine_tune(accelerator, state, losses_of, plan, randomness, run, training)
+
+    # Publish: the ledger, then the statement, then the weights that it accounts for.
+    def publish():
+        statement = run.publish(
+            lambda folder: method.export(pipeline, folder), plan, randomness.is_private
+        )
+        base_name, prompt = model.pretrained_model_name_or_path, training.validation_prompt[0]
+        write_card(base_name, statement, method.name, method.usage, prompt, run.output_dir)
         save_samples(pipeline, training)
-        print(f"saved the weights, privacy.json, README.md and samples/ in {output_dir}")
+
+    on_main_process(publish)
+    accelerator.print(
+        f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
+    )
     accelerator.end_training()
 
 
-def start(training: TrainingArguments) -> Accelerator:
+def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
     """Claim the output folder, seed what is not private, and set up the devices.
 
+    Nobody else can claim the folder while what is returned lives.
+
     Raises:
-        UsageError: the folder holds another run, a count is out of range, or no such tracker.
+        UsageError: see `claim_output_dir`; or there is no such tracker.
     """
-    logs = Path(training.output_dir) / "private" / "logs"
-    if training.train_batch_size < 1 or training.num_validation_images < 0:
-        raise UsageError(
-            "--train_batch_size must be at least 1, --num_validation_images at least 0"
-        )
+    logs = private_folder(training.output_dir) / "logs"
     try:
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision, log_with=training.report_to, project_dir=logs
@@ -132,49 +149,9 @@ def start(training: TrainingArguments) -> Accelerator:
         raise UsageError(f"--report_to {training.report_to}: {error}") from error
     if training.seed is not None:
         set_seed(training.seed)
-    if accelerator.is_main_process:
-        claim_output_dir(training.output_dir)
-    return accelerator
-
-
-def read_and_plan(
-    accelerator: Accelerator,
-    data: DataArguments,
-    privacy: PrivacyArguments,
-    training: TrainingArguments,
-) -> tuple[PrivateSet, PrivacyPlan, Spent]:
-    """Load the private rows, and plan what will be spent on them.
-
-    An impossible plan is refused before any image is read. Whatever `datasets` caches of the images
-    stays under OUTPUT_DIR/private.
-
-    Raises:
-        UsageError: bad data or an impossible plan (see `load_rows`, `captions_of`, `make_plan`).
-    """
-    cache = Path(training.output_dir) / "private" / "cache"
-    with accelerator.main_process_first():
-        rows = load_rows(
-            data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
-        )
-    captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    unit_of_row, steps = units_of(rows, data.privacy_unit_column), training.max_train_steps
-    plan = make_plan(int(unit_of_row.max()) + 1, privacy, steps, data.privacy_unit_column)
-    private_set = private_set_of(rows, data)
-    if private_set.num_units != plan.num_units:
-        plan = make_plan(private_set.num_units, privacy, steps, data.privacy_unit_column)
-    return private_set, plan, account([plan.event()], plan.delta)
-
-
-def private_set_of(rows: Dataset, data: DataArguments) -> PrivateSet:
-    """The readable rows, with the caption and the privacy unit of each.
-
-    Raises:
-        UsageError: see `keep_readable`, `captions_of` and `units_of`.
-    """
-    rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
-    captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    unit_of_row = units_of(rows, data.privacy_unit_column)
-    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
+    lock = []
+    on_main_process(lambda: lock.append(claim_output_dir(training)))
+    return accelerator, lock
 
 
 def rehearse(
@@ -197,78 +174,73 @@ def rehearse(
     return record.nbytes()
 
 
-def describe(private_set: PrivateSet, plan, spent, engine: PerUnitGradients, nbytes: int) -> str:
-    """The report of `--dry_run`, as JSON; `nbytes` is the memory of a micro-batch's gradients."""
-    report = plan_summary(plan, spent) | {
-        "unreadable_images": private_set.skipped,
-        "trainable_parameters": engine.num_parameters,
-        "per_unit_gradient_bytes": nbytes,
-    }
-    return json.dumps(report, indent=2)
+def public_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:
+    """All weights of the pipeline, before an adapter joins them."""
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    return [parameter for part in parts for parameter in part.parameters()]
 
 
-def secret_randomness(privacy: PrivacyArguments) -> SecretRandomness:
-    """The source of the noise and of the batches.
-
-    Raises:
-        UsageError: both reproducible and secure noise were asked for.
-    """
-    if not privacy.secure_noise:
-        return SecretRandomness(privacy.debug_noise_seed)
-    if privacy.debug_noise_seed is not None:
-        raise UsageError("--secure_noise and --debug_noise_seed exclude each other")
-    return SecureRandomness()
+def adapter_tensors(
+    pipeline: StableDiffusionPipeline, public: list[torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """By name, what is trained or is not the public model's: all that a checkpoint must hold."""
+    known = {id(parameter) for parameter in public}
+    named = trained_modules(pipeline).named_parameters()
+    return {name: p for name, p in named if p.requires_grad or id(p) not in known}
 
 
-def fine_tune(
-    accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
+def training_state(
     engine: PerUnitGradients,
-    private_set: PrivateSet,
+    adapter: dict[str, torch.Tensor],
     plan: PrivacyPlan,
-    resolution: int,
     training: TrainingArguments,
-    randomness: SecretRandomness,
-) -> None:
-    """Encode every image once, then train what `engine` covers by DP-SGD."""
-    units = encode_units(
-        pipeline,
-        private_set,
-        resolution,
-        training.random_flip,
-        show_progress=accelerator.is_main_process,
-    )
+) -> TrainingState:
+    """Optimizer, schedule and moving average, at step 0."""
     optimizer = make_optimizer(training, engine.parameters, plan)
-    average = None
-    if training.ema_decay:
-        average = EMAModel(engine.parameters, decay=training.ema_decay)
-        optimizer.register_step_post_hook(lambda *_: average.step(engine.parameters))
     lr_scheduler = get_scheduler(
         training.lr_scheduler,
         optimizer,
         num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=plan.steps,
     )
-    if training.report_to is not None:
-        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
+    average = None
+    if training.ema_decay:
+        average = EMAModel(engine.parameters, decay=training.ema_decay)
+    return TrainingState(engine, optimizer, lr_scheduler, average, adapter)
 
-    objective = Objective(plan.noise_multiplicity, training.timestep_sampling, training.snr_gamma)
 
-    def losses_of(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, objective, randomness)
+def fine_tune(
+    accelerator: Accelerator,
+    state: TrainingState,
+    losses_of: UnitLosses,
+    plan: PrivacyPlan,
+    randomness: SecretRandomness,
+    run: Run,
+    training: TrainingArguments,
+) -> None:
+    """Take the private steps that are left, saving checkpoints; end with the weights to publish.
 
-    train_privately(
-        accelerator,
-        engine,
-        losses_of,
-        plan,
-        optimizer,
-        lr_scheduler,
-        randomness,
-        training.train_batch_size,
-    )
-    if average is not None:
-        average.copy_to(engine.parameters)
+    Raises:
+        Stopped: asked to by a signal, after a checkpoint.
+    """
+    limit = training.checkpoints_total_limit
+    if run.checkpoint is None:
+        run.save(state, limit)  # from here on, an interrupted run can always go on
+    with StopRequest() as request:
+        for step in private_steps(
+            accelerator, state, losses_of, plan, randomness, training.train_batch_size
+        ):
+            signal = request.anywhere(accelerator)
+            if signal or step % training.checkpointing_steps == 0 or step == plan.steps:
+                run.save(state, limit)
+            if signal:
+                raise Stopped(
+                    f"stopped after step {step} of {plan.steps}, at a checkpoint: go on with "
+                    "--resume_from_checkpoint latest",
+                    signal,
+                )
+    if state.average is not None:
+        state.average.copy_to(state.engine.parameters)
 
 
 def training_resolution(pipeline: StableDiffusionPipeline, data: DataArguments) -> int:
@@ -286,7 +258,7 @@ def training_resolution(pipeline: StableDiffusionPipeline, data: DataArguments) 
 def save_samples(pipeline: StableDiffusionPipeline, training: TrainingArguments) -> None:
     """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
     folder = Path(training.output_dir) / "samples"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     prompts, count = training.validation_prompt, training.num_validation_images
     use_dpm_solver(pipeline)
     images = []

@@ -6,36 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from utils.errors import UsageError
-
 METHODS = {
     "dp-lora": "DP-LoRA adapter",
     "dp-loda": "DP-LoDA adapter",
     "dp-ldm": "DP-LDM: a U-Net whose attention was fine-tuned with differential privacy",
     "dp-diffusion": "DP-Diffusion: a U-Net fine-tuned with differential privacy",
 }
-
-
-def claim_output_dir(output_dir: str | Path) -> None:
-    """Make the folder of a new run, with its `private/` (mode 0700).
-
-    A folder that holds nothing but the image cache of an attempt that stopped early is free to use.
-
-    Raises:
-        UsageError: the folder already holds another run, or cannot be written.
-    """
-    path = Path(output_dir)
-    own = {("private",), ("private", "cache"), ("private", "logs")}
-    there = (
-        {entry.relative_to(path).parts[:2] for entry in path.rglob("*")} if path.is_dir() else set()
-    )
-    if path.is_file() or there - own:
-        raise UsageError(f"--output_dir {path} already holds files; name a new folder for this run")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "private").mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make --output_dir {path}: {error}") from error
 
 
 def write_durably(path: Path, text: str) -> None:

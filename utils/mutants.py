@@ -69,7 +69,7 @@ MUTANTS = {
 
 @contextmanager
 def broken(name: str | None) -> Iterator[None]:
-    """Within this context `train_privately` is the mutant `name`; None leaves it as it is."""
+    """Within this context `private_steps` is the mutant `name`; None leaves it as it is."""
     if name is None:
         yield
         return

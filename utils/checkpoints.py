@@ -1,0 +1,159 @@
+"""Checkpoints: whole or absent, never with a generator in them; and a clean stop on request.
+
+A checkpoint is a folder `checkpoint-STEP` with `state.pt` (adapter, optimizer, schedule, moving
+average) and `about.json` (step, run, what it must agree with, the hash of state.pt). It is written
+aside, synced and renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from utils.errors import UsageError
+
+SCHEMA_VERSION = 1
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, about: dict) -> None:
+    """Write `folder`/checkpoint-`step`. Raises: UsageError if the disk does not take it."""
+    aside, final = folder / f"unfinished-{step}", path_of(folder, step)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with open(aside / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        about = {"schema_version": SCHEMA_VERSION, "step": step, **about}
+        about["sha256"] = sha256_of(aside / "state.pt")
+        with open(aside / "about.json", "w", encoding="utf-8") as file:
+            json.dump(about, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UsageError(
+            f"cannot write the checkpoint of step {step} to {folder}: {error}. Make room and go on "
+            "with --resume_from_checkpoint latest"
+        ) from error
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """The steps of the checkpoints in `folder`, oldest first."""
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def rotate(folder: Path, limit: int) -> None:
+    """Keep the `limit` newest checkpoints."""
+    for step in steps_on_disk(folder)[:-limit]:
+        shutil.rmtree(path_of(folder, step), ignore_errors=True)
+
+
+def read_about(path: Path) -> dict:
+    """What a checkpoint says about itself.
+
+    Raises:
+        UsageError: it is not there, is damaged, or was written by a newer version.
+    """
+    try:
+        about = json.loads((path / "about.json").read_text())
+        if about["schema_version"] > SCHEMA_VERSION:
+            raise UsageError(f"the checkpoint {path} was written by a newer version of this code")
+        if about["sha256"] != sha256_of(path / "state.pt"):
+            raise ValueError("state.pt is not what was written")
+        return about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the checkpoint {path} is missing or damaged: {error}") from error
+
+
+def read_state(path: Path) -> dict:
+    """What `save_checkpoint` was given, on the CPU; no code is run to read it."""
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def newest_intact(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that can be read, and a sentence for each newer one that cannot.
+
+    Raises:
+        UsageError: there is none.
+    """
+    sentences = []
+    for step in reversed(steps_on_disk(folder)):
+        path = path_of(folder, step)
+        try:
+            read_about(path)
+            return path, sentences
+        except UsageError as error:
+            sentences.append(f"{error}; going on from the one before")
+    raise UsageError(
+        f"there is no {'intact ' if sentences else ''}checkpoint in {folder} to resume from; start "
+        "a new run in another --output_dir"
+    )
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """What changed between two nested dictionaries, as "name was ..., is ...", for people."""
+    changed = []
+    for key in [*then, *(key for key in now if key not in then)]:
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += differences(old, new)
+        elif old != new:
+            changed.append(f"{key} was {old}, is {new}")
+    return changed
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class StopRequest:
+    """Within this context SIGTERM and Ctrl-C ask for a clean stop; a second Ctrl-C is not waited
+    for."""
+
+    def __enter__(self):
+        self.signal: int | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def anywhere(self, accelerator: Accelerator) -> int:
+        """The number of the signal that any process has received; 0 for none."""
+        heard = torch.tensor([self.signal or 0], device=accelerator.device)
+        return int(accelerator.gather(heard).max())

@@ -1,0 +1,295 @@
+"""One training run: its folder, its page in the ledger, its checkpoints, and what it publishes.
+
+The order of things is the privacy argument (contract: "the ledger is ahead of the release"): the
+plan is reserved before an image is read; a release is on record before the file that shows it
+exists; a file is on record as written once it does.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils.accounting import PrivacyPlan, account, pld_epsilon, privacy_statement
+from utils.arguments import PrivacyArguments, TrainingArguments
+from utils.checkpoints import (
+    differences,
+    newest_intact,
+    path_of,
+    read_about,
+    read_state,
+    rotate,
+    save_checkpoint,
+    sha256_of,
+    steps_on_disk,
+)
+from utils.errors import UsageError, on_main_process
+from utils.hub import write_durably, write_statement
+from utils.ledger import CHECKPOINT, WEIGHTS, Ledger, Page, charged_events, charged_steps, page_of
+from utils.training import TrainingState
+
+LEDGER_NAME = "ledger.jsonl"
+
+
+def private_folder(output_dir: str | Path) -> Path:
+    return Path(output_dir) / "private"
+
+
+def claim_output_dir(training: TrainingArguments) -> FileLock:
+    """Make the folder of a new run, with its `private/` (mode 0700), or find that of the run to go
+    on with. Nobody else can claim it while the lock that is returned lives.
+
+    A folder is free if no run in it has released anything.
+
+    Raises:
+        UsageError: the folder holds another run or other files, holds none to resume, is in use, or
+            cannot be written.
+    """
+    path, private = Path(training.output_dir), private_folder(training.output_dir)
+    resumes = training.resume_from_checkpoint is not None
+    if resumes and not private.is_dir():
+        raise UsageError(f"--output_dir {path} holds no run to resume")
+    if not resumes and not _is_free(path):
+        raise UsageError(
+            f"--output_dir {path} already holds files; name a new folder for this run, or go on "
+            "with the run that it holds: --resume_from_checkpoint latest"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        private.mkdir(mode=0o700, exist_ok=True)
+        lock = FileLock(private / "in_use.lock", blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"--output_dir {path} is in use by another process") from error
+    except OSError as error:
+        raise UsageError(f"cannot make --output_dir {path}: {error}") from error
+    return lock
+
+
+def _is_free(path: Path) -> bool:
+    if not path.exists():
+        return True
+    if not path.is_dir() or any(entry.name != "private" for entry in path.iterdir()):
+        return False
+    own = {"cache", "logs", "in_use.lock", "run", LEDGER_NAME, f"{LEDGER_NAME}.lock"}
+    private = private_folder(path)
+    if private.is_dir() and any(entry.name not in own for entry in private.iterdir()):
+        return False
+    page = _earlier_page(path)
+    return page is None or charged_steps(page.ledger.records(), page.run, live=False) == 0
+
+
+def _earlier_page(output_dir: Path) -> Page | None:
+    note = private_folder(output_dir) / "run"
+    if not note.exists():
+        return None
+    return page_of(Ledger(private_folder(output_dir) / LEDGER_NAME), note.read_text().strip())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may spend.
+
+    Attributes:
+        output_dir: where it publishes; its checkpoints are in private/.
+        page: where it is charged.
+        agreed: all that a checkpoint must agree with to be gone on from.
+        checkpoint: the one to go on from; None for a new run.
+    """
+
+    output_dir: Path
+    page: Page
+    agreed: dict
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return private_folder(self.output_dir) / "checkpoints"
+
+    def save(self, state: TrainingState, limit: int) -> None:
+        """Write a checkpoint, and keep the `limit` newest.
+
+        Raises:
+            UsageError: the ledger or the disk does not take it; on every process.
+        """
+        on_main_process(lambda: self._save(state, limit))
+
+    def _save(self, state: TrainingState, limit: int) -> None:
+        about = {"run": self.page.run, "agreed": self.agreed}
+        self.page.release(state.step, CHECKPOINT)
+        save_checkpoint(self.checkpoints, state.step, state.state_dict(), about)
+        self.page.wrote(state.step, CHECKPOINT)
+        rotate(self.checkpoints, limit)
+
+    def restore(self, state: TrainingState) -> None:
+        """Load the checkpoint to go on from, if there is one."""
+        if self.checkpoint is not None:
+            state.load_state_dict(read_state(self.checkpoint))
+
+    def publish(self, export: Callable[[Path], None], plan: PrivacyPlan, is_private: bool) -> dict:
+        """Export the weights, and write the statement that accounts for them; returns it.
+
+        The weights appear in the output folder last, after their release is on record and
+        privacy.json is there. Doing it again is safe.
+
+        Raises:
+            UsageError: the ledger or the disk does not take it.
+        """
+        staging = private_folder(self.output_dir) / "staging"
+        self.page.release(plan.steps, WEIGHTS)
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            export(staging)
+            paths = sorted(path for path in staging.rglob("*") if path.is_file())
+            files = {str(path.relative_to(staging)): sha256_of(path) for path in paths}
+            entry = self.page.wrote(plan.steps, WEIGHTS, files)
+            statement = self._statement(plan, is_private, files, entry["hash"])
+            write_statement(statement, self.output_dir)
+            for path in staging.iterdir():
+                target = self.output_dir / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+            staging.rmdir()
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.output_dir}: {error}. Nothing is lost: make room and go on "
+                "with --resume_from_checkpoint latest"
+            ) from error
+        return statement
+
+    def _statement(self, plan: PrivacyPlan, is_private: bool, files: dict, entry: str) -> dict:
+        records = self.page.ledger.records()
+        own, everything = charged_events(records, [self.page.run]), charged_events(records)
+        statement = privacy_statement(plan, own, account(own, plan.delta), is_private)
+        ledger = {"run": self.page.run, "entry": entry}
+        if len(everything) > len(own):
+            epsilon = account(everything, plan.delta)
+            ledger["everything"] = {"events": everything, "epsilon": epsilon.both_relations()}
+        return statement | {"files": files, "ledger": ledger}
+
+
+def open_run(
+    training: TrainingArguments,
+    privacy: PrivacyArguments,
+    plan: PrivacyPlan,
+    agreed: dict,
+    is_private: bool,
+) -> Run | None:
+    """Reserve what `plan` will spend; or, to go on with a run, find its checkpoint.
+
+    Call before an image is read; `confirm` afterwards. With `--dry_run` it only looks.
+
+    Raises:
+        UsageError: it would exceed --total_epsilon; there is no such checkpoint; or see `Ledger`.
+    """
+    output_dir = Path(training.output_dir)
+    agreed = {**agreed, "plan": asdict(plan)}
+    ledger = _ledger_of(output_dir, privacy.privacy_ledger)
+    if privacy.dry_run:
+        return ledger.check(plan.terms(is_private), privacy.total_epsilon)
+    if training.resume_from_checkpoint is not None:
+        checkpoint = _find_checkpoint(output_dir, training.resume_from_checkpoint)
+        about = read_about(checkpoint)
+        page = page_of(ledger, about["run"])
+        return Run(output_dir, page, agreed, checkpoint)
+    earlier = _earlier_page(output_dir)
+    if earlier is not None:  # an attempt that ended before its first step
+        earlier.give_up()
+    page = ledger.reserve(plan.terms(is_private), privacy.total_epsilon)
+    write_durably(private_folder(output_dir) / "run", page.run)
+    return Run(output_dir, page, agreed)
+
+
+def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: bool) -> Run:
+    """The run with its final plan, now that the images were looked at.
+
+    Raises:
+        UsageError: the checkpoint to go on from belongs to another plan, model or adapter; or going
+            on would exceed --total_epsilon.
+    """
+    agreed = {**run.agreed, "plan": asdict(plan)}
+    ledger, terms, cap = run.page.ledger, plan.terms(is_private), privacy.total_epsilon
+    if agreed == run.agreed and run.checkpoint is None:
+        return run
+    if run.checkpoint is None:  # some images could not be read: fewer units
+        page = ledger.reserve(terms, cap, run.page.run)
+        return replace(run, page=page, agreed=agreed)
+    about = read_about(run.checkpoint)
+    changed = differences(about["agreed"], agreed)
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(f"cannot resume {run.checkpoint}: {'; '.join(changed[:3])}{more}")
+    settle(run)
+    page = ledger.reserve(terms, cap, run.page.run, about["step"])
+    for step in steps_on_disk(run.checkpoints):
+        if step > about["step"]:  # damaged, or passed over: never the latest again
+            aside = f"set-aside-{step}-of-branch-{page.branch - 1}"
+            path_of(run.checkpoints, step).rename(run.checkpoints / aside)
+    steps = charged_steps(ledger.records(), page.run)
+    if steps > plan.steps:
+        event = {**terms["event"], "steps": steps}
+        print(
+            f"going on from step {about['step']} charges {steps - plan.steps} steps once more: "
+            f"their noisy results exist already. The run will come to epsilon "
+            f"{pld_epsilon([event], plan.delta):.3f}"
+        )
+    return replace(run, page=page, agreed=agreed)
+
+
+def settle(run: Run) -> None:
+    """Bring the ledger up to date with the checkpoints on disk after a crash.
+
+    A checkpoint that was announced and is there, whole, was written. One that was announced, is not
+    there and was never noted as written did not come to be: what remains of it is destroyed unread,
+    and its release is taken back.
+    """
+    records = run.page.ledger.records()
+    own = [r for r in records if r["run"] == run.page.run and r["branch"] == run.page.branch]
+    written = {r["step"] for r in own if r["kind"] == "wrote"}
+    voided = {r["step"] for r in own if r["kind"] == "void"}
+    for leftover in run.checkpoints.glob("unfinished-*"):
+        shutil.rmtree(leftover)
+    for step in sorted({r["step"] for r in own if r["kind"] == "release"} - written - voided):
+        if path_of(run.checkpoints, step).exists():
+            run.page.wrote(step, CHECKPOINT)
+        else:
+            run.page.void(step)
+
+
+def _ledger_of(output_dir: Path, shared: str | None) -> Ledger:
+    """The ledger of this folder; a shared one is linked to, so that it can be found again.
+
+    Raises:
+        UsageError: the folder's run is in another ledger.
+    """
+    own = private_folder(output_dir) / LEDGER_NAME
+    if shared is None:
+        return Ledger(own)
+    if (own.exists() or own.is_symlink()) and own.resolve() != Path(shared).resolve():
+        raise UsageError(f"the run in {output_dir} is recorded in {own.resolve()}, not in {shared}")
+    if not own.is_symlink():
+        own.symlink_to(Path(shared).resolve())
+    return Ledger(own)
+
+
+def _find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    checkpoints = private_folder(output_dir) / "checkpoints"
+    if wanted == "latest":
+        path, sentences = newest_intact(checkpoints)
+        for sentence in sentences:
+            print(sentence)
+        return path
+    path = Path(wanted)
+    if not path.is_absolute() and not path.is_dir():
+        path = checkpoints / wanted
+    if path.resolve().parent != checkpoints.resolve():
+        there = ", ".join(f"checkpoint-{step}" for step in steps_on_disk(checkpoints)) or "none"
+        raise UsageError(
+            f"--resume_from_checkpoint {wanted}: not a checkpoint of {output_dir}; there: {there}"
+        )
+    return path
