@@ -172,6 +172,16 @@ def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) ->
     return accountant.compose(_dp_event(events)).get_epsilon(delta)
 
 
+def epsilon_curve(events: list[dict], deltas, relation: str) -> list[float]:
+    """The epsilon of `events`, by PLD, at each of `deltas`; `relation` is "add or remove one" or
+    "replace one"."""
+    accountant = PLDAccountant(
+        REPLACE_ONE if relation == "replace one" else ADD_OR_REMOVE_ONE, PLD_INTERVAL
+    )
+    accountant.compose(_dp_event(events))
+    return [accountant.get_epsilon(delta) for delta in deltas]
+
+
 def prv_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
     """The same by privacy random variables (Gopi et al. 2021; Opacus)."""
     accountant = PRVAccountant() if relation == ADD_OR_REMOVE_ONE else ReplaceOnePRVAccountant()
