@@ -1,5 +1,9 @@
 """Tiny real models and tiny image folders, made once per test run."""
 
+import contextlib
+import gc
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -99,10 +103,33 @@ def run_script():
         if launch:
             start += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
         command = [*start, str(ROOT / script), *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=cwd, env=quiet_environment(), capture_output=True, text=True
+        )
 
     return run
+
+
+def quiet_environment() -> dict:
+    """For a script in a process of its own: one thread, and no network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train_here(arguments: list, script: str = "train_dp_lora") -> str:
+    """Run a training script in this process; returns what it printed, or its `UsageError`."""
+    from utils.errors import UsageError
+
+    before, shown = sys.argv, io.StringIO()
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(shown):
+            importlib.import_module(script).main()
+        return shown.getvalue()
+    except UsageError as error:
+        return f"error: {error}"
+    finally:
+        sys.argv = before
+        gc.collect()  # the folder's lock goes with the frames of the exception
 
 
 def read_json(path: Path) -> dict:

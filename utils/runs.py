@@ -74,7 +74,7 @@ def _is_free(path: Path) -> bool:
         return True
     if not path.is_dir() or any(entry.name != "private" for entry in path.iterdir()):
         return False
-    own = {"cache", "logs", "in_use.lock", "run", LEDGER_NAME, f"{LEDGER_NAME}.lock"}
+    own = {"cache", "logs", "checkpoints", "in_use.lock", "run", LEDGER_NAME, f"{LEDGER_NAME}.lock"}
     private = private_folder(path)
     if private.is_dir() and any(entry.name not in own for entry in private.iterdir()):
         return False

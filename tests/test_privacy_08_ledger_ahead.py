@@ -1,0 +1,190 @@
+"""Clause 8: the ledger is ahead of the release, whenever the run dies."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
+from tests.killed_runs import POINTS
+from utils.accounting import pld_epsilon
+from utils.checkpoints import steps_on_disk
+from utils.errors import UsageError
+from utils.ledger import Ledger
+from utils.verification import problems_of, read_source
+
+FEW = ["--rank", 2, "--checkpointing_steps", 1, "--num_validation_images", 1]
+
+
+def kill_runs(base, images, folder, *more):
+    command = [sys.executable, "-m", "tests.killed_runs", base, images, folder, *more]
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=quiet_environment(), capture_output=True, text=True
+    )
+
+
+def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(tiny_base, image_folder, tmp_path):
+    """At 13 chosen and 20 random moments; see `tests/killed_runs.py`."""
+    run = kill_runs(tiny_base, image_folder, tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    summary = run.stdout.splitlines()[-1]
+    print(summary)
+    counts = json.loads(summary)
+    assert counts["trials"] == len(POINTS) + 20
+    assert counts["killed"] >= len(POINTS) and counts["resumed"] >= len(POINTS) - 3
+
+
+def test_a_checkpoint_before_its_release_is_caught(tiny_base, image_folder, tmp_path):
+    run = kill_runs(tiny_base, image_folder, tmp_path, "--random", 0, "--late_release")
+    assert run.returncode != 0 and "that the ledger does not know" in run.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, image_folder, tmp_path_factory):
+    """A run of three steps, each with its checkpoint; and how to go on with a copy of it."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    more = [*FEW, "--checkpoints_total_limit", 9, "--freeze_lora_a", "--ema_decay", 0.5]
+    start(tiny_base, image_folder, output, *more)
+    return output, more
+
+
+def start(base, images, output, *more) -> str:
+    """Train; returns what was said."""
+    return train_here(train_arguments(base, images, output, *more))
+
+
+def copy_of(folder, target):
+    subprocess.run(["cp", "-r", folder, target], check=True)
+    return target
+
+
+def spent_on(output) -> float:
+    statement = read_json(output / "privacy.json")
+    assert not problems_of(read_source(str(output), None))
+    return statement["epsilon"]["add_or_remove_one"]
+
+
+def test_going_on_from_the_last_checkpoint_costs_nothing(
+    finished, tiny_base, image_folder, tmp_path
+):
+    output = copy_of(finished[0], tmp_path / "run")
+    before = (output / "pytorch_lora_weights.safetensors").read_bytes()
+    planned = spent_on(output)
+    start(tiny_base, image_folder, output, *finished[1], "--resume_from_checkpoint", "latest")
+    assert spent_on(output) == planned
+    assert len((output / "pytorch_lora_weights.safetensors").read_bytes()) == len(before)
+
+
+def test_going_on_from_an_older_one_charges_the_difference(
+    finished, tiny_base, image_folder, tmp_path
+):
+    output = copy_of(finished[0], tmp_path / "run")
+    more = [*finished[1], "--resume_from_checkpoint", "checkpoint-1"]
+    said = start(tiny_base, image_folder, output, *more)
+    assert "charges 2 steps once more" in said
+    statement = read_json(output / "privacy.json")
+    assert [event["steps"] for event in statement["events"]] == [5]  # 3, and 2 of them again
+    assert spent_on(output) == pld_epsilon(statement["events"], statement["delta"])
+    assert spent_on(output) > spent_on(finished[0]) + 0.1
+
+
+def test_a_damaged_checkpoint_falls_back_and_is_charged(
+    finished, tiny_base, image_folder, tmp_path
+):
+    output = copy_of(finished[0], tmp_path / "run")
+    state = output / "private" / "checkpoints" / "checkpoint-3" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    more = [*finished[1], "--resume_from_checkpoint", "latest"]
+    said = start(tiny_base, image_folder, output, *more)
+    assert "checkpoint-3 is missing or damaged" in said and "going on from the one before" in said
+    assert [event["steps"] for event in read_json(output / "privacy.json")["events"]] == [4]
+    assert spent_on(output) > spent_on(finished[0])
+
+
+def test_latest_without_a_checkpoint_is_an_error(tiny_base, image_folder, tmp_path):
+    latest = ["--resume_from_checkpoint", "latest"]
+    assert "holds no run" in start(tiny_base, image_folder, tmp_path / "none", *latest)
+    (tmp_path / "empty" / "private").mkdir(parents=True)
+    said = start(tiny_base, image_folder, tmp_path / "empty", *latest)
+    assert "there is no checkpoint" in said and "another --output_dir" in said
+
+
+CHANGES = [
+    (["--noise_multiplier", 2.0], "noise_multiplier was"),
+    (["--max_train_steps", 9], "steps was 3, is 9"),
+    (["--max_grad_norm", 0.5], "max_grad_norm was 1.0, is 0.5"),
+    (["--rank", 3], "lora_A"),
+    (["--optimizer", "sgd"], "optimizer was adamw, is sgd"),
+]
+
+
+@pytest.mark.parametrize("change, difference", CHANGES)
+def test_a_changed_plan_or_adapter_is_refused_naming_it(
+    finished, tiny_base, image_folder, tmp_path, change, difference
+):
+    output = copy_of(finished[0], tmp_path / "run")
+    arguments = train_arguments(tiny_base, image_folder, output, *finished[1])
+    if change[0] == "--noise_multiplier":
+        at = arguments.index("--target_epsilon")
+        del arguments[at : at + 2]
+    arguments += [*change, "--resume_from_checkpoint", "latest"]
+    said = train_here(arguments)
+    assert said.startswith("error: cannot resume") and difference in said
+    assert spent_on(output) == spent_on(finished[0])
+
+
+def test_another_base_model_or_set_is_refused_naming_it(
+    finished, tiny_base, image_folder, tmp_path
+):
+    latest = [*finished[1], "--resume_from_checkpoint", "latest"]
+    output = copy_of(finished[0], tmp_path / "run")
+    fewer = copy_of(image_folder, tmp_path / "fewer")
+    (fewer / "0" / "0.png").unlink()
+    assert "num_units was 40, is 39" in start(tiny_base, fewer, output, *latest)
+
+    from diffusers import StableDiffusionPipeline
+
+    other = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    other.unet.conv_in.bias.data[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    said = start(tmp_path / "other", image_folder, output, *latest)
+    assert "base_model_checksum was" in said
+
+
+def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
+    """Adapter, optimizer, schedule, average and step: no generator, and no seed in either."""
+    from utils.checkpoints import path_of, read_about, read_state
+
+    private = finished[0] / "private"
+    checkpoint = path_of(private / "checkpoints", 3)
+    state = read_state(checkpoint)
+    assert set(state) == {"adapter", "optimizer", "lr_scheduler", "average", "step"}
+    assert set(read_about(checkpoint)) == {"schema_version", "step", "run", "agreed", "sha256"}
+    assert {path.name for path in checkpoint.iterdir()} == {"state.pt", "about.json"}
+    assert sum("lora_A" in name for name in state["adapter"])  # frozen, at its random start
+    text = (private / "ledger.jsonl").read_text().lower()
+    assert not any(word in text for word in ("seed", "rng", "generator", ".png"))
+    known = {"schema_version", "index", "time", "kind", "run", "branch", "from_step", "event"}
+    known |= {"delta", "num_units", "privacy_unit", "private", "step", "output", "files"}
+    for record in Ledger(private / "ledger.jsonl").records():
+        assert set(record) <= known | {"previous", "hash"}
+
+
+def test_old_checkpoints_go_and_the_newest_stay(finished, tiny_base, image_folder, tmp_path):
+    assert steps_on_disk(finished[0] / "private" / "checkpoints") == [0, 1, 2, 3]
+    start(tiny_base, image_folder, tmp_path / "run", *FEW, "--checkpoints_total_limit", 2)
+    assert steps_on_disk(tmp_path / "run" / "private" / "checkpoints") == [2, 3]
+
+
+def test_a_process_whose_run_went_on_elsewhere_releases_nothing_more(tmp_path):
+    from tests.worlds import plan_of
+
+    ledger, terms = Ledger(tmp_path / "ledger.jsonl"), plan_of(steps=5).terms(True)
+    first = ledger.reserve(terms)
+    first.release(2, "checkpoint")
+    first.wrote(2, "checkpoint")
+    second = ledger.reserve(terms, run=first.run, step=2)
+    with pytest.raises(UsageError, match="resumed or given up elsewhere"):
+        first.release(3, "checkpoint")
+    second.release(3, "checkpoint")

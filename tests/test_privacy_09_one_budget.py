@@ -1,0 +1,148 @@
+"""Clause 9: all that is done with the same data is composed, and stays within one budget."""
+
+import contextlib
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
+from tests.worlds import plan_of
+from utils import ledger as ledger_module
+from utils.accounting import pld_epsilon
+from utils.errors import UsageError
+from utils.ledger import Ledger, charged_events
+from utils.verification import problems_of, read_source
+
+
+def terms(steps: int = 5, **changes) -> dict:
+    return plan_of(steps=steps).terms(True) | changes
+
+
+def epsilon_of(*steps: int) -> float:
+    return pld_epsilon([plan_of(steps=count).event() for count in steps], 1e-4)
+
+
+def test_runs_on_one_ledger_are_composed(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for steps in (5, 7):
+        page = ledger.reserve(terms(steps), total_epsilon=epsilon_of(5, 7) + 1e-6)
+        page.release(steps, "weights")
+    events = charged_events(ledger.records())
+    assert [event["steps"] for event in events] == [5, 7]
+    assert pld_epsilon(events, 1e-4) == epsilon_of(5, 7)
+    with pytest.raises(UsageError, match="above --total_epsilon"):
+        ledger.reserve(terms(1), total_epsilon=epsilon_of(5, 7) + 1e-6)
+
+
+def test_what_a_live_run_reserved_counts_until_it_is_handed_back(tmp_path):
+    ledger, cap = Ledger(tmp_path / "ledger.jsonl"), epsilon_of(8) + 1e-3
+    live = ledger.reserve(terms(8), cap)
+    live.release(3, "checkpoint")
+    with pytest.raises(UsageError, match=f"unfinished: {live.run}"):
+        ledger.reserve(terms(5), cap)
+    live.give_up()
+    assert charged_events(ledger.records())[0]["steps"] == 3
+    ledger.reserve(terms(5), cap)
+    with pytest.raises(UsageError, match="above --total_epsilon"):
+        ledger.reserve(terms(1), cap)
+
+
+def test_a_run_that_would_exceed_the_budget_is_refused_before_an_image_is_read(tiny_base, tmp_path):
+    """No image of this set can be read; what is said is about the budget."""
+    for index in range(40):
+        (tmp_path / "images" / str(index % 4)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / str(index % 4) / f"{index}.png").write_bytes(b"no image")
+    arguments = train_arguments(tiny_base, tmp_path / "images", tmp_path / "run")
+    assert "none of the 40 images" in train_here([*arguments, "--total_epsilon", 8])
+    assert "above --total_epsilon 7.9" in train_here([*arguments, "--total_epsilon", 7.9])
+
+
+def test_a_dry_run_is_refused_too_and_reserves_nothing(tiny_base, image_folder, tmp_path):
+    shared = ["--privacy_ledger", tmp_path / "shared.jsonl", "--dry_run"]
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *shared)
+    assert '"noise_multiplier"' in train_here(arguments)
+    assert not (tmp_path / "shared.jsonl").exists()
+    assert "above --total_epsilon" in train_here([*arguments, "--total_epsilon", 1])
+
+
+def test_two_runs_at_once_cannot_both_take_the_last_of_the_budget(
+    tiny_base, image_folder, tmp_path
+):
+    """Two real processes, started together, on a ledger that has room for one."""
+    shared = ["--privacy_ledger", tmp_path / "shared.jsonl", "--total_epsilon", 9]
+    runs = []
+    for name in ("first", "second"):
+        arguments = train_arguments(tiny_base, image_folder, tmp_path / name, *shared)
+        command = [sys.executable, ROOT / "train_dp_lora.py", *arguments]
+        runs.append(
+            subprocess.Popen(
+                list(map(str, command)), env=quiet_environment(), stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [run.communicate()[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], said
+    refused = 0 if runs[0].returncode else 1
+    assert "above --total_epsilon 9" in said[refused]
+    winner = tmp_path / ("second", "first")[refused]
+    assert not problems_of(read_source(str(winner), None))
+
+    # A third, later run is told of, in the statement of the one after it.
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "third", *shared[:2])
+    train_here(arguments)
+    statement = read_json(tmp_path / "third" / "privacy.json")
+    assert statement["epsilon"]["add_or_remove_one"] <= 8
+    together = statement["ledger"]["everything"]
+    assert [event["steps"] for event in together["events"]] == [3, 3]
+    assert together["epsilon"]["add_or_remove_one"] > 9
+    assert not problems_of(read_source(str(tmp_path / "third"), None))
+
+
+def admitted(tmp_path, monkeypatch) -> int:
+    """How many of two threads get in that both try to look before either writes."""
+    ledger, cap = Ledger(tmp_path / "ledger.jsonl"), epsilon_of(5)
+    both, whole, got = threading.Barrier(2), ledger_module.check_admissible, []
+
+    def looks(*arguments):
+        whole(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+
+    monkeypatch.setattr(ledger_module, "check_admissible", looks)
+
+    def attempt():
+        with contextlib.suppress(UsageError):
+            got.append(ledger.reserve(terms(5), cap))
+
+    threads = [threading.Thread(target=attempt) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(got)
+
+
+def test_looking_and_reserving_is_one_act(tmp_path, monkeypatch):
+    assert admitted(tmp_path, monkeypatch) == 1
+
+
+def test_a_ledger_without_its_lock_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "FileLock", lambda path: contextlib.nullcontext())
+    assert admitted(tmp_path, monkeypatch) == 2
+
+
+def test_one_ledger_protects_one_kind_of_unit(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.reserve(terms())
+    with pytest.raises(UsageError, match="another privacy unit"):
+        ledger.reserve(terms(privacy_unit="all images of one patient"))
+
+
+def test_reproducible_noise_neither_joins_a_ledger_nor_is_capped(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(UsageError, match="reproducible noise"):
+        ledger.reserve(terms(private=False), total_epsilon=100.0)
+    ledger.reserve(terms(private=False))
+    with pytest.raises(UsageError, match="reproducible noise"):
+        ledger.reserve(terms())
