@@ -31,7 +31,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from train_dp_lora import LoraArguments, add_lora
 from utils.accounting import PrivacyPlan, calibrate_noise_multiplier, make_plan, pld_epsilon
 from utils.arguments import CLIPPING_MODES, DataArguments, PrivacyArguments, option, parse
 from utils.auditing import draw, measure
@@ -42,6 +41,7 @@ from utils.errors import UsageError, run_script
 from utils.fine_tuning import training_resolution
 from utils.hub import write_durably
 from utils.latents import Objective
+from utils.lora import LoraArguments, add_lora
 from utils.mutants import MUTANTS, broken
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline

@@ -26,6 +26,7 @@ from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.pipelines import trains_text
+from utils.saliency import read_saliency
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
 USAGE = """from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -54,13 +55,19 @@ class LdmArguments:
     text_encoder_rank: int = option("rank of that LoRA", 4)
 
 
-def unfreeze(pipeline: StableDiffusionPipeline, args: LdmArguments) -> None:
-    """Make the chosen weights of the U-Net trainable.
+def unfreeze(
+    pipeline: StableDiffusionPipeline, args: LdmArguments, selected: list[str] | None = None
+) -> None:
+    """Make the chosen weights of the U-Net trainable: of `selected` layers only, if given.
 
     Raises:
         UsageError: a block that is not there, or that holds no attention.
     """
     unet, blocks = pipeline.unet, args.trainable_blocks or [""]
+    if selected is not None:
+        for name in selected:
+            unet.get_submodule(name).weight.requires_grad_(True)
+        blocks = []
     for block in blocks:
         chosen = [
             parameter
@@ -101,12 +108,19 @@ def save_unet(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
 
 
 def main():
-    *arguments, args = parse(*ARGUMENTS, LdmArguments, description=__doc__)
+    model, data, privacy, training, args = parse(*ARGUMENTS, LdmArguments, description=__doc__)
+    selected = None
+    if privacy.saliency_file is not None:
+        selected = read_saliency(privacy.saliency_file).selected
     usage = USAGE + (LORA_USAGE if args.train_text_encoder else "")
     method = Method(
-        NAMES[args.trainable], lambda pipeline: unfreeze(pipeline, args), save_unet, usage
+        NAMES[args.trainable],
+        lambda pipeline: unfreeze(pipeline, args, selected),
+        save_unet,
+        usage,
+        args,
     )
-    run_method(method, *arguments)
+    run_method(method, model, data, privacy, training)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ people without this repository can load it, the privacy statement, a model card 
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
@@ -22,6 +22,7 @@ from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.pipelines import ALL_TARGETS, resolve_targets
+from utils.saliency import read_saliency
 
 USAGE = """from diffusers import DiffusionPipeline
 
@@ -71,9 +72,11 @@ def save_loda(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
 
 
 def main():
-    *arguments, args = parse(*ARGUMENTS, LoDAArguments, description=__doc__)
-    method = Method("dp-loda", lambda pipeline: add_loda(pipeline, args), save_loda, USAGE)
-    run_method(method, *arguments)
+    model, data, privacy, training, args = parse(*ARGUMENTS, LoDAArguments, description=__doc__)
+    if privacy.saliency_file is not None:
+        args = replace(args, target_modules=read_saliency(privacy.saliency_file).selected)
+    method = Method("dp-loda", lambda pipeline: add_loda(pipeline, args), save_loda, USAGE, args)
+    run_method(method, model, data, privacy, training)
 
 
 if __name__ == "__main__":

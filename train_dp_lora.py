@@ -12,68 +12,33 @@
     # what would it cost? prints the plan and stops
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --dry_run
 
-LoRA on the attention and projection layers of the U-Net, trained by DP-SGD (Tsai et al. 2025).
+    # DP-SAPF: spend a twentieth of the budget to learn which matrices to train
+    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency
+
+LoRA on the attention and projection layers of the U-Net, trained by DP-SGD (Tsai et al. 2025); with
+--saliency_file or --select_saliency, on the matrices that a private ranking selects (Gong et al.
+2026).
 Writes pytorch_lora_weights.safetensors, which plain diffusers loads, the privacy statement
 privacy.json, a model card and samples. No loss is shown: it is not private.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-
-from utils.arguments import option, parse
+from select_saliency import select
+from utils.arguments import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+    option,
+    parse,
+)
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
-from utils.pipelines import DEFAULT_TARGETS, resolve_targets
-
-
-@dataclass
-class LoraArguments:
-    """The adapter."""
-
-    rank: int = option("rank of the adapter", 8)
-    lora_alpha: int | None = option("scale of the adapter times its rank; default: the rank", None)
-    target_modules: list[str] = option("layers to adapt, by suffix of their name", DEFAULT_TARGETS)
-    freeze_lora_a: bool = option(
-        "train B only, and leave A at its random start: fewer weights, so less noise in all "
-        "(FFA-LoRA, Sun et al. 2024)",
-        False,
-    )
-
-
-def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
-    """Put a trainable LoRA beside the target modules; B starts at zero: nothing changes yet.
-
-    Raises:
-        UsageError: an unknown target, or a rank or alpha below 1.
-    """
-    if args.rank < 1 or (args.lora_alpha is not None and args.lora_alpha < 1):
-        raise UsageError("--rank and --lora_alpha must be at least 1")
-    targets = resolve_targets(pipeline.unet, args.target_modules)
-    alpha = args.rank if args.lora_alpha is None else args.lora_alpha
-    pipeline.unet.add_adapter(
-        LoraConfig(
-            r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
-        )
-    )
-    if args.freeze_lora_a:
-        for name, parameter in pipeline.unet.named_parameters():
-            if ".lora_A." in name:
-                parameter.requires_grad_(False)
-
-
-def save_lora(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
-    """Save the adapter with its alpha, without which it would reload at the wrong scale."""
-    StableDiffusionPipeline.save_lora_weights(
-        output_dir,
-        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
-        **_collate_lora_metadata({"unet": pipeline.unet}),
-    )
-
+from utils.lora import LoraArguments, add_lora, save_lora
+from utils.runs import LEDGER_NAME, private_folder
+from utils.saliency import SaliencyArguments, read_saliency
 
 USAGE = """from diffusers import StableDiffusionPipeline
 
@@ -81,10 +46,51 @@ pipeline = StableDiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("this/adapter")"""
 
 
+@dataclass
+class StageArguments:
+    """Both stages of DP-SAPF at once."""
+
+    select_saliency: bool = option(
+        "first select what to train, into OUTPUT_DIR/selection, within the same budget", False
+    )
+
+
+def select_first(
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+    saliency: SaliencyArguments,
+) -> PrivacyArguments:
+    """Run the selection, unless an earlier attempt at this run has paid for it; say where it is.
+
+    Raises:
+        UsageError: see `select`; or a selection was also named.
+    """
+    if privacy.saliency_file is not None:
+        raise UsageError("give --select_saliency or --saliency_file, not both")
+    output_dir = Path(training.output_dir)
+    found = output_dir / "selection" / "saliency.json"
+    if not found.exists():
+        private_folder(output_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
+        ledger = privacy.privacy_ledger or private_folder(output_dir) / LEDGER_NAME
+        own = replace(privacy, privacy_ledger=str(ledger))
+        folder = replace(training, output_dir=str(found.parent), resume_from_checkpoint=None)
+        select(model, data, own, folder, lora, saliency)
+    return replace(privacy, saliency_file=str(found))
+
+
 def main():
-    *arguments, lora = parse(*ARGUMENTS, LoraArguments, description=__doc__)
-    method = Method("dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE)
-    run_method(method, *arguments)
+    model, data, privacy, training, lora, saliency, stages = parse(
+        *ARGUMENTS, LoraArguments, SaliencyArguments, StageArguments, description=__doc__
+    )
+    if stages.select_saliency:
+        privacy = select_first(model, data, privacy, training, lora, saliency)
+    if privacy.saliency_file is not None:
+        lora = replace(lora, target_modules=read_saliency(privacy.saliency_file).selected)
+    method = Method("dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE, lora)
+    run_method(method, model, data, privacy, training)
 
 
 if __name__ == "__main__":

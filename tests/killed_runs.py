@@ -63,11 +63,33 @@ def half_an_append(number: int):
     ledger.Ledger._append = torn
 
 
+def half_a_deletion():
+    """Die while an old checkpoint is deleted, with one of its files gone."""
+    whole = checkpoints.shutil.rmtree
+
+    def torn(path, **named):
+        if Path(path).name.startswith("deleting-") and Path(path).exists():
+            next(Path(path).iterdir()).unlink()
+            die()
+        whole(path, **named)
+
+    checkpoints.shutil.rmtree = torn
+
+
+def twice(prepare):
+    """A point for the first attempt, and again for the one that goes on with it."""
+    return [prepare, prepare]
+
+
 POINTS = {
     "before anything is reserved": lambda: die_on_call(ledger.Ledger, "reserve", 1),
     "after the reservation": lambda: die_on_call(ledger.Ledger, "reserve", 1, after=True),
+    "between the note and the reservation": lambda: die_on_call(runs, "write_durably", 1, True),
     "before the first checkpoint": lambda: die_on_call(runs, "save_checkpoint", 1),
     "after a release, before its checkpoint": lambda: die_on_call(runs, "save_checkpoint", 2),
+    "after a checkpoint is announced, before its release": lambda: die_on_call(
+        runs, "announce_checkpoint", 2, after=True
+    ),
     "in the middle of a checkpoint": lambda: die_on_call(checkpoints, "sha256_of", 2),
     "after a checkpoint, before it is noted": lambda: die_on_call(
         runs, "save_checkpoint", 2, after=True
@@ -75,7 +97,12 @@ POINTS = {
     "with a torn record of a release": lambda: half_an_append(3),
     "with a torn record of a checkpoint": lambda: half_an_append(4),
     "after the last checkpoint": lambda: die_on_call(runs, "rotate", 3, after=True),
+    "while an old checkpoint is deleted": half_a_deletion,
     "while the weights are exported": lambda: die_on_call(runs, "sha256_of", 1),
+    "twice while the weights are exported": twice(lambda: die_on_call(runs, "sha256_of", 1)),
+    "twice after a release, before its checkpoint": twice(
+        lambda: die_on_call(runs, "save_checkpoint", 1)
+    ),
     "before the statement": lambda: die_on_call(hub, "write_durably", 1),
     "after the statement, before the weights": lambda: die_on_call(
         runs, "write_statement", 1, after=True
@@ -130,14 +157,16 @@ def released_steps(output: Path) -> set[int]:
 
 def trial(arguments: list, output: Path, planned: float, prepare=None, seconds=None) -> dict:
     """Kill, look, go on, verify. Returns what happened."""
-    status = in_a_child([*arguments, "--output_dir", output], prepare, seconds)
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0), status
-    found = checkpoints.steps_on_disk(output / "private" / "checkpoints")
-    assert set(found) <= released_steps(output), "a checkpoint that the ledger does not know"
-    weights = (output / "pytorch_lora_weights.safetensors").exists()
-    assert not weights or STEPS in released_steps(output), "weights that the ledger does not know"
-    resume = ["--resume_from_checkpoint", "latest"] if found else []
+    resume = []
+    for attempt in prepare if isinstance(prepare, list) else [prepare]:
+        status = in_a_child([*arguments, "--output_dir", output, *resume], attempt, seconds)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0), status
+        found = checkpoints.steps_on_disk(output / "private" / "checkpoints")
+        assert set(found) <= released_steps(output), "a checkpoint that the ledger does not know"
+        weights = (output / "pytorch_lora_weights.safetensors").exists()
+        assert not weights or STEPS in released_steps(output), "weights that it does not know"
+        resume = ["--resume_from_checkpoint", "latest"] if found else []
     if killed:
         status = in_a_child([*arguments, "--output_dir", output, *resume])
         assert status == 0, f"going on ended with wait status {status}"

@@ -84,6 +84,12 @@ def test_a_run_goes_on_only_from_what_it_released_and_on_its_own_terms(ledger):
             ledger.reserve(terms, run=page.run, step=step)
     with pytest.raises(UsageError, match="no run"):
         ledger.reserve(TERMS, run="unknown", step=4)
+    page.release(6, "checkpoint")
+    page.void(6)
+    with pytest.raises(UsageError, match="no checkpoint of step 6"):
+        ledger.reserve(TERMS, run=page.run, step=6)
+    with pytest.raises(UsageError, match="has a run"):
+        ledger.reserve(TERMS, run=page.run)
     with pytest.raises(UsageError, match="no run"):
         page_of(ledger, "unknown")
 
@@ -92,7 +98,7 @@ def test_a_plan_may_change_before_anything_is_released(ledger):
     """Some images could not be read: fewer units, another rate."""
     page = ledger.reserve(TERMS)
     fewer = plan_of(steps=10, num_units=190).terms(True)
-    page = ledger.reserve(fewer, run=page.run)
+    page = ledger.reserve(fewer, run=page.run, step=0)
     assert charge(ledger, page) == (0, 10)
     event = ledger_module.charged_events(ledger.records())[0]
     assert event["sampling_rate"] == fewer["event"]["sampling_rate"]
@@ -102,7 +108,9 @@ def lines_of(ledger) -> list[bytes]:
     return ledger.path.read_bytes().splitlines(keepends=True)
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "removed", "swapped", "garbage", "inserted"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "changed", "removed", "swapped", "garbage", "inserted", "carriage return"]
+)
 def test_damage_is_found_and_nothing_is_appended_to_it(ledger, damage):
     page = ledger.reserve(TERMS)
     for step in (2, 4, 6):
@@ -118,6 +126,8 @@ def test_damage_is_found_and_nothing_is_appended_to_it(ledger, damage):
         lines[2], lines[3] = lines[3], lines[2]
     elif damage == "garbage":
         lines[2] = b"\x00\xff\n"
+    elif damage == "carriage return":
+        lines[2] = lines[2].replace(b"wrote", b"wro\rte")
     else:
         lines.insert(3, lines[2])
     ledger.path.write_bytes(b"".join(lines))

@@ -135,6 +135,10 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, expected_batch_size=2)
     training = TrainingArguments(output_dir=str(tmp_path / "run"))
     (tmp_path / "run" / "private").mkdir(parents=True)
-    private_set, plan, _ = read_and_plan(accelerator, data, privacy, training, {})
+
+    def make(num_units):
+        return make_plan(num_units, privacy, training.max_train_steps, "patient")
+
+    private_set, plan, _ = read_and_plan(accelerator, data, privacy, training, {}, make)
     assert (private_set.num_units, plan.num_units, private_set.skipped) == (3, 3, 1)
     assert len(private_set.captions) == 10

@@ -25,7 +25,7 @@ def kill_runs(base, images, folder, *more):
 
 
 def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(tiny_base, image_folder, tmp_path):
-    """At 13 chosen and 20 random moments; see `tests/killed_runs.py`."""
+    """At 18 chosen and 20 random moments; see `tests/killed_runs.py`."""
     run = kill_runs(tiny_base, image_folder, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.splitlines()[-1]
@@ -114,7 +114,10 @@ CHANGES = [
     (["--noise_multiplier", 2.0], "noise_multiplier was"),
     (["--max_train_steps", 9], "steps was 3, is 9"),
     (["--max_grad_norm", 0.5], "max_grad_norm was 1.0, is 0.5"),
-    (["--rank", 3], "lora_A"),
+    (["--rank", 3], "rank was 2, is 3"),
+    (["--lora_alpha", 7], "lora_alpha was None, is 7"),
+    (["--learning_rate", 5e-2], "learning_rate was 0.001, is 0.05"),
+    (["--caption_template", "a {label}"], "caption_template was"),
     (["--optimizer", "sgd"], "optimizer was adamw, is sgd"),
 ]
 
@@ -138,10 +141,14 @@ def test_another_base_model_or_set_is_refused_naming_it(
     finished, tiny_base, image_folder, tmp_path
 ):
     latest = [*finished[1], "--resume_from_checkpoint", "latest"]
+    images, output = copy_of(image_folder, tmp_path / "images"), tmp_path / "own"
+    start(tiny_base, images, output, *finished[1])
+    (images / "0" / "0.png").write_bytes(b"damaged since")
+    assert "num_units was 40, is 39" in start(tiny_base, images, output, *latest)
+    (images / "0" / "0.png").unlink()
+    assert "num_units was 40, is 39" in start(tiny_base, images, output, *latest)
     output = copy_of(finished[0], tmp_path / "run")
-    fewer = copy_of(image_folder, tmp_path / "fewer")
-    (fewer / "0" / "0.png").unlink()
-    assert "num_units was 40, is 39" in start(tiny_base, fewer, output, *latest)
+    assert "train_data_dir was" in start(tiny_base, images, output, *latest)
 
     from diffusers import StableDiffusionPipeline
 

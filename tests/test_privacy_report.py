@@ -109,6 +109,41 @@ def no_checkpoint_records(records):
     records[:] = kept
 
 
+def no_statement(output):
+    (output / "privacy.json").unlink()
+
+
+def hide_the_total(output):
+    """Another run in the ledger, of which the statement says nothing."""
+    from tests.worlds import plan_of
+    from utils.ledger import Ledger
+
+    records = [json.loads(line) for line in (output / LEDGER).read_text().splitlines()]
+    (output / LEDGER).unlink()
+    ledger = Ledger(output / LEDGER)
+    page = ledger.reserve(plan_of(steps=2, delta=1e-3).terms(True))
+    page.release(2, "weights")
+    entry = page.wrote(2, "weights", {})
+    earlier = ledger.records()
+    previous = entry["hash"]
+    for record in records:
+        record |= {"index": len(earlier), "previous": previous}
+        record["hash"] = previous = digest(record)
+        earlier.append(record)
+    (output / LEDGER).write_text("".join(json.dumps(record) + "\n" for record in earlier))
+    in_statement(set_deep("ledger", "entry", value=previous))(output)
+
+
+def go_on_in_secret(output):
+    """The run was gone on with from an older checkpoint, and nothing was published since."""
+    from utils.ledger import TERMS, Ledger
+
+    ledger = Ledger(output / LEDGER)
+    first = ledger.records()[0]
+    page = ledger.reserve({key: first[key] for key in TERMS}, run=first["run"], step=1)
+    page.release(3, "checkpoint")
+
+
 TAMPERINGS = {
     "an event removed from the chain": in_ledger(lambda records: records.pop(3), False),
     "the last record removed": in_ledger(lambda records: records.pop(), False),
@@ -145,6 +180,9 @@ TAMPERINGS = {
     "the adapter removed": lambda output: (output / WEIGHTS).unlink(),
     "another adapter added": lambda o: (o / "more.safetensors").write_bytes(b"weights"),
     "a checkpoint that nobody paid for": foreign_checkpoint,
+    "weights without their statement": no_statement,
+    "the ledger's total left out": hide_the_total,
+    "more released since": go_on_in_secret,
 }
 
 

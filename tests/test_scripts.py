@@ -200,7 +200,7 @@ np.save(output, images)
 @pytest.mark.parametrize("alpha", [None, 1, 32])
 def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, alpha):
     """In a process that cannot import this project, also with alpha unlike the rank."""
-    from train_dp_lora import LoraArguments, add_lora, save_lora
+    from utils.lora import LoraArguments, add_lora, save_lora
     from utils.pipelines import load_pipeline
 
     pipeline = load_pipeline(str(tiny_base))
@@ -226,7 +226,7 @@ def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, 
 
 
 def test_a_frozen_a_stays_where_it_was_and_is_exported(tiny_base, tmp_path):
-    from train_dp_lora import LoraArguments, add_lora, save_lora
+    from utils.lora import LoraArguments, add_lora, save_lora
     from utils.per_unit_gradients import PerUnitGradients
     from utils.pipelines import load_adapter, load_pipeline
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import dp_accounting
+import numpy as np
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
 
@@ -33,11 +34,14 @@ class PrivacyPlan:
         expected_batch_size: B, the mean of the Poisson batch size; q = B / N.
         steps: logical steps, empty batches included.
         noise_multiplier: sigma; the noise on the sum has standard deviation sigma * C.
-        max_grad_norm: C, the bound on one unit's gradient.
+        max_grad_norm: C, the bound on one unit's gradient (in a selection, on its scores).
         noise_multiplicity: K, draws averaged within a unit before its one clip.
         delta: the delta at which epsilon is quoted.
         clipping: how a unit's gradient is bounded (`dp_sgd.clip_scales`).
         unit_column: the column whose value tells units apart; None if each row is a unit.
+        purpose: what the mechanism is for, `training` or `selection`.
+        prior: events of the ledger that this one builds on, and composes with.
+        builds_on: the runs of those events.
     """
 
     num_units: int
@@ -49,6 +53,9 @@ class PrivacyPlan:
     delta: float
     clipping: str = "flat"
     unit_column: str | None = None
+    purpose: str = "training"
+    prior: tuple[dict, ...] = ()
+    builds_on: tuple[str, ...] = ()
 
     @property
     def unit_name(self) -> str:
@@ -71,18 +78,24 @@ class PrivacyPlan:
     def noise_std(self) -> float:
         return self.noise_multiplier * self.sensitivity
 
-    def event(self, purpose: str = "training", steps: int | None = None) -> dict:
+    def event(self, steps: int | None = None) -> dict:
         """The mechanism as an entry of `events` in the privacy statement."""
+        bound = {"clipping": self.clipping, "max_grad_norm": self.max_grad_norm}
+        if self.purpose == "selection":
+            bound = {"sensitivity": self.sensitivity}
         return {
             "mechanism": "poisson_subsampled_gaussian",
-            "purpose": purpose,
+            "purpose": self.purpose,
             "noise_multiplier": self.noise_multiplier,
             "sampling_rate": self.sampling_rate,
             "steps": self.steps if steps is None else steps,
-            "clipping": self.clipping,
-            "max_grad_norm": self.max_grad_norm,
+            **bound,
             "noise_multiplicity": self.noise_multiplicity,
         }
+
+    def events(self, steps: int | None = None) -> list[dict]:
+        """This mechanism after those that it builds on."""
+        return [*self.prior, self.event(steps)]
 
     def terms(self, is_private: bool) -> dict:
         """What a ledger records about the plan."""
@@ -92,6 +105,7 @@ class PrivacyPlan:
             "num_units": self.num_units,
             "privacy_unit": self.unit_name,
             "private": is_private,
+            "builds_on": list(self.builds_on),
         }
 
 
@@ -100,8 +114,12 @@ def make_plan(
     privacy: PrivacyArguments,
     steps: int,
     unit_column: str | None = None,
+    prior: tuple[dict, ...] = (),
+    builds_on: tuple[str, ...] = (),
 ) -> PrivacyPlan:
     """Check the public parameters, and calibrate sigma to `--target_epsilon` unless it is given.
+
+    The target is for this mechanism and the `prior` ones, composed.
 
     Raises:
         UsageError: delta >= 1/N, B > N, a budget that no finite noise reaches, neither or both of
@@ -111,7 +129,9 @@ def make_plan(
     sigma = privacy.noise_multiplier
     if sigma is None:
         q = privacy.expected_batch_size / num_units
-        sigma = calibrate_noise_multiplier(privacy.target_epsilon, privacy.target_delta, q, steps)
+        sigma = calibrate_noise_multiplier(
+            privacy.target_epsilon, privacy.target_delta, q, steps, prior
+        )
     return PrivacyPlan(
         num_units=num_units,
         expected_batch_size=privacy.expected_batch_size,
@@ -122,6 +142,8 @@ def make_plan(
         delta=privacy.target_delta,
         clipping=privacy.clipping,
         unit_column=unit_column,
+        prior=prior,
+        builds_on=builds_on,
     )
 
 
@@ -186,11 +208,15 @@ def prv_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) ->
     """The same by privacy random variables (Gopi et al. 2021; Opacus)."""
     accountant = PRVAccountant() if relation == ADD_OR_REMOVE_ONE else ReplaceOnePRVAccountant()
     accountant.history = [(e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events]
-    return float(accountant.get_epsilon(delta, eps_error=PRV_EPSILON_ERROR))
+    with np.errstate(divide="ignore"):  # Opacus takes log(1 - q), also where q is 1
+        return float(accountant.get_epsilon(delta, eps_error=PRV_EPSILON_ERROR))
 
 
-def calibrate_noise_multiplier(epsilon: float, delta: float, q: float, steps: int) -> float:
-    """The smallest sigma (to 1e-4) whose PLD epsilon is at most `epsilon`, add or remove one.
+def calibrate_noise_multiplier(
+    epsilon: float, delta: float, q: float, steps: int, prior: tuple[dict, ...] = ()
+) -> float:
+    """The smallest sigma (to 1e-4) whose PLD epsilon, composed with the events in `prior`, is at
+    most `epsilon`, add or remove one.
 
     Raises:
         UsageError: epsilon is not positive, or too small for any noise up to `LARGEST_NOISE`.
@@ -201,12 +227,13 @@ def calibrate_noise_multiplier(epsilon: float, delta: float, q: float, steps: in
     def event(sigma: float) -> dp_accounting.DpEvent:
         return _dp_event(
             [
+                *prior,
                 {
                     "mechanism": "poisson_subsampled_gaussian",
                     "noise_multiplier": sigma,
                     "sampling_rate": q,
                     "steps": steps,
-                }
+                },
             ]
         )
 
@@ -215,6 +242,11 @@ def calibrate_noise_multiplier(epsilon: float, delta: float, q: float, steps: in
             PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(event(sigma)).get_epsilon(delta)
         )
 
+    if prior and pld_epsilon(list(prior), delta) >= epsilon:
+        raise UsageError(
+            f"--target_epsilon {epsilon:g} is spent already by what this run builds on, which "
+            f"comes to {pld_epsilon(list(prior), delta):.3f} at delta {delta:g}"
+        )
     low, high = SMALLEST_NOISE, 1.0
     while spent(high) > epsilon:
         low, high = high, 2 * high
@@ -297,7 +329,7 @@ def privacy_statement(
         },
         "not_covered": [
             "pretraining data",
-            "hyperparameter choice outside this ledger",
+            "choices made by looking at other private results",
             "the number of units, N",
         ],
         "software": {name: version(name) for name in packages},

@@ -91,6 +91,11 @@ class PrivacyArguments:
     total_epsilon: float | None = option(
         "refuse to start if everything in the ledger, this run included, would exceed this", None
     )
+    saliency_file: str | None = option(
+        "saliency.json of select_saliency.py: train what it selected; its cost is composed, and "
+        "--target_epsilon is for both; its ledger is used unless --privacy_ledger names another",
+        None,
+    )
     dry_run: bool = option("print the plan as JSON and stop", False)
 
     def __post_init__(self):

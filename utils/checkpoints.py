@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoint-STEP` with `state.pt` (adapter, optimizer, schedule, moving
 average) and `about.json` (step, run, what it must agree with, the hash of state.pt). It is written
-aside, synced and renamed.
+in a folder `unfinished-STEP`, synced and renamed. That folder is there, empty, before the release
+is on record: only where it still is can a release be taken back.
 """
 
 import hashlib
@@ -27,12 +28,36 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def announce_checkpoint(folder: Path, step: int) -> None:
+    """Make the empty folder that `save_checkpoint` will fill; call before the release is on record.
+
+    Raises:
+        UsageError: the disk does not take it.
+    """
+    aside = folder / f"unfinished-{step}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        sync_folder(folder)
+    except OSError as error:
+        raise _no_room(folder, step, error) from error
+
+
+def was_left_unfinished(folder: Path, step: int) -> bool:
+    return (folder / f"unfinished-{step}").is_dir()
+
+
+def _no_room(folder: Path, step: int, error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot write the checkpoint of step {step} to {folder}: {error}. Make room and go on "
+        "with --resume_from_checkpoint latest"
+    )
+
+
 def save_checkpoint(folder: Path, step: int, state: dict, about: dict) -> None:
     """Write `folder`/checkpoint-`step`. Raises: UsageError if the disk does not take it."""
     aside, final = folder / f"unfinished-{step}", path_of(folder, step)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         with open(aside / "state.pt", "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -43,15 +68,14 @@ def save_checkpoint(folder: Path, step: int, state: dict, about: dict) -> None:
             json.dump(about, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        sync_folder(aside)
+        remove(final)
         aside.rename(final)
         sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UsageError(
-            f"cannot write the checkpoint of step {step} to {folder}: {error}. Make room and go on "
-            "with --resume_from_checkpoint latest"
-        ) from error
+        for part in aside.iterdir():
+            part.unlink(missing_ok=True)
+        raise _no_room(folder, step, error) from error
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -67,7 +91,24 @@ def steps_on_disk(folder: Path) -> list[int]:
 def rotate(folder: Path, limit: int) -> None:
     """Keep the `limit` newest checkpoints."""
     for step in steps_on_disk(folder)[:-limit]:
-        shutil.rmtree(path_of(folder, step), ignore_errors=True)
+        remove(path_of(folder, step))
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, if it is there; it is never half there under its own name."""
+    if checkpoint.exists():
+        aside = checkpoint.with_name(f"deleting-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Destroy what was left of unfinished and deleted checkpoints."""
+    for leftover in [*folder.glob("unfinished-*"), *folder.glob("deleting-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    if folder.is_dir():
+        sync_folder(folder)
 
 
 def read_about(path: Path) -> dict:
@@ -110,7 +151,7 @@ def newest_intact(folder: Path) -> tuple[Path, list[str]]:
             sentences.append(f"{error}; going on from the one before")
     raise UsageError(
         f"there is no {'intact ' if sentences else ''}checkpoint in {folder} to resume from; start "
-        "a new run in another --output_dir"
+        "a new run instead"
     )
 
 
@@ -133,6 +174,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file last."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 class StopRequest:

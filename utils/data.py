@@ -136,7 +136,14 @@ def units_of(rows: Dataset, unit_column: str | None) -> torch.Tensor:
 
 
 def keep_readable(rows: Dataset, image_column: str, strict: bool = False) -> tuple[Dataset, int]:
-    """Drop the rows whose image cannot be decoded; also returns how many were dropped.
+    """The rows whose image can be decoded (`readable_rows`), and how many others there were."""
+    good = readable_rows(rows, image_column, strict)
+    dropped = len(rows) - len(good)
+    return (rows.select(good) if dropped else rows), dropped
+
+
+def readable_rows(rows: Dataset, image_column: str, strict: bool = False) -> list[int]:
+    """The numbers of the rows whose image can be decoded.
 
     The rule looks at one row alone, so adding or removing a row changes nothing about the others.
 
@@ -156,8 +163,7 @@ def keep_readable(rows: Dataset, image_column: str, strict: bool = False) -> tup
             raise UsageError(f"the image of row {index} cannot be read (--strict_images)")
     if not good:
         raise UsageError(f"none of the {len(rows)} images can be read")
-    dropped = len(rows) - len(good)
-    return (rows.select(good) if dropped else rows), dropped
+    return good
 
 
 def _decodes(raw: dict | None) -> bool:

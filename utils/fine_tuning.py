@@ -1,7 +1,8 @@
 """The story that every private training script tells: load, adapt, plan, fine-tune, publish."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from filelock import FileLock
 
-from utils.accounting import PrivacyPlan, account
+from utils.accounting import PrivacyPlan, account, make_plan
 from utils.arguments import DataArguments, ModelArguments, PrivacyArguments, TrainingArguments
 from utils.checkpoints import StopRequest
 from utils.entropy import SecretRandomness, secret_randomness
@@ -30,7 +31,13 @@ from utils.pipelines import (
     trained_modules,
 )
 from utils.planning import describe, read_and_plan
-from utils.runs import Run, claim_output_dir, private_folder
+from utils.runs import (
+    Run,
+    claim_output_dir,
+    disk_errors_told,
+    private_folder,
+    selection_paid_for,
+)
 from utils.training import TrainingState, UnitLosses, checksum, private_steps
 
 ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments)
@@ -45,12 +52,14 @@ class Method:
         adapt: makes some weights of a frozen pipeline trainable.
         export: saves those weights to a folder.
         usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
+        settings: its own arguments; a run that is gone on with must have the same.
     """
 
     name: str
     adapt: Callable[[StableDiffusionPipeline], None]
     export: Callable[[StableDiffusionPipeline, Path], None]
     usage: str
+    settings: object
 
 
 def run_method(
@@ -82,14 +91,22 @@ def run_method(
     adapter = adapter_tensors(pipeline, public)
 
     # Plan what will be spent, and reserve it.
-    agreed = {
+    agreed = settings_of(method, data, training) | {
         "base_model_checksum": base,
-        "optimizer": training.optimizer,
-        "ema_decay": training.ema_decay,
+        "trained": engine.names,
         "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
     }
-    private_set, plan, run = read_and_plan(accelerator, data, privacy, training, agreed)
-    spent = account([plan.event()], plan.delta)
+    prior, builds_on = on_main_process(
+        lambda: selection_paid_for(Path(training.output_dir), privacy, base)
+    )
+
+    def make(num_units: int) -> PrivacyPlan:
+        unit, steps = data.privacy_unit_column, training.max_train_steps
+        return make_plan(num_units, privacy, steps, unit, prior, builds_on)
+
+    private_set, plan, run = read_and_plan(accelerator, data, privacy, training, agreed, make)
+    recharged = 0 if run is None else run.recharged
+    spent = account(plan.events(plan.steps + recharged), plan.delta)
     if run is None:
         nbytes = unit_bytes * min(training.train_batch_size, plan.num_units)
         accelerator.print(describe(private_set, plan, spent, engine, nbytes))
@@ -112,6 +129,7 @@ def run_method(
 
     state = training_state(engine, adapter, plan, training)
     run.restore(state)
+    state.recharged = recharged
     if training.report_to is not None:
         accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
     fine_tune(accelerator, state, losses_of, plan, randomness, run, training)
@@ -122,8 +140,9 @@ def run_method(
             lambda folder: method.export(pipeline, folder), plan, randomness.is_private
         )
         base_name, prompt = model.pretrained_model_name_or_path, training.validation_prompt[0]
-        write_card(base_name, statement, method.name, method.usage, prompt, run.output_dir)
-        save_samples(pipeline, training)
+        with disk_errors_told(run.output_dir):
+            write_card(base_name, statement, method.name, method.usage, prompt, run.output_dir)
+            save_samples(pipeline, training)
 
     on_main_process(publish)
     accelerator.print(
@@ -172,6 +191,24 @@ def rehearse(
         losses = denoising_loss(unet, pipeline.scheduler, latents, embeddings, latents, timesteps)
         losses.mean().backward()
     return record.nbytes()
+
+
+# What may change when a run is gone on with: where, how fast, and what is shown.
+FREE_TO_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
+    *("train_batch_size", "mixed_precision", "gradient_checkpointing", "strict_images", "seed"),
+    *("validation_prompt", "num_validation_images", "report_to"),
+}
+
+
+def settings_of(method: Method, data: DataArguments, training: TrainingArguments) -> dict:
+    """The arguments that a checkpoint must agree with, as they come back from JSON."""
+    groups = {"method": method.settings, "data": data, "training": training}
+    settings = {
+        name: {k: v for k, v in asdict(group).items() if k not in FREE_TO_CHANGE}
+        for name, group in groups.items()
+    }
+    return json.loads(json.dumps(settings | {"name": method.name}))
 
 
 def public_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:

@@ -33,21 +33,42 @@ def privacy_paragraph(statement: dict) -> str:
     """The guarantee in words."""
     if not statement["private"]:
         return f"**{statement['warning']}**"
-    epsilon, event = statement["epsilon"], statement["events"][0]
+    epsilon, accountants = statement["epsilon"], statement["accountants"]
     unit = statement["privacy_unit"]
     units = "images" if unit == "image" else f"units ({unit})"
     return (
         f"Trained with DP-SGD on {statement['num_units']} private {units}: "
         f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
         f"adding or removing one of them (epsilon = {epsilon['replace_one']:.3f} for replacing "
-        "one). "
-        f"{event['steps']} steps, each on a Poisson batch with sampling rate "
-        f"{event['sampling_rate']:.5g}; every unit's gradient, averaged over "
-        f"{event['noise_multiplicity']} draw(s), is clipped once to {event['max_grad_norm']:g}; "
-        f"noise multiplier {event['noise_multiplier']:.4f}. Accountants: PLD (dp-accounting) "
-        f"{statement['accountants']['pld']['epsilon']:.3f}, PRV (Opacus) "
-        f"{statement['accountants']['prv']['epsilon']:.3f}. `privacy.json` holds every event, so "
-        f"the number can be recomputed. Not covered: {', '.join(statement['not_covered'])}."
+        f"one). {' '.join(_event_in_words(event) for event in statement['events'])} Accountants: "
+        f"PLD (dp-accounting) {accountants['pld']['epsilon']:.3f}, PRV (Opacus) "
+        f"{accountants['prv']['epsilon']:.3f}. `privacy.json` holds every event, so the number can "
+        f"be recomputed. Not covered: {', '.join(statement['not_covered'])}.{_total(statement)}"
+    )
+
+
+def _event_in_words(event: dict) -> str:
+    rate, noise = f"{event['sampling_rate']:.5g}", f"{event['noise_multiplier']:.4f}"
+    if event["purpose"] == "selection":
+        return (
+            f"What is trained was selected by one release of noisy scores (sampling rate {rate}, "
+            f"noise multiplier {noise})."
+        )
+    return (
+        f"{event['steps']} steps, each on a Poisson batch with sampling rate {rate}; every unit's "
+        f"gradient, averaged over {event['noise_multiplicity']} draw(s), is clipped once to "
+        f"{event['max_grad_norm']:g}; noise multiplier {noise}."
+    )
+
+
+def _total(statement: dict) -> str:
+    everything = statement.get("ledger", {}).get("everything")
+    if everything is None:
+        return ""
+    epsilon = everything["epsilon"]
+    return (
+        f" Together with all else that its ledger records on these data: epsilon = "
+        f"{epsilon['add_or_remove_one']:.3f} ({epsilon['replace_one']:.3f} for replacing one)."
     )
 
 

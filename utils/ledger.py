@@ -4,7 +4,8 @@ One JSON record a line. Before training starts its whole plan is *reserved*; bef
 the final weights exist on disk the step that they show is *released*; once they do, that they were
 *written*. A crash at any moment leaves at least what was released on record, so the ledger never
 under-reports. Each record carries the hash of the one before, so that none can be changed or
-removed unseen. It holds no data, no hash of data, no seed and no state of a generator.
+removed unseen (but for the last ones; a statement names the record that it rests on). It holds no
+data, no hash of data, no seed and no state of a generator.
 
 A run is charged branch by branch. It starts with one; resuming from a checkpoint opens another,
 from that checkpoint's step. A branch is charged up to the last step it released (the last one of a
@@ -34,6 +35,14 @@ START = "0" * 64  # what stands for the hash before the first record
 CHECKPOINT, WEIGHTS = "checkpoint", "weights"  # what a release shows
 
 
+TERMS = ("event", "delta", "num_units", "privacy_unit", "private", "builds_on")
+
+
+def new_name() -> str:
+    """A random name for a run."""
+    return secrets.token_hex(8)
+
+
 def digest(record: dict) -> str:
     """SHA-256 of a record, in one spelling, without its own hash."""
     content = {key: value for key, value in record.items() if key != "hash"}
@@ -59,9 +68,7 @@ class Ledger:
         except OSError as error:
             raise UsageError(f"cannot read the ledger {self.path}: {error}") from error
         records, previous = [], START
-        for number, line in enumerate(content.splitlines(keepends=True)):
-            if not line.endswith(b"\n"):
-                break
+        for number, line in enumerate(content.split(b"\n")[:-1]):
             records.append(self._checked(line, number, previous))
             previous = records[-1]["hash"]
         return records
@@ -115,32 +122,49 @@ class Ledger:
         records.append(record)
         return record
 
-    def reserve(self, terms: dict, total_epsilon=None, run: str | None = None, step: int = 0):
+    def reserve(
+        self,
+        terms: dict,
+        total_epsilon: float | None = None,
+        run: str | None = None,
+        step: int | None = None,
+    ) -> "Page":
         """Set the whole plan aside, for a new run or for one that goes on; returns its `Page`.
 
         Args:
             terms: what `PrivacyPlan.terms` gives; its event has the planned steps.
             total_epsilon: cap on everything in this ledger, this plan included; None for none.
-            run, step: the run that goes on, and the step of the checkpoint that it goes on from.
+            run: name of the run; None for a fresh one.
+            step: for a run that goes on, the step of the checkpoint that it goes on from.
 
         Raises:
             UsageError: it would exceed the cap, other entries protect another unit, reproducible
                 noise, or the ledger does not know this run or checkpoint.
         """
         with self.locked() as records:
-            if run is None:
-                run, branch = secrets.token_hex(8), 0
-            else:
+            run, branch = run or new_name(), 0
+            if step is not None:
                 branch = 1 + check_can_resume(records, run, step, terms, self.path)
-            fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step, **terms}
-            check_admissible([*records, fields], terms, total_epsilon, self.path)
-            self._append(records, **fields)
+            elif any(r["run"] == run for r in records):
+                raise UsageError(f"the ledger {self.path} has a run {run} already")
+            fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step or 0}
+            check_admissible([*records, fields | terms], terms, total_epsilon, self.path)
+            self._append(records, **fields, **terms)
         return Page(self, run, branch)
 
     def check(self, terms: dict, total_epsilon: float | None) -> None:
-        """Raises: UsageError if `reserve` would refuse a new run with these terms now."""
-        fields = {"kind": "reserve", "run": "new", "branch": 0, "from_step": 0, **terms}
-        check_admissible([*self.records(), fields], terms, total_epsilon, self.path)
+        """Raises: UsageError if a new run with these terms would be refused now."""
+        fields = {"kind": "reserve", "run": "new", "branch": 0, "from_step": 0}
+        check_admissible([*self.records(), fields | terms], terms, total_epsilon, self.path)
+
+    def check_resuming(self, run: str, step: int, total_epsilon: float | None) -> None:
+        """Raises: UsageError if the run, on its own terms, could not go on from `step` now."""
+        records = self.records()
+        own = [r for r in records if r["run"] == run and r["kind"] == "reserve"]
+        terms = {key: own[-1][key] for key in TERMS} if own else {}
+        branch = 1 + check_can_resume(records, run, step, terms, self.path)
+        fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step}
+        check_admissible([*records, fields | terms], terms, total_epsilon, self.path)
 
 
 @dataclass(frozen=True)
@@ -203,7 +227,7 @@ def check_can_resume(records: list[dict], run: str, step: int, terms: dict, path
     own = [r for r in records if r["run"] == run]
     if not own:
         raise UsageError(f"the ledger {path} has no run {run}: name the ledger it was started with")
-    if step and not any(r["kind"] == "release" and r["step"] == step for r in own):
+    if step and step not in released_steps(own):
         raise UsageError(f"the ledger {path} has no checkpoint of step {step} of run {run}")
     before = [r for r in own if r["kind"] == "reserve"][-1]
     changed = [key for key in terms if terms[key] != before[key]]
@@ -254,6 +278,14 @@ def _unfinished(records: list[dict]) -> str:
     )
 
 
+def released_steps(records: list[dict]) -> set[int]:
+    """The steps that some branch released and did not take back."""
+    released = {(r["branch"], r["step"]) for r in records if r["kind"] == "release"}
+    written = {(r["branch"], r["step"]) for r in records if r["kind"] == "wrote"}
+    voided = {(r["branch"], r["step"]) for r in records if r["kind"] == "void"}
+    return {step for _, step in released - (voided - written)}
+
+
 def is_live(records: list[dict], run: str) -> bool:
     """Whether some of what the run's last branch reserved is neither released nor handed back."""
     return charged_steps(records, run) > charged_steps(records, run, live=False)
@@ -267,10 +299,7 @@ def charged_steps(records: list[dict], run: str, live: bool = True) -> int:
     total = 0
     for reservation in reservations:
         of_branch = [r for r in own if r["branch"] == reservation["branch"]]
-        voided = {r["step"] for r in of_branch if r["kind"] == "void"}
-        voided -= {r["step"] for r in of_branch if r["kind"] == "wrote"}
-        released = [r["step"] for r in of_branch if r["kind"] == "release"]
-        until = max([s for s in released if s not in voided], default=reservation["from_step"])
+        until = max(released_steps(of_branch), default=reservation["from_step"])
         if live and reservation is reservations[-1] and not handed_back:
             until = reservation["event"]["steps"]
         total += until - reservation["from_step"]

@@ -60,15 +60,16 @@ class PerUnitGradients:
         self._leaves = _find_leaves(model)
 
     @contextmanager
-    def recording(self, num_units: int) -> Iterator["Recording"]:
+    def recording(self, num_units: int, norms_only: bool = False) -> Iterator["Recording"]:
         """Run forward and backward inside; the recording is filled when the context is left.
 
-        Call `backward()` on the SUM over units of each unit's own loss.
+        Call `backward()` on the SUM over units of each unit's own loss. With `norms_only` each
+        gradient is measured as it comes, and let go.
 
         Raises:
             UsageError: on leaving, if a trainable parameter received no gradient.
         """
-        record = Recording(self.parameters, num_units)
+        record = (NormRecording if norms_only else Recording)(self.parameters, num_units)
         for leaf in self._leaves:
             leaf.forward = partial(leaf_forward, leaf, record)
         try:
@@ -176,6 +177,40 @@ class Recording:
     def _blank(self, tensor: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         mask = units.repeat_interleave(len(tensor) // self.num_units)
         return tensor.masked_fill(mask.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+class NormRecording(Recording):
+    """Only the squared norms, each taken as soon as the backward pass has made the gradient.
+
+    Raises:
+        UsageError: a layer is used twice, so that its gradient is a sum that nobody keeps.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], num_units: int):
+        super().__init__(parameters, num_units)
+        self._squared: dict[nn.Parameter, torch.Tensor] = {}
+
+    def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        rows = gradient.reshape(self.num_units, -1).float()
+        self._note(parameter, torch.linalg.vector_norm(rows, dim=1).square())
+
+    def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+        factors = factor_matrices(leaf, x.detach(), grad_output, self.num_units)
+        self._note(leaf.weight, squared_norms_of_products(*factors))
+
+    def has(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._squared
+
+    def nbytes(self) -> int:
+        return sum(column.nbytes for column in self._squared.values())
+
+    def squared_norms(self) -> torch.Tensor:
+        return torch.stack([self._squared[parameter] for parameter in self.parameters], 1)
+
+    def _note(self, parameter: nn.Parameter, squared: torch.Tensor) -> None:
+        if parameter in self._squared:
+            raise UsageError("a layer that is used twice in one pass cannot be ranked")
+        self._squared[parameter] = squared
 
 
 def _find_leaves(model: nn.Module) -> list[nn.Module]:

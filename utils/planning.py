@@ -1,13 +1,16 @@
 """From the private rows to a plan, reserved in the ledger before an image is read."""
 
+import hashlib
 import json
+from collections.abc import Callable
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 
-from utils.accounting import PrivacyPlan, Spent, make_plan, plan_summary
+from utils.accounting import PrivacyPlan, Spent, plan_summary
 from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data import PrivateSet, captions_of, keep_readable, load_rows, units_of
+from utils.data import PrivateSet, captions_of, load_rows, readable_rows, units_of
 from utils.errors import UsageError, on_main_process
 from utils.per_unit_gradients import PerUnitGradients
 from utils.runs import Run, confirm, open_run, private_folder
@@ -19,6 +22,7 @@ def read_and_plan(
     privacy: PrivacyArguments,
     training: TrainingArguments,
     agreed: dict,
+    make: Callable[[int], PrivacyPlan],
 ) -> tuple[PrivateSet, PrivacyPlan, Run | None]:
     """Load the private rows, and plan and reserve what will be spent on them.
 
@@ -27,6 +31,7 @@ def read_and_plan(
 
     Args:
         agreed: what a checkpoint must agree with, beside the plan.
+        make: the plan for a number of units.
 
     Raises:
         UsageError: bad data or an impossible plan (see `load_rows`, `captions_of`, `make_plan`,
@@ -38,14 +43,13 @@ def read_and_plan(
             data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
         )
     captions_of(rows, data.caption_column, data.label_column, data.caption_template)
-    unit_of_row, steps = units_of(rows, data.privacy_unit_column), training.max_train_steps
-    plan = make_plan(int(unit_of_row.max()) + 1, privacy, steps, data.privacy_unit_column)
+    plan = make(int(units_of(rows, data.privacy_unit_column).max()) + 1)
     is_private = privacy.debug_noise_seed is None
     run = on_main_process(lambda: open_run(training, privacy, plan, agreed, is_private))
     try:
         private_set = private_set_of(rows, data)
         if private_set.num_units != plan.num_units:
-            plan = make_plan(private_set.num_units, privacy, steps, data.privacy_unit_column)
+            plan = make(private_set.num_units)
         if run is not None:
             run = on_main_process(lambda: confirm(run, privacy, plan, is_private))
     except UsageError:
@@ -59,11 +63,17 @@ def private_set_of(rows: Dataset, data: DataArguments) -> PrivateSet:
     """The readable rows, with the caption and the privacy unit of each.
 
     Raises:
-        UsageError: see `keep_readable`, `captions_of` and `units_of`.
+        UsageError: see `readable_rows`, `captions_of` and `units_of`; or the processes read
+            different data.
     """
-    rows, skipped = keep_readable(rows, data.image_column, data.strict_images)
+    good = on_main_process(lambda: readable_rows(rows, data.image_column, data.strict_images))
+    skipped = len(rows) - len(good)
+    rows = rows.select(good) if skipped else rows
     captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
     unit_of_row = units_of(rows, data.privacy_unit_column)
+    content = hashlib.sha256(repr((captions, unit_of_row.tolist())).encode()).hexdigest()
+    if len(set(gather_object([content]))) > 1:  # compared in memory, and forgotten
+        raise UsageError("the processes read different data: give all of them the same")
     return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
 
 

@@ -5,17 +5,22 @@ plan is reserved before an image is read; a release is on record before the file
 exists; a file is on record as written once it does.
 """
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from utils.accounting import PrivacyPlan, account, pld_epsilon, privacy_statement
 from utils.arguments import PrivacyArguments, TrainingArguments
 from utils.checkpoints import (
+    announce_checkpoint,
     differences,
     newest_intact,
     path_of,
@@ -25,10 +30,23 @@ from utils.checkpoints import (
     save_checkpoint,
     sha256_of,
     steps_on_disk,
+    sweep,
+    sync_file,
+    was_left_unfinished,
 )
 from utils.errors import UsageError, on_main_process
 from utils.hub import write_durably, write_statement
-from utils.ledger import CHECKPOINT, WEIGHTS, Ledger, Page, charged_events, charged_steps, page_of
+from utils.ledger import (
+    CHECKPOINT,
+    WEIGHTS,
+    Ledger,
+    Page,
+    charged_events,
+    charged_steps,
+    new_name,
+    page_of,
+)
+from utils.saliency import read_saliency
 from utils.training import TrainingState
 
 LEDGER_NAME = "ledger.jsonl"
@@ -72,21 +90,24 @@ def claim_output_dir(training: TrainingArguments) -> FileLock:
 def _is_free(path: Path) -> bool:
     if not path.exists():
         return True
-    if not path.is_dir() or any(entry.name != "private" for entry in path.iterdir()):
+    if not path.is_dir() or {e.name for e in path.iterdir()} - {"private", "selection"}:
         return False
-    own = {"cache", "logs", "checkpoints", "in_use.lock", "run", LEDGER_NAME, f"{LEDGER_NAME}.lock"}
+    own = {"cache", "logs", "checkpoints", "in_use.lock", "run", "run.tmp"}
+    own |= {LEDGER_NAME, f"{LEDGER_NAME}.lock"}
     private = private_folder(path)
-    if private.is_dir() and any(entry.name not in own for entry in private.iterdir()):
+    if private.is_dir() and {entry.name for entry in private.iterdir()} - own:
         return False
     page = _earlier_page(path)
     return page is None or charged_steps(page.ledger.records(), page.run, live=False) == 0
 
 
 def _earlier_page(output_dir: Path) -> Page | None:
+    """The page of the run that this folder was used for, if it got as far as its reservation."""
     note = private_folder(output_dir) / "run"
-    if not note.exists():
-        return None
-    return page_of(Ledger(private_folder(output_dir) / LEDGER_NAME), note.read_text().strip())
+    ledger = Ledger(private_folder(output_dir) / LEDGER_NAME)
+    name = note.read_text().strip() if note.exists() else None
+    known = any(record["run"] == name for record in ledger.records())
+    return page_of(ledger, name) if known else None
 
 
 @dataclass(frozen=True)
@@ -98,12 +119,15 @@ class Run:
         page: where it is charged.
         agreed: all that a checkpoint must agree with to be gone on from.
         checkpoint: the one to go on from; None for a new run.
+        recharged: steps that are charged beyond the plan, since an older checkpoint was gone on
+            from.
     """
 
     output_dir: Path
     page: Page
     agreed: dict
     checkpoint: Path | None = None
+    recharged: int = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -119,6 +143,7 @@ class Run:
 
     def _save(self, state: TrainingState, limit: int) -> None:
         about = {"run": self.page.run, "agreed": self.agreed}
+        announce_checkpoint(self.checkpoints, state.step)
         self.page.release(state.step, CHECKPOINT)
         save_checkpoint(self.checkpoints, state.step, state.state_dict(), about)
         self.page.wrote(state.step, CHECKPOINT)
@@ -140,14 +165,16 @@ class Run:
         """
         staging = private_folder(self.output_dir) / "staging"
         self.page.release(plan.steps, WEIGHTS)
-        try:
+        with disk_errors_told(self.output_dir):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             export(staging)
             paths = sorted(path for path in staging.rglob("*") if path.is_file())
             files = {str(path.relative_to(staging)): sha256_of(path) for path in paths}
+            for path in paths:
+                sync_file(path)
             entry = self.page.wrote(plan.steps, WEIGHTS, files)
-            statement = self._statement(plan, is_private, files, entry["hash"])
+            statement = self._statement(plan, is_private, files, entry)
             write_statement(statement, self.output_dir)
             for path in staging.iterdir():
                 target = self.output_dir / path.name
@@ -155,22 +182,30 @@ class Run:
                     shutil.rmtree(target)
                 os.replace(path, target)
             staging.rmdir()
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.output_dir}: {error}. Nothing is lost: make room and go on "
-                "with --resume_from_checkpoint latest"
-            ) from error
         return statement
 
-    def _statement(self, plan: PrivacyPlan, is_private: bool, files: dict, entry: str) -> dict:
-        records = self.page.ledger.records()
-        own, everything = charged_events(records, [self.page.run]), charged_events(records)
+    def _statement(self, plan: PrivacyPlan, is_private: bool, files: dict, entry: dict) -> dict:
+        records = self.page.ledger.records()[: entry["index"] + 1]
+        own = charged_events(records, [*plan.builds_on, self.page.run])
+        everything = charged_events(records)
         statement = privacy_statement(plan, own, account(own, plan.delta), is_private)
-        ledger = {"run": self.page.run, "entry": entry}
+        ledger = {"run": self.page.run, "entry": entry["hash"]}
         if len(everything) > len(own):
             epsilon = account(everything, plan.delta)
             ledger["everything"] = {"events": everything, "epsilon": epsilon.both_relations()}
         return statement | {"files": files, "ledger": ledger}
+
+
+@contextmanager
+def disk_errors_told(output_dir: Path) -> Iterator[None]:
+    """A disk that takes no more becomes one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"cannot write to {output_dir}: {error}. Nothing is lost: make room, and go on with "
+            "--resume_from_checkpoint latest"
+        ) from error
 
 
 def open_run(
@@ -188,21 +223,34 @@ def open_run(
         UsageError: it would exceed --total_epsilon; there is no such checkpoint; or see `Ledger`.
     """
     output_dir = Path(training.output_dir)
-    agreed = {**agreed, "plan": asdict(plan)}
-    ledger = _ledger_of(output_dir, privacy.privacy_ledger)
+    agreed = {**agreed, "plan": _public(plan)}
+    ledger, cap = ledger_of(output_dir, privacy), privacy.total_epsilon
     if privacy.dry_run:
-        return ledger.check(plan.terms(is_private), privacy.total_epsilon)
+        return ledger.check(plan.terms(is_private), cap)
     if training.resume_from_checkpoint is not None:
         checkpoint = _find_checkpoint(output_dir, training.resume_from_checkpoint)
         about = read_about(checkpoint)
-        page = page_of(ledger, about["run"])
-        return Run(output_dir, page, agreed, checkpoint)
-    earlier = _earlier_page(output_dir)
-    if earlier is not None:  # an attempt that ended before its first step
-        earlier.give_up()
-    page = ledger.reserve(plan.terms(is_private), privacy.total_epsilon)
-    write_durably(private_folder(output_dir) / "run", page.run)
+        _refuse_changes(checkpoint, about["agreed"] | {"plan": None}, agreed | {"plan": None})
+        ledger.check_resuming(about["run"], about["step"], cap)
+        return Run(output_dir, page_of(ledger, about["run"]), agreed, checkpoint)
+    with disk_errors_told(output_dir):
+        earlier = _earlier_page(output_dir)
+        if earlier is not None:  # an attempt that ended before its first step
+            earlier.give_up()
+        shutil.rmtree(private_folder(output_dir) / "checkpoints", ignore_errors=True)
+        name = new_name()  # noted first, so that a reservation can always be found again
+        write_durably(private_folder(output_dir) / "run", name)
+        if privacy.privacy_ledger is not None and not ledger.path.exists():
+            print(f"starting a new ledger, {ledger.path}")
+        page = ledger.reserve(plan.terms(is_private), cap, name)
     return Run(output_dir, page, agreed)
+
+
+def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
+    changed = differences(then, now)
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(f"cannot resume {checkpoint}: {'; '.join(changed[:3])}{more}")
 
 
 def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: bool) -> Run:
@@ -212,18 +260,15 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: 
         UsageError: the checkpoint to go on from belongs to another plan, model or adapter; or going
             on would exceed --total_epsilon.
     """
-    agreed = {**run.agreed, "plan": asdict(plan)}
+    agreed = {**run.agreed, "plan": _public(plan)}
     ledger, terms, cap = run.page.ledger, plan.terms(is_private), privacy.total_epsilon
     if agreed == run.agreed and run.checkpoint is None:
         return run
     if run.checkpoint is None:  # some images could not be read: fewer units
-        page = ledger.reserve(terms, cap, run.page.run)
+        page = ledger.reserve(terms, cap, run.page.run, step=0)
         return replace(run, page=page, agreed=agreed)
     about = read_about(run.checkpoint)
-    changed = differences(about["agreed"], agreed)
-    if changed:
-        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UsageError(f"cannot resume {run.checkpoint}: {'; '.join(changed[:3])}{more}")
+    _refuse_changes(run.checkpoint, about["agreed"], agreed)
     settle(run)
     page = ledger.reserve(terms, cap, run.page.run, about["step"])
     for step in steps_on_disk(run.checkpoints):
@@ -232,49 +277,91 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: 
             path_of(run.checkpoints, step).rename(run.checkpoints / aside)
     steps = charged_steps(ledger.records(), page.run)
     if steps > plan.steps:
-        event = {**terms["event"], "steps": steps}
         print(
             f"going on from step {about['step']} charges {steps - plan.steps} steps once more: "
             f"their noisy results exist already. The run will come to epsilon "
-            f"{pld_epsilon([event], plan.delta):.3f}"
+            f"{pld_epsilon(plan.events(steps), plan.delta):.3f}"
         )
-    return replace(run, page=page, agreed=agreed)
+    return replace(run, page=page, agreed=agreed, recharged=steps - plan.steps)
+
+
+def _public(plan: PrivacyPlan) -> dict:
+    """The plan as a checkpoint remembers it: as it comes back from JSON."""
+    return json.loads(json.dumps(asdict(plan)))
 
 
 def settle(run: Run) -> None:
     """Bring the ledger up to date with the checkpoints on disk after a crash.
 
-    A checkpoint that was announced and is there, whole, was written. One that was announced, is not
-    there and was never noted as written did not come to be: what remains of it is destroyed unread,
-    and its release is taken back.
+    A checkpoint that was announced and is there, whole, was written. One whose unfinished folder is
+    still there did not come to be: what it holds is destroyed unread, and the release taken back.
+    One of which nothing is there may be anywhere, and stays charged.
     """
-    records = run.page.ledger.records()
+    records, folder = run.page.ledger.records(), run.checkpoints
     own = [r for r in records if r["run"] == run.page.run and r["branch"] == run.page.branch]
-    written = {r["step"] for r in own if r["kind"] == "wrote"}
-    voided = {r["step"] for r in own if r["kind"] == "void"}
-    for leftover in run.checkpoints.glob("unfinished-*"):
-        shutil.rmtree(leftover)
-    for step in sorted({r["step"] for r in own if r["kind"] == "release"} - written - voided):
-        if path_of(run.checkpoints, step).exists():
-            run.page.wrote(step, CHECKPOINT)
-        else:
+    own = [r for r in own if r.get("output") == CHECKPOINT]
+    settled = {r["step"] for r in own if r["kind"] in ("wrote", "void")}
+    pending = sorted({r["step"] for r in own if r["kind"] == "release"} - settled)
+    unfinished = [step for step in pending if was_left_unfinished(folder, step)]
+    sweep(folder)
+    for step in pending:
+        if step in unfinished:
             run.page.void(step)
+        elif path_of(folder, step).exists():
+            run.page.wrote(step, CHECKPOINT)
 
 
-def _ledger_of(output_dir: Path, shared: str | None) -> Ledger:
-    """The ledger of this folder; a shared one is linked to, so that it can be found again.
+def ledger_of(output_dir: Path, privacy: PrivacyArguments) -> Ledger:
+    """The ledger of a run: `--privacy_ledger`, or that of the selection it builds on, or its own.
+
+    A shared one is linked to from OUTPUT_DIR/private, so that it can be found again.
 
     Raises:
         UsageError: the folder's run is in another ledger.
     """
-    own = private_folder(output_dir) / LEDGER_NAME
-    if shared is None:
+    own, shared = private_folder(output_dir) / LEDGER_NAME, privacy.privacy_ledger
+    moved = own.is_symlink() and not own.exists()
+    if shared is None and privacy.saliency_file is not None:
+        beside = private_folder(Path(privacy.saliency_file).parent) / LEDGER_NAME
+        shared = beside if beside.exists() else None  # a random choice has none
+    if shared is None or own.resolve() == Path(shared).resolve():
         return Ledger(own)
-    if (own.exists() or own.is_symlink()) and own.resolve() != Path(shared).resolve():
+    if own.exists():
         raise UsageError(f"the run in {output_dir} is recorded in {own.resolve()}, not in {shared}")
-    if not own.is_symlink():
+    if not privacy.dry_run:
+        if moved:
+            own.unlink()
         own.symlink_to(Path(shared).resolve())
-    return Ledger(own)
+    return Ledger(shared)
+
+
+def selection_paid_for(
+    output_dir: Path, privacy: PrivacyArguments, base_model_checksum: int
+) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """The event of `--saliency_file` and its run, as the ledger has them; nothing if it was free.
+
+    Raises:
+        UsageError: the selection is about another base model, or the ledger did not pay for it.
+    """
+    if privacy.saliency_file is None:
+        return (), ()
+    saliency = read_saliency(privacy.saliency_file)
+    if saliency.base_model_checksum != base_model_checksum:
+        raise UsageError(
+            f"--saliency_file {privacy.saliency_file} was made with another base model: select anew"
+        )
+    if saliency.mechanism == "random":
+        return (), ()
+    ledger = ledger_of(output_dir, privacy)
+    records = ledger.records()
+    digest = sha256_of(Path(privacy.saliency_file))
+    paid = [r for r in records if r["run"] == saliency.run and r["kind"] == "wrote"]
+    if not any(record["files"].get("saliency.json") == digest for record in paid):
+        raise UsageError(
+            f"the ledger {ledger.path} did not pay for --saliency_file {privacy.saliency_file}: "
+            "name the ledger that the selection is in, or select anew"
+        )
+    return tuple(charged_events(records, [saliency.run])), (saliency.run,)
 
 
 def _find_checkpoint(output_dir: Path, wanted: str) -> Path:
@@ -287,7 +374,8 @@ def _find_checkpoint(output_dir: Path, wanted: str) -> Path:
     path = Path(wanted)
     if not path.is_absolute() and not path.is_dir():
         path = checkpoints / wanted
-    if path.resolve().parent != checkpoints.resolve():
+    named = re.fullmatch(r"checkpoint-\d+|set-aside-.*", path.name)
+    if path.resolve().parent != checkpoints.resolve() or not named:
         there = ", ".join(f"checkpoint-{step}" for step in steps_on_disk(checkpoints)) or "none"
         raise UsageError(
             f"--resume_from_checkpoint {wanted}: not a checkpoint of {output_dir}; there: {there}"

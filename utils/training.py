@@ -30,6 +30,7 @@ class TrainingState:
         adapter: by name, every tensor that is not the public model's: the trained ones, and those
             that stay at their random start; default: the trained ones.
         step: how many private steps were taken.
+        recharged: steps charged beyond them, for the epsilon that is shown (`runs.Run`).
     """
 
     engine: PerUnitGradients
@@ -38,6 +39,7 @@ class TrainingState:
     average: EMAModel | None = None
     adapter: dict[str, torch.Tensor] | None = None
     step: int = 0
+    recharged: int = 0
 
     def __post_init__(self):
         if self.adapter is None:
@@ -89,7 +91,7 @@ def private_steps(
     engine, optimizer = state.engine, state.optimizer
     for tensor in state.adapter.values():  # every process starts where the main one does
         tensor.data.copy_(broadcast(tensor.data, from_process=0))
-    progress = _Progress(accelerator, plan, state.step)
+    progress = _Progress(accelerator, plan, state)
     checked = False
     while state.step < plan.steps:
         batch = draw_poisson_batch(plan, randomness, accelerator)
@@ -166,14 +168,15 @@ class _Progress:
     Images per second counts the expected batch size, not the batches that were drawn.
     """
 
-    def __init__(self, accelerator: Accelerator, plan: PrivacyPlan, first: int, updates: int = 10):
+    def __init__(self, accelerator, plan: PrivacyPlan, state: TrainingState, updates: int = 10):
         self.accelerator, self.plan = accelerator, plan
         self.every = max(1, plan.steps // updates)
-        self.first = self.done = first
+        self.first = self.done = state.step
+        self.recharged = state.recharged
         self.epsilon, self.start = 0.0, time.perf_counter()
         self.bar = tqdm(
             total=plan.steps,
-            initial=first,
+            initial=self.first,
             desc="private steps",
             unit="step",
             disable=not accelerator.is_main_process,
@@ -183,7 +186,7 @@ class _Progress:
         due = self.done == self.first or self.done % self.every == 0
         if self.accelerator.is_main_process and due:
             ahead = min(self.done - self.done % self.every + self.every, self.plan.steps)
-            self.epsilon = pld_epsilon([self.plan.event(steps=ahead)], self.plan.delta)
+            self.epsilon = pld_epsilon(self.plan.events(ahead + self.recharged), self.plan.delta)
         self.done += 1
         seconds = time.perf_counter() - self.start
         rate = (self.done - self.first) * self.plan.expected_batch_size / seconds

@@ -9,10 +9,10 @@ from huggingface_hub import snapshot_download
 from utils.accounting import REPLACE_ONE, pld_epsilon, prv_epsilon
 from utils.checkpoints import path_of, read_about, sha256_of, steps_on_disk
 from utils.errors import UsageError
-from utils.ledger import CHECKPOINT, WEIGHTS, Ledger, charged_events
+from utils.ledger import CHECKPOINT, WEIGHTS, Ledger, charged_events, charged_steps
 
 PLD_TOLERANCE, PRV_TOLERANCE = 1e-3, 0.02  # versions of the accountants may differ this much
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*"]
 
 
@@ -27,7 +27,7 @@ class Source:
     def delta(self) -> float:
         if self.statement is not None:
             return self.statement["delta"]
-        return min(r["delta"] for r in self.ledger.records() if r["kind"] == "reserve")
+        return min((r["delta"] for r in self.ledger.records() if r["kind"] == "reserve"), default=0)
 
     def events(self) -> list[dict]:
         if self.ledger is not None:
@@ -74,8 +74,8 @@ def problems_of(source: Source) -> list[str]:
     try:
         if source.statement is not None:
             problems += problems_of_statement(source.statement)
-        if source.statement is not None and source.folder is not None and not problems:
-            problems += problems_of_files(source.statement, source.folder)
+        if source.folder is not None and not problems:
+            problems += problems_of_files(source.statement or {"files": {}}, source.folder)
         private = source.folder is not None and (source.folder / "private").is_dir()
         if source.ledger is None and private:
             problems.append("the ledger is missing from private/")
@@ -202,9 +202,17 @@ def problems_of_ledger(statement: dict, records: list[dict]) -> list[str]:
         return ["the statement refers to an entry that is not about its weights"]
     if record["files"] != statement["files"]:
         problems.append("the ledger paid for other files than the statement names")
-    if charged_events(records[: index + 1], [run]) != statement["events"]:
-        problems.append("the ledger's events are not those of the statement")
     terms = [r for r in records[:index] if r["kind"] == "reserve" and r["run"] == run][-1]
+    own = charged_events(records[: index + 1], [*terms["builds_on"], run])
+    if own != statement["events"]:
+        problems.append("the ledger's events are not those of the statement")
+    everything = charged_events(records[: index + 1])
+    stated = statement["ledger"].get("everything", {"events": own})["events"]
+    if stated != everything:
+        problems.append("the statement's total is not that of the ledger")
+    before, now = (charged_steps(part, run, live=False) for part in (records[: index + 1], records))
+    if now > before:
+        problems.append(f"the run has released {now - before} more steps since this statement")
     for key in ("delta", "num_units", "privacy_unit", "private"):
         if terms[key] != statement[key]:
             problems.append(f"the ledger says {key} {terms[key]}, the statement {statement[key]}")

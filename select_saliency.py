@@ -1,0 +1,180 @@
+"""DP-SAPF's first stage: spend a sliver of the budget to learn where to spend the rest.
+
+    accelerate launch select_saliency.py --config examples/digits/dp_lora.yaml \\
+        --output_dir runs/digits/selection
+    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml \\
+        --saliency_file runs/digits/selection/saliency.json
+
+    # both stages with one command
+    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency
+
+The gradients of the private images say which weight matrices of the public model matter, and noise
+makes that private (Gong et al. 2026). Takes the arguments of train_dp_lora.py, so one config serves
+both stages: --target_epsilon is for both together, and the selection takes --selection_share of it.
+Writes saliency.json (noisy scores and the selected names), saliency.png, privacy.json, and its
+entry in the ledger, which training composes with its own.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.accounting import PrivacyPlan, account, make_plan
+from utils.arguments import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+    parse,
+)
+from utils.dp_sgd import add_noise_once, draw_poisson_batch
+from utils.entropy import secret_randomness
+from utils.errors import UsageError, on_main_process, run_script
+from utils.fine_tuning import ARGUMENTS, public_parameters, rehearse, start, training_resolution
+from utils.latents import Objective, encode_units, unit_losses
+from utils.lora import LoraArguments
+from utils.per_unit_gradients import PerUnitGradients
+from utils.pipelines import load_pipeline
+from utils.planning import describe, read_and_plan
+from utils.saliency import (
+    Saliency,
+    SaliencyArguments,
+    candidates_of,
+    conclude,
+    keep_of,
+    scoring_of,
+    summed_scores,
+)
+from utils.saliency_plots import draw_saliency
+from utils.training import checksum
+
+
+def selection_plan(
+    num_units: int,
+    privacy: PrivacyArguments,
+    args: SaliencyArguments,
+    sensitivity: float,
+    unit_column: str | None,
+) -> PrivacyPlan:
+    """One noisy release of the summed scores, as one step of the Poisson-sampled Gaussian.
+
+    Raises:
+        UsageError: see `make_plan`; or no budget was named.
+    """
+    sigma, epsilon = args.selection_noise_multiplier, args.selection_epsilon
+    if sigma is None and epsilon is None:
+        if privacy.target_epsilon is None:
+            raise UsageError("give --selection_noise_multiplier, --selection_epsilon or a target")
+        epsilon = args.selection_share * privacy.target_epsilon
+    own = replace(
+        privacy,
+        target_epsilon=epsilon,
+        noise_multiplier=sigma,
+        expected_batch_size=args.sampling_rate * num_units,
+        max_grad_norm=sensitivity,
+    )
+    return replace(make_plan(num_units, own, 1, unit_column), purpose="selection")
+
+
+def training_plan(privacy: PrivacyArguments, steps: int, selection: PrivacyPlan) -> PrivacyPlan:
+    """What training will spend after the selection; `--top_ratio auto` looks at it."""
+    units, column = selection.num_units, selection.unit_column
+    return make_plan(units, privacy, steps, column, (selection.event(),))
+
+
+def select(
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+    args: SaliencyArguments,
+) -> None:
+    """Score, release with noise, keep, and publish the selection in `training.output_dir`.
+
+    Raises:
+        UsageError: bad input of any kind, before an image is read where that is possible.
+    """
+    accelerator, _lock = start(training)
+    randomness = secret_randomness(privacy)
+    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    resolution = training_resolution(pipeline, data)
+    pipeline.to(accelerator.device)
+    base = checksum(public_parameters(pipeline)).item()
+    candidates = candidates_of(pipeline.unet, args.scope)
+    scoring = scoring_of(list(candidates), args)
+    keep = keep_of(candidates, scoring, lora.rank)
+    if args.mechanism == "random":  # reads nothing, costs nothing
+        scores = np.random.default_rng(training.seed).random(len(candidates))
+        saliency = conclude(scores, scoring, keep, args, base)
+        on_main_process(lambda: export(saliency, Path(training.output_dir)))
+        accelerator.print(sentence(saliency, training))
+        return
+
+    # Plan the one release, and reserve it.
+    for module in candidates.values():
+        module.weight.requires_grad_(True)
+    engine = PerUnitGradients(pipeline.unet)
+    unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
+
+    def make(num_units: int) -> PrivacyPlan:
+        unit = data.privacy_unit_column
+        return selection_plan(num_units, privacy, args, scoring.sensitivity, unit)
+
+    private_set, plan, run = read_and_plan(accelerator, data, privacy, training, {}, make)
+    spent = account(plan.events(), plan.delta)
+    if run is None:
+        nbytes = unit_bytes * min(training.train_batch_size, plan.num_units)
+        accelerator.print(describe(private_set, plan, spent, engine, nbytes))
+        return
+    if args.top_ratio == "auto":
+        keep = replace(keep, plan=training_plan(privacy, training.max_train_steps, plan))
+    accelerator.print(
+        f"ranking {len(candidates)} matrices by {plan.num_units} private units: epsilon "
+        f"{spent.add_or_remove_one:.3f} at delta {plan.delta:g} (noise multiplier "
+        f"{plan.noise_multiplier:.3f})"
+    )
+
+    # Score every drawn unit, and release the sum with noise.
+    units = encode_units(
+        pipeline, private_set, resolution, training.random_flip, accelerator.is_main_process
+    )
+    objective = Objective(plan.noise_multiplicity, training.timestep_sampling, training.snr_gamma)
+
+    def losses_of(indices: torch.Tensor) -> torch.Tensor:
+        return unit_losses(pipeline, units, indices, objective, randomness)
+
+    batch = draw_poisson_batch(plan, randomness, accelerator)
+    share = batch[accelerator.process_index :: accelerator.num_processes]
+    total = summed_scores(accelerator, engine, losses_of, share, scoring, training.train_batch_size)
+    noisy = add_noise_once(total.to(accelerator.device), plan, randomness, accelerator)
+
+    # Everything from here on sees the noisy scores only.
+    saliency = conclude(noisy.cpu().double().numpy(), scoring, keep, args, base, plan)
+    saliency = replace(saliency, run=run.page.run, private=randomness.is_private)
+    on_main_process(
+        lambda: run.publish(lambda folder: export(saliency, folder), plan, randomness.is_private)
+    )
+    accelerator.print(sentence(saliency, training))
+
+
+def export(saliency: Saliency, folder: Path) -> None:
+    (folder / "saliency.json").write_text(saliency.to_json())
+    draw_saliency(saliency, folder / "saliency.png")
+
+
+def sentence(saliency: Saliency, training: TrainingArguments) -> str:
+    return (
+        f"selected {len(saliency.selected)} of {len(saliency.candidates)} matrices: saliency.json "
+        f"and saliency.png in {training.output_dir}"
+    )
+
+
+def main():
+    select(*parse(*ARGUMENTS, LoraArguments, SaliencyArguments, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)

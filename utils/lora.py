@@ -1,0 +1,57 @@
+"""LoRA on the U-Net: what DP-LoRA and DP-SAPF train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from utils.arguments import option
+from utils.errors import UsageError
+from utils.pipelines import DEFAULT_TARGETS, resolve_targets
+
+
+@dataclass
+class LoraArguments:
+    """The adapter."""
+
+    rank: int = option("rank of the adapter", 8)
+    lora_alpha: int | None = option("scale of the adapter times its rank; default: the rank", None)
+    target_modules: list[str] = option("layers to adapt, by suffix of their name", DEFAULT_TARGETS)
+    freeze_lora_a: bool = option(
+        "train B only, and leave A at its random start: fewer weights, so less noise in all "
+        "(FFA-LoRA, Sun et al. 2024)",
+        False,
+    )
+
+
+def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
+    """Put a trainable LoRA beside the target modules; B starts at zero: nothing changes yet.
+
+    Raises:
+        UsageError: an unknown target, or a rank or alpha below 1.
+    """
+    if args.rank < 1 or (args.lora_alpha is not None and args.lora_alpha < 1):
+        raise UsageError("--rank and --lora_alpha must be at least 1")
+    targets = resolve_targets(pipeline.unet, args.target_modules)
+    alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    pipeline.unet.add_adapter(
+        LoraConfig(
+            r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+        )
+    )
+    if args.freeze_lora_a:
+        for name, parameter in pipeline.unet.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+
+
+def save_lora(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
+    """Save the adapter with its alpha, without which it would reload at the wrong scale."""
+    StableDiffusionPipeline.save_lora_weights(
+        output_dir,
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
+        **_collate_lora_metadata({"unet": pipeline.unet}),
+    )

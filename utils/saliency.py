@@ -1,0 +1,350 @@
+"""DP-SAPF's first stage: which weight matrices matter, told with differential privacy.
+
+Each privacy unit gives every candidate matrix a score of at least zero; the scores of a unit, as a
+vector over the candidates, have an l2 norm of at most the sensitivity, which is what adding or
+removing the unit can move their sum by. One noisy release of the sum is one step of the Poisson
+sampled Gaussian mechanism, so it uses the plan, the sampler, the noise and the ledger of training.
+What is kept is chosen from the noisy scores alone: post-processing, which costs nothing.
+
+Shapes: U units, L candidates. Source: Gong et al. 2026 (DP-SAPF).
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import nn
+from tqdm import tqdm
+
+from utils.accounting import PrivacyPlan
+from utils.arguments import option
+from utils.errors import UsageError
+from utils.per_unit_gradients import PerUnitGradients
+from utils.training import UnitLosses
+
+SCHEMA_VERSION = 1
+MECHANISMS = ["squared_norm", "voting", "layer", "random"]
+SCOPES = ["attention", "convolution", "all"]
+
+
+@dataclass
+class SaliencyArguments:
+    """How matrices are scored and kept (DP-SAPF)."""
+
+    mechanism: str = option(
+        "what a unit gives a matrix: the squared norm of its clipped gradient; a vote if it is "
+        "among the unit's largest; the squared norms summed over a layer, which is kept whole; or "
+        "nothing (random costs no privacy)",
+        "squared_norm",
+        choices=MECHANISMS,
+    )
+    scope: str = option("which matrices are candidates", "all", choices=SCOPES)
+    normalise: str = option(
+        "rank by the noisy score, or by the noisy score for each weight of the matrix",
+        "none",
+        choices=["none", "per_parameter"],
+    )
+    top_ratio: str = option(
+        "share of the candidates to keep; auto: chosen from the noisy scores and the training plan",
+        "0.3",
+    )
+    top_count: int | None = option("how many candidates to keep, instead of a share", None)
+    top_mass: float | None = option(
+        "keep as many as hold this share of the noisy score, instead", None
+    )
+    votes: int | None = option("votes of a unit; default: as many as are kept", None)
+    sampling_rate: float = option("probability that a unit is in the one batch of selection", 1.0)
+    selection_clip: float = option("bound on a unit's gradient over all candidates together", 1.0)
+    selection_noise_multiplier: float | None = option("sigma of the selection", None)
+    selection_epsilon: float | None = option("or the budget of the selection", None)
+    selection_share: float = option(
+        "or the selection's share of --target_epsilon, if neither is given", 0.05
+    )
+
+    def __post_init__(self):
+        if not 0 < self.sampling_rate <= 1:
+            raise UsageError(f"--sampling_rate {self.sampling_rate} must be in (0, 1]")
+        if not 0 < self.selection_share < 1:
+            raise UsageError(f"--selection_share {self.selection_share} must be in (0, 1)")
+        if not self.selection_clip > 0:
+            raise UsageError(f"--selection_clip {self.selection_clip} must be positive")
+        if self.top_count is not None and self.top_count < 1:
+            raise UsageError(f"--top_count {self.top_count} must be at least 1")
+        if self.votes is not None and self.votes < 1:
+            raise UsageError(f"--votes {self.votes} must be at least 1")
+        if self.top_mass is not None and not 0 < self.top_mass <= 1:
+            raise UsageError(f"--top_mass {self.top_mass} must be in (0, 1]")
+        if self.top_count is not None and self.top_mass is not None:
+            raise UsageError("give --top_count or --top_mass, not both")
+        if self.top_ratio != "auto":
+            try:
+                good = 0 < float(self.top_ratio) <= 1
+            except ValueError:
+                good = False
+            if not good:
+                raise UsageError(f"--top_ratio {self.top_ratio} must be auto or in (0, 1]")
+
+
+def candidates_of(unet: UNet2DConditionModel, scope: str) -> dict[str, nn.Module]:
+    """The Linear and Conv2d layers whose weights are ranked, by name, from input to output.
+
+    Attention: everything inside the attention blocks, projections and feed-forward included.
+    Convolution: all of Conv2d outside them.
+    """
+    found = {}
+    for name, module in unet.named_modules():
+        inside = ".attentions." in name
+        if type(module) not in (nn.Linear, nn.Conv2d):
+            continue
+        if scope == "all" or (inside if scope == "attention" else type(module) is nn.Conv2d):
+            if scope != "convolution" or not inside:
+                found[name] = module
+    return found
+
+
+def layer_of(name: str) -> str:
+    """The layer that a matrix belongs to: its attention, feed-forward, ResNet block or itself."""
+    parts = name.split(".")
+    for marker in ("attn1", "attn2", "ff"):
+        if marker in parts:
+            return ".".join(parts[: parts.index(marker) + 1])
+    if "resnets" in parts:
+        return ".".join(parts[: parts.index("resnets") + 2])
+    return name
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a unit's squared gradient norms become its scores.
+
+    Attributes:
+        mechanism: see `SaliencyArguments`. candidates: [L], names. groups: [L], what each is
+            scored as.
+        votes: of one unit. clip: bound on a unit's gradient over all candidates.
+    """
+
+    mechanism: str
+    candidates: tuple[str, ...]
+    groups: tuple[str, ...]
+    votes: int
+    clip: float
+
+    @property
+    def names(self) -> list[str]:
+        """What is scored, in order: [S]."""
+        return list(dict.fromkeys(self.groups))
+
+    @property
+    def sensitivity(self) -> float:
+        """How far adding or removing one unit can move the sum of scores (l2).
+
+        A unit's gradient is clipped to norm C over all candidates together and measured in units of
+        C, so its squared norms are at least 0 and add up to at most 1; so do their sums over
+        layers, and the l2 norm of such a vector is at most 1. Votes are 0 or 1, and k of them 1.
+        """
+        return self.votes**0.5 if self.mechanism == "voting" else 1.0
+
+    def scores(self, squared_norms: torch.Tensor) -> torch.Tensor:
+        """Each unit's scores: [U, L] -> [U, S]. A unit whose gradient is not finite gives none."""
+        squared_norms = squared_norms.double()
+        usable = squared_norms.sum(1).isfinite()
+        squared_norms = squared_norms.masked_fill(~usable[:, None], 0.0)
+        if self.mechanism == "voting":
+            chosen = squared_norms.topk(self.votes, dim=1).indices
+            votes = torch.zeros_like(squared_norms).scatter(1, chosen, 1.0)
+            return votes * (squared_norms.sum(1) > 0)[:, None]
+        total = squared_norms.sum(1, keepdim=True).clamp_min(self.clip**2)
+        parts = squared_norms / total * (1 - 1e-9)  # so that rounding cannot lift the sum above 1
+        index = torch.tensor([self.names.index(group) for group in self.groups])
+        merged = torch.zeros(len(parts), len(self.names), dtype=parts.dtype)
+        return merged.index_add(1, index, parts.cpu())
+
+
+def scoring_of(candidates: list[str], args: SaliencyArguments) -> Scoring:
+    """How these candidates are scored.
+
+    Raises:
+        UsageError: `--top_ratio auto` with votes, which are not squared norms.
+    """
+    if args.top_ratio == "auto" and args.mechanism not in ("squared_norm", "layer"):
+        raise UsageError("--top_ratio auto reads squared norms: use --mechanism squared_norm")
+    whole_layers = args.mechanism == "layer"
+    groups = tuple(layer_of(name) if whole_layers else name for name in candidates)
+    count = len(set(groups))
+    share = 0.3 if args.top_ratio == "auto" else float(args.top_ratio)
+    votes = args.votes or args.top_count or max(1, round(share * count))
+    return Scoring(
+        args.mechanism, tuple(candidates), groups, min(votes, count), args.selection_clip
+    )
+
+
+def summed_scores(
+    accelerator: Accelerator,
+    engine: PerUnitGradients,
+    unit_losses: UnitLosses,
+    indices: torch.Tensor,
+    scoring: Scoring,
+    micro_batch_size: int,
+) -> torch.Tensor:
+    """Sum over `indices` of each unit's scores: [S], fp64. PRIVATE until noise is added.
+
+    No gradient is kept: each is measured as the backward pass makes it.
+    """
+    total = torch.zeros(len(scoring.names), dtype=torch.float64)
+    parts = indices.split(micro_batch_size) if len(indices) else []
+    hidden = not accelerator.is_main_process
+    for units in tqdm(parts, "scoring", disable=hidden):
+        with engine.recording(len(units), norms_only=True) as record:
+            unit_losses(units).sum().backward()
+        total += scoring.scores(record.squared_norms()).sum(0).cpu()
+    return total
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is public and decides what is kept: sizes [S], LoRA weights [S], and the plan."""
+
+    sizes: np.ndarray
+    trained: np.ndarray
+    plan: PrivacyPlan | None = None
+
+    def choose(self, scores: np.ndarray, args: SaliencyArguments) -> np.ndarray:
+        """Indices of what is kept, best first; a function of the noisy scores [S] alone.
+
+        - `--top_ratio`, `--top_count`: the largest.
+        - `--top_mass`: the fewest that hold that share of the score; negative ones count as zero.
+        - `--top_ratio auto`: see `auto_count`.
+        """
+        ranked = scores / self.sizes if args.normalise == "per_parameter" else scores
+        order = np.argsort(-ranked, kind="stable")
+        if args.top_count is not None:
+            return order[: args.top_count]
+        held = np.cumsum(np.clip(scores, 0, None)[order])
+        if args.top_mass is not None:
+            return order[: 1 + np.searchsorted(held, args.top_mass * held[-1] * (1 - 1e-12))]
+        if args.top_ratio == "auto":
+            return order[: self.auto_count(held, self.trained[order])]
+        return order[: max(1, round(float(args.top_ratio) * len(order)))]
+
+    def auto_count(self, held: np.ndarray, trained: np.ndarray) -> int:
+        """How many of the ranked candidates to keep, by expected progress under noise.
+
+        With a step of the best length along a noisy gradient, a quadratic loss falls in proportion
+        to m^2 / (m + v): m the squared norm of the gradient in the trained directions, v the
+        variance of the noise on them. Keeping the first k candidates, m is at most the mean squared
+        norm that they hold, in units of C^2: the noisy scores' running sum. T steps average the
+        noise, so v = (sigma / B)^2 / T for each trained weight. k makes the bound largest.
+        """
+        noise = (self.plan.noise_multiplier / self.plan.expected_batch_size) ** 2 / self.plan.steps
+        signal = np.maximum(held, 1e-12)
+        return 1 + int(np.argmax(signal**2 / (signal + noise * np.cumsum(trained))))
+
+
+def keep_of(candidates: dict[str, nn.Module], scoring: Scoring, rank: int) -> Keep:
+    """The public sizes of what is scored; `rank` is that of the LoRA to come."""
+    sizes, trained = np.zeros(len(scoring.names)), np.zeros(len(scoring.names))
+    for module, group in zip(candidates.values(), scoring.groups, strict=True):
+        shape, index = module.weight.shape, scoring.names.index(group)
+        sizes[index] += shape.numel()
+        trained[index] += rank * (shape[0] + shape[1:].numel())
+    return Keep(sizes, trained)
+
+
+def stability(
+    scores: np.ndarray, noise_std: float, keep: Keep, args: SaliencyArguments, trials: int = 1000
+) -> np.ndarray:
+    """How often each candidate would be kept again under the same noise: [S], between 0 and 1.
+
+    Simulated from the noisy scores alone, as if they were the true ones: noise is added to them
+    once more. (So it understates how stable the choice is.)
+    """
+    rng = np.random.default_rng(0)
+    counts = np.zeros(len(scores))
+    for _ in range(trials):
+        counts[keep.choose(scores + noise_std * rng.standard_normal(len(scores)), args)] += 1
+    return counts / trials
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """What `saliency.json` holds; everything in it is noisy or public.
+
+    Attributes:
+        candidates: names of the matrices. scored: what each is scored as.
+        selected: names of the matrices to train.
+        noisy_scores: by name of what is scored, the noisy mean over the expected units; noise_std:
+            of their noise; stability: see the function; None for a random choice.
+        base_model_checksum: of the model whose gradients were measured.
+        event, run: the mechanism, and its run in the ledger; None for a random choice.
+    """
+
+    mechanism: str
+    scope: str
+    normalise: str
+    candidates: list[str]
+    scored: list[str]
+    selected: list[str]
+    base_model_checksum: int
+    noisy_scores: dict[str, float] | None = None
+    noise_std: float | None = None
+    stability: dict[str, float] | None = None
+    event: dict | None = None
+    run: str | None = None
+    private: bool = True
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def conclude(
+    scores: np.ndarray,
+    scoring: Scoring,
+    keep: Keep,
+    args: SaliencyArguments,
+    base_model_checksum: int,
+    plan: PrivacyPlan | None = None,
+) -> Saliency:
+    """What follows from the noisy (or, without a plan, random) scores [S]."""
+    names = scoring.names
+    kept = {names[i] for i in keep.choose(scores, args)}
+    candidates = list(scoring.candidates)
+    saliency = Saliency(
+        mechanism=args.mechanism,
+        scope=args.scope,
+        normalise=args.normalise,
+        candidates=candidates,
+        scored=list(scoring.groups),
+        selected=[c for c, g in zip(candidates, scoring.groups, strict=True) if g in kept],
+        base_model_checksum=base_model_checksum,
+    )
+    if plan is None:
+        return saliency
+    noise_std = plan.noise_std / plan.expected_batch_size
+    again = stability(scores, noise_std, keep, args)
+    return replace(
+        saliency,
+        noisy_scores=dict(zip(names, scores.tolist(), strict=True)),
+        noise_std=noise_std,
+        stability=dict(zip(names, again.tolist(), strict=True)),
+        event=plan.event(),
+    )
+
+
+def read_saliency(path: str | Path) -> Saliency:
+    """Raises: UsageError if the file is missing, is no selection, or comes from a newer version."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if content["schema_version"] > SCHEMA_VERSION:
+            raise UsageError(f"--saliency_file {path} was written by a newer version of this code")
+        return Saliency(**content)
+    except (OSError, TypeError, KeyError) as error:
+        raise UsageError(f"--saliency_file {path} cannot be read: {error}") from error
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--saliency_file {path} is no selection: {error}") from error
