@@ -116,6 +116,7 @@ def release_after_the_checkpoint():
 
     def save(self, state, limit):
         about = {"run": self.page.run, "agreed": self.agreed}
+        checkpoints.announce_checkpoint(self.checkpoints, state.step)
         checkpoints.save_checkpoint(self.checkpoints, state.step, state.state_dict(), about)
         if state.step == EVERY:
             die()

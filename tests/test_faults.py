@@ -166,7 +166,13 @@ def test_the_state_of_training_survives_a_checkpoint(tmp_path, accelerator):
     """Weights, moments, schedule and average come back as they were; a UsageError if not there."""
     from diffusers.training_utils import EMAModel
 
-    from utils.checkpoints import path_of, read_about, read_state, save_checkpoint
+    from utils.checkpoints import (
+        announce_checkpoint,
+        path_of,
+        read_about,
+        read_state,
+        save_checkpoint,
+    )
 
     def fresh():
         world = LinearWorld(["ordinary"] * 200)
@@ -177,6 +183,7 @@ def test_the_state_of_training_survives_a_checkpoint(tmp_path, accelerator):
 
     world, state = fresh()
     train(accelerator, state, world.losses, plan_of(steps=3), SecretRandomness(), 16)
+    announce_checkpoint(tmp_path, 3)
     save_checkpoint(tmp_path, 3, state.state_dict(), {})
     _, other = fresh()
     other.load_state_dict(read_state(path_of(tmp_path, 3)))

@@ -107,7 +107,7 @@ def test_latest_without_a_checkpoint_is_an_error(tiny_base, image_folder, tmp_pa
     assert "holds no run" in start(tiny_base, image_folder, tmp_path / "none", *latest)
     (tmp_path / "empty" / "private").mkdir(parents=True)
     said = start(tiny_base, image_folder, tmp_path / "empty", *latest)
-    assert "there is no checkpoint" in said and "another --output_dir" in said
+    assert "there is no checkpoint" in said and "start a new run" in said
 
 
 CHANGES = [
@@ -173,7 +173,16 @@ def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
     text = (private / "ledger.jsonl").read_text().lower()
     assert not any(word in text for word in ("seed", "rng", "generator", ".png"))
     known = {"schema_version", "index", "time", "kind", "run", "branch", "from_step", "event"}
-    known |= {"delta", "num_units", "privacy_unit", "private", "step", "output", "files"}
+    known |= {
+        "delta",
+        "num_units",
+        "privacy_unit",
+        "private",
+        "step",
+        "output",
+        "files",
+        "builds_on",
+    }
     for record in Ledger(private / "ledger.jsonl").records():
         assert set(record) <= known | {"previous", "hash"}
 

@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 import utils.accounting
 from utils.accounting import (
+    ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
     PrivacyPlan,
     account,
@@ -18,6 +19,7 @@ from utils.accounting import (
 )
 from utils.arguments import PrivacyArguments
 from utils.errors import UsageError
+from utils.replace_one import ReplaceOnePRV
 
 
 def planned(num_units=5000, steps=40, **changes):
@@ -90,10 +92,42 @@ def test_calibration_meets_the_budget_and_wastes_little(epsilon):
     assert spent.replace_one > spent.add_or_remove_one
 
 
-def test_disagreeing_accountants_stop_the_run(monkeypatch):
-    monkeypatch.setattr(utils.accounting, "prv_epsilon", lambda events, delta: 5.0)
+@pytest.mark.parametrize("relation", [ADD_OR_REMOVE_ONE, REPLACE_ONE])
+def test_disagreeing_accountants_stop_the_run(monkeypatch, relation):
+    whole = utils.accounting.prv_epsilon
+
+    def wrong(events, delta, asked=ADD_OR_REMOVE_ONE):
+        return whole(events, delta, asked) - (1.0 if asked == relation else 0.0)
+
+    monkeypatch.setattr(utils.accounting, "prv_epsilon", wrong)
     with pytest.raises(RuntimeError, match="disagree"):
         account([event(1.0, 0.05, 100)], 1e-5)
+
+
+PLANS = [(1.27, 0.97, 8), (0.65, 0.05, 120), (2.0, 1.0, 10), (5.0, 0.2, 300), (0.3, 0.05, 10)]
+
+
+@pytest.mark.parametrize("sigma, q, steps", PLANS)
+def test_both_accountants_agree_on_replacing_one(sigma, q, steps):
+    events = [event(sigma, q, steps), event(4.0, 0.5)]
+    pld, prv = (of(events, 1e-5, REPLACE_ONE) for of in (pld_epsilon, prv_epsilon))
+    assert abs(pld - prv) < 3 * 0.01 + 0.002 * pld and pld > pld_epsilon(events, 1e-5)
+
+
+def test_replacing_one_of_everyone_is_a_gaussian_of_twice_the_sensitivity():
+    twice = prv_epsilon([event(1.0)], 1e-5)
+    assert prv_epsilon([event(2.0)], 1e-5, REPLACE_ONE) == pytest.approx(twice, abs=0.002)
+
+
+def test_the_loss_of_replacing_one_is_the_log_ratio_of_its_densities():
+    """Its distribution function against quadrature over where the log ratio is at most t."""
+    prv = ReplaceOnePRV(0.3, 0.8)
+    p, q = (lambda x, s=s: 0.7 * norm.pdf(x, 0, 0.8) + 0.3 * norm.pdf(x, s, 0.8) for s in (1, -1))
+    for t in (-1.5, -0.2, 0.0, 0.4, 2.0):
+        edge = brentq(lambda x, t=t: math.log(p(x) / q(x)) - t, -12, 12)
+        assert prv.cdf(t) == pytest.approx(quad(p, -15, edge)[0], abs=1e-7)
+    divergence = math.log(quad(lambda x: p(x) ** 3 / q(x) ** 2, -15, 15)[0]) / 2
+    assert prv.rdp(3.0) == pytest.approx(divergence, abs=1e-6)
 
 
 def test_noise_multiplicity_and_clipping_bound_cost_nothing():

@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, about: dict) -> None:
         aside.rename(final)
         sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        for part in aside.iterdir():
+        for part in aside.glob("*"):
             part.unlink(missing_ok=True)
         raise _no_room(folder, step, error) from error
 
