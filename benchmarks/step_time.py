@@ -5,9 +5,10 @@
     python benchmarks/step_time.py --shape tiny --method all --json
 
 Every round times, in turn: an ordinary step; ours (per-unit gradients, clipping, noise), also with
---secure_noise; Opacus' hooks, which clip the mean of each unit's K copies as we do; and Opacus'
-ghost clipping, where it runs and K is 1. Same model, micro-batch, K and precision. Medians of the
-rounds, after one that does not count; peak memory of each kind is that of a process of its own.
+--secure_noise; where the model's own weights train, the scoring of the same units by DP-SAPF;
+Opacus' hooks, which clip the mean of each unit's K copies as we do; and Opacus' ghost clipping,
+where it runs and K is 1. Same model, micro-batch, K and precision. Medians of the rounds, after one
+that does not count; peak memory of each kind is that of a process of its own.
 
 Shapes: `tiny` is the digits model of examples/digits; `sd15` the U-Net of Stable Diffusion 1.5 with
 random weights, on 32 x 32 latents.
@@ -39,6 +40,7 @@ from utils.entropy import SecretRandomness, SecureRandomness
 from utils.loda import LoDAConfig
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import ALL_TARGETS, DEFAULT_TARGETS, denoising_loss, resolve_targets
+from utils.saliency import Scoring
 from utils.training import clipped_gradient_sum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,8 @@ SHAPES = {
     "tiny": {"units": 32, "draws": 4, "side": 8},
     "sd15": {"units": 4, "draws": 1, "side": 32},
 }
-KINDS = ["nonprivate", "private", "private_secure_noise", "opacus_hooks", "opacus_ghost"]
+KINDS = ["nonprivate", "private", "private_secure_noise", "scoring"]
+KINDS += ["opacus_hooks", "opacus_ghost"]
 
 
 def build_unet(shape: str) -> UNet2DConditionModel:
@@ -110,6 +113,13 @@ class Bench:
     def private_secure_noise(self):
         self.private(SecureRandomness())
 
+    def scoring(self):
+        """The same units' share of a selection (`select_saliency.py`)."""
+        names = tuple(self.engine.names)
+        with self.engine.recording(self.units, norms_only=True) as record:
+            self.losses(self.unet).view(self.units, self.draws).mean(1).sum().backward()
+        Scoring("squared_norm", names, names, 1, 1.0).scores(record.squared_norms()).sum(0)
+
     def opacus_hooks(self):
         model = GradSampleModule(self.unet, loss_reduction="sum", strict=False)
         try:
@@ -156,6 +166,8 @@ def kinds_that_run(bench: Bench, args) -> list[str]:
     for kind in KINDS:
         if kind == "opacus_ghost" and args.draws > 1:
             continue
+        if kind == "scoring" and args.method not in ("attention", "all"):
+            continue  # it is the public model's own weights that are ranked
         try:
             getattr(bench, kind)()
             running.append(kind)
