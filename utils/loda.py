@@ -104,7 +104,8 @@ class LoDALayer(nn.Module, BaseTunerLayer):
                 padding_mode=base.padding_mode,
             )
             b = nn.Conv2d(config.r, base.out_channels, 1, bias=False)
-        nn.init.zeros_(b.weight)
+        nn.init.normal_(a.weight, std=1 / config.r)  # as peft's "gaussian" LoRA
+        nn.init.zeros_(b.weight)  # nothing is added at the start
         self.loda_A[adapter_name], self.loda_B[adapter_name] = a, b
         self.r[adapter_name], self.scale[adapter_name] = config.r, 1.0
         self.activation[adapter_name] = config.activation
