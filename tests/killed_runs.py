@@ -99,6 +99,10 @@ POINTS = {
     "after the last checkpoint": lambda: die_on_call(runs, "rotate", 3, after=True),
     "while an old checkpoint is deleted": half_a_deletion,
     "while the weights are exported": lambda: die_on_call(runs, "sha256_of", 1),
+    "again while a release is taken back": [
+        lambda: die_on_call(runs, "save_checkpoint", 2),
+        lambda: die_on_call(runs, "empty_unfinished", 1, after=True),
+    ],
     "twice while the weights are exported": twice(lambda: die_on_call(runs, "sha256_of", 1)),
     "twice after a release, before its checkpoint": twice(
         lambda: die_on_call(runs, "save_checkpoint", 1)

@@ -25,7 +25,7 @@ def kill_runs(base, images, folder, *more):
 
 
 def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(tiny_base, image_folder, tmp_path):
-    """At 18 chosen and 20 random moments; see `tests/killed_runs.py`."""
+    """At 19 chosen and 20 random moments; see `tests/killed_runs.py`."""
     run = kill_runs(tiny_base, image_folder, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.splitlines()[-1]

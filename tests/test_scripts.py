@@ -450,6 +450,7 @@ def test_reproducible_noise_is_stamped_not_private(run_script, tiny_base, image_
         "sample",
         "evaluate",
         "audit_privacy",
+        "select_saliency",
     ],
 )
 def test_help_teaches(run_script, script):

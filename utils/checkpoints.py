@@ -103,8 +103,16 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def empty_unfinished(folder: Path) -> None:
+    """Destroy, for good, what unfinished checkpoints hold; their folders stay."""
+    for leftover in folder.glob("unfinished-*"):
+        for part in leftover.iterdir():
+            part.unlink()
+        sync_folder(leftover)
+
+
 def sweep(folder: Path) -> None:
-    """Destroy what was left of unfinished and deleted checkpoints."""
+    """Remove the folders of unfinished checkpoints, and what was left of deleted ones."""
     for leftover in [*folder.glob("unfinished-*"), *folder.glob("deleting-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     if folder.is_dir():

@@ -22,6 +22,7 @@ from utils.arguments import PrivacyArguments, TrainingArguments
 from utils.checkpoints import (
     announce_checkpoint,
     differences,
+    empty_unfinished,
     newest_intact,
     path_of,
     read_about,
@@ -302,13 +303,13 @@ def settle(run: Run) -> None:
     own = [r for r in own if r.get("output") == CHECKPOINT]
     settled = {r["step"] for r in own if r["kind"] in ("wrote", "void")}
     pending = sorted({r["step"] for r in own if r["kind"] == "release"} - settled)
-    unfinished = [step for step in pending if was_left_unfinished(folder, step)]
-    sweep(folder)
+    empty_unfinished(folder)
     for step in pending:
-        if step in unfinished:
+        if was_left_unfinished(folder, step):
             run.page.void(step)
         elif path_of(folder, step).exists():
             run.page.wrote(step, CHECKPOINT)
+    sweep(folder)
 
 
 def ledger_of(output_dir: Path, privacy: PrivacyArguments) -> Ledger:

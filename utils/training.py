@@ -192,7 +192,7 @@ class _Progress:
         rate = (self.done - self.first) * self.plan.expected_batch_size / seconds
         self.bar.update()
         self.bar.set_postfix_str(f"epsilon <= {self.epsilon:.2f}, {rate:.0f} images/s")
-        if self.accelerator.trackers:
+        if self.accelerator.trackers and due:  # not each step: its time would tell the batch's size
             values = {"learning_rate": learning_rate, "epsilon": self.epsilon}
             self.accelerator.log(values, step=self.done)
 
