@@ -15,6 +15,7 @@ Writes saliency.json (noisy scores and the selected names), saliency.png, privac
 entry in the ledger, which training composes with its own.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,21 @@ from utils.arguments import (
 from utils.dp_sgd import add_noise_once, draw_poisson_batch
 from utils.entropy import secret_randomness
 from utils.errors import UsageError, on_main_process, run_script
-from utils.fine_tuning import ARGUMENTS, public_parameters, rehearse, start, training_resolution
+from utils.fine_tuning import (
+    ARGUMENTS,
+    public_parameters,
+    rehearse,
+    settings_of,
+    start,
+    training_resolution,
+)
+from utils.hub import write_durably
 from utils.latents import Objective, encode_units, unit_losses
 from utils.lora import LoraArguments
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline
 from utils.planning import describe, read_and_plan
+from utils.runs import check_room_for, disk_errors_told
 from utils.saliency import (
     Saliency,
     SaliencyArguments,
@@ -78,8 +88,16 @@ def selection_plan(
     return replace(make_plan(num_units, own, 1, unit_column), purpose="selection")
 
 
-def training_plan(privacy: PrivacyArguments, steps: int, selection: PrivacyPlan) -> PrivacyPlan:
-    """What training will spend after the selection; `--top_ratio auto` looks at it."""
+def training_plan(
+    privacy: PrivacyArguments, steps: int, selection: PrivacyPlan
+) -> PrivacyPlan | None:
+    """What the training that is to follow will spend; None if no budget for it was named.
+
+    Raises:
+        UsageError: see `make_plan`.
+    """
+    if privacy.target_epsilon is None and privacy.noise_multiplier is None:
+        return None
     units, column = selection.num_units, selection.unit_column
     return make_plan(units, privacy, steps, column, (selection.event(),))
 
@@ -102,14 +120,17 @@ def select(
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
     resolution = training_resolution(pipeline, data)
     pipeline.to(accelerator.device)
+    if training.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
     base = checksum(public_parameters(pipeline)).item()
     candidates = candidates_of(pipeline.unet, args.scope)
     scoring = scoring_of(list(candidates), args)
-    keep = keep_of(candidates, scoring, lora.rank)
+    keep = keep_of(candidates, scoring, lora)
     if args.mechanism == "random":  # reads nothing, costs nothing
         scores = np.random.default_rng(training.seed).random(len(candidates))
         saliency = conclude(scores, scoring, keep, args, base)
-        on_main_process(lambda: export(saliency, Path(training.output_dir)))
+        if not privacy.dry_run:
+            on_main_process(lambda: export(saliency, Path(training.output_dir)))
         accelerator.print(sentence(saliency, training))
         return
 
@@ -117,20 +138,31 @@ def select(
     for module in candidates.values():
         module.weight.requires_grad_(True)
     engine = PerUnitGradients(pipeline.unet)
-    unit_bytes = rehearse(pipeline, engine, privacy.noise_multiplicity, resolution)
+    draws = privacy.noise_multiplicity
+    unit_bytes = rehearse(pipeline, engine, draws, resolution, norms_only=True)
 
     def make(num_units: int) -> PrivacyPlan:
         unit = data.privacy_unit_column
-        return selection_plan(num_units, privacy, args, scoring.sensitivity, unit)
+        plan = selection_plan(num_units, privacy, args, scoring.sensitivity, unit)
+        later = training_plan(privacy, training.max_train_steps, plan)  # refused now, if ever
+        if later is None and args.top_ratio == "auto":
+            raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
+        if training.resume_from_checkpoint is None:
+            both = [plan.event()] if later is None else later.events()
+            check_room_for(Path(training.output_dir), privacy, both)
+        return plan
 
-    private_set, plan, run = read_and_plan(accelerator, data, privacy, training, {}, make)
+    agreed = settings_of("selection", args, data, training) | {"base_model_checksum": base}
+    private_set, plan, run = read_and_plan(accelerator, data, privacy, training, agreed, make)
     spent = account(plan.events(), plan.delta)
+    later = training_plan(privacy, training.max_train_steps, plan)
     if run is None:
         nbytes = unit_bytes * min(training.train_batch_size, plan.num_units)
         accelerator.print(describe(private_set, plan, spent, engine, nbytes))
+        if later is not None:
+            accelerator.print("training, after it:", json.dumps(later.event(), indent=2))
         return
-    if args.top_ratio == "auto":
-        keep = replace(keep, plan=training_plan(privacy, training.max_train_steps, plan))
+    keep = replace(keep, plan=later)
     accelerator.print(
         f"ranking {len(candidates)} matrices by {plan.num_units} private units: epsilon "
         f"{spent.add_or_remove_one:.3f} at delta {plan.delta:g} (noise multiplier "
@@ -146,13 +178,20 @@ def select(
     def losses_of(indices: torch.Tensor) -> torch.Tensor:
         return unit_losses(pipeline, units, indices, objective, randomness)
 
-    batch = draw_poisson_batch(plan, randomness, accelerator)
-    share = batch[accelerator.process_index :: accelerator.num_processes]
-    total = summed_scores(accelerator, engine, losses_of, share, scoring, training.train_batch_size)
-    noisy = add_noise_once(total.to(accelerator.device), plan, randomness, accelerator)
+    if run.checkpoint is None:
+        batch = draw_poisson_batch(plan, randomness, accelerator)
+        share = batch[accelerator.process_index :: accelerator.num_processes]
+        total = summed_scores(
+            accelerator, engine, losses_of, share, scoring, training.train_batch_size,
+            show_progress=accelerator.is_main_process and args.sampling_rate == 1,
+        )  # fmt: skip
+        noisy = add_noise_once(total.to(accelerator.device), plan, randomness, accelerator).cpu()
+        run.save(1, lambda: {"noisy_scores": noisy}, 1)  # paid for: never lose it
+    else:
+        noisy = run.saved_state()["noisy_scores"]
 
     # Everything from here on sees the noisy scores only.
-    saliency = conclude(noisy.cpu().double().numpy(), scoring, keep, args, base, plan)
+    saliency = conclude(noisy.double().numpy(), scoring, keep, args, base, plan)
     saliency = replace(saliency, run=run.page.run, private=randomness.is_private)
     on_main_process(
         lambda: run.publish(lambda folder: export(saliency, folder), plan, randomness.is_private)
@@ -161,8 +200,9 @@ def select(
 
 
 def export(saliency: Saliency, folder: Path) -> None:
-    (folder / "saliency.json").write_text(saliency.to_json())
-    draw_saliency(saliency, folder / "saliency.png")
+    with disk_errors_told(folder):
+        draw_saliency(saliency, folder / "saliency.png")
+        write_durably(folder / "saliency.json", saliency.to_json())
 
 
 def sentence(saliency: Saliency, training: TrainingArguments) -> str:

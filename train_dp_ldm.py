@@ -65,8 +65,16 @@ def unfreeze(
     """
     unet, blocks = pipeline.unet, args.trainable_blocks or [""]
     if selected is not None:
+        modules = dict(unet.named_modules())
+        unknown = [name for name in selected if name not in modules]
+        if args.trainable_blocks or unknown:
+            raise UsageError(
+                f"--saliency_file selects {unknown[0]}, which this model does not have"
+                if unknown
+                else "give --saliency_file or --trainable_blocks, not both"
+            )
         for name in selected:
-            unet.get_submodule(name).weight.requires_grad_(True)
+            modules[name].weight.requires_grad_(True)
         blocks = []
     for block in blocks:
         chosen = [

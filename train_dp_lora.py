@@ -22,7 +22,7 @@ Writes pytorch_lora_weights.safetensors, which plain diffusers loads, the privac
 privacy.json, a model card and samples. No loss is shown: it is not private.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from select_saliency import select
@@ -34,10 +34,11 @@ from utils.arguments import (
     option,
     parse,
 )
-from utils.errors import UsageError, run_script
+from utils.checkpoints import differences, steps_on_disk
+from utils.errors import UsageError, on_main_process, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.lora import LoraArguments, add_lora, save_lora
-from utils.runs import LEDGER_NAME, private_folder
+from utils.runs import LEDGER_NAME, claim_output_dir, private_folder
 from utils.saliency import SaliencyArguments, read_saliency
 
 USAGE = """from diffusers import StableDiffusionPipeline
@@ -71,13 +72,28 @@ def select_first(
     if privacy.saliency_file is not None:
         raise UsageError("give --select_saliency or --saliency_file, not both")
     output_dir = Path(training.output_dir)
-    found = output_dir / "selection" / "saliency.json"
-    if not found.exists():
-        private_folder(output_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-        ledger = privacy.privacy_ledger or private_folder(output_dir) / LEDGER_NAME
-        own = replace(privacy, privacy_ledger=str(ledger))
-        folder = replace(training, output_dir=str(found.parent), resume_from_checkpoint=None)
-        select(model, data, own, folder, lora, saliency)
+    folder = output_dir / "selection"
+    found = folder / "saliency.json"
+    if found.exists():
+        changed = differences(read_saliency(found).settings, asdict(saliency))
+        if changed:
+            raise UsageError(f"{found} was made with other settings: {'; '.join(changed)}")
+        return replace(privacy, saliency_file=str(found))
+    on_main_process(lambda: claim_output_dir(training).release())
+    ledger = privacy.privacy_ledger or private_folder(output_dir) / LEDGER_NAME
+    paid = steps_on_disk(private_folder(folder) / "checkpoints")  # an earlier attempt, interrupted
+    if training.resume_from_checkpoint is not None and not paid:
+        raise UsageError(f"--output_dir {output_dir} holds no selection to resume from")
+    own = replace(privacy, privacy_ledger=str(ledger))
+    resume = "latest" if paid else None
+    select(
+        model,
+        data,
+        own,
+        replace(training, output_dir=str(folder), resume_from_checkpoint=resume),
+        lora,
+        saliency,
+    )
     return replace(privacy, saliency_file=str(found))
 
 
@@ -87,6 +103,8 @@ def main():
     )
     if stages.select_saliency:
         privacy = select_first(model, data, privacy, training, lora, saliency)
+        if privacy.dry_run and not Path(privacy.saliency_file).exists():
+            return  # the plans of both stages were shown
     if privacy.saliency_file is not None:
         lora = replace(lora, target_modules=read_saliency(privacy.saliency_file).selected)
     method = Method("dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE, lora)

@@ -118,14 +118,14 @@ POINTS = {
 def release_after_the_checkpoint():
     """The order turned round, as a proof that the trials notice."""
 
-    def save(self, state, limit):
+    def save(self, step, state_dict, limit):
         about = {"run": self.page.run, "agreed": self.agreed}
-        checkpoints.announce_checkpoint(self.checkpoints, state.step)
-        checkpoints.save_checkpoint(self.checkpoints, state.step, state.state_dict(), about)
-        if state.step == EVERY:
+        checkpoints.announce_checkpoint(self.checkpoints, step)
+        checkpoints.save_checkpoint(self.checkpoints, step, state_dict(), about)
+        if step == EVERY:
             die()
-        self.page.release(state.step, ledger.CHECKPOINT)
-        self.page.wrote(state.step, ledger.CHECKPOINT)
+        self.page.release(step, ledger.CHECKPOINT)
+        self.page.wrote(step, ledger.CHECKPOINT)
 
     runs.Run._save = save
 

@@ -62,8 +62,12 @@ def test_one_unit_moves_the_scores_by_at_most_the_sensitivity(accelerator, mecha
 
 
 def test_scores_without_the_clip_are_caught(accelerator, monkeypatch):
-    monkeypatch.setattr(Scoring, "scores", lambda self, squared: squared.double() / self.clip**2)
-    with pytest.raises(AssertionError):
+    def unclipped(self, squared):
+        finite = squared.double().nan_to_num(0.0, 0.0, 0.0)
+        return finite.clamp_max(1e12) / self.clip**2
+
+    monkeypatch.setattr(Scoring, "scores", unclipped)
+    with pytest.raises(AssertionError, match="<="):
         test_one_unit_moves_the_scores_by_at_most_the_sensitivity(accelerator, "squared_norm")
 
 
@@ -177,7 +181,9 @@ def test_to_out_0_is_trained_when_it_is_selected():
     args = SaliencyArguments(scope="attention", top_count=2)
     scoring = scoring_of(list(candidates), args)
     scores = np.array([float(name.endswith("to_out.0")) for name in candidates])
-    found = conclude(scores, scoring, keep_of(candidates, scoring, 4), args, 0, plan_of())
+    found = conclude(
+        scores, scoring, keep_of(candidates, scoring, LoraArguments(rank=4)), args, 0, plan_of()
+    )
     assert len(found.selected) == 2 and all(n.endswith("to_out.0") for n in found.selected)
     add_lora(pipeline, LoraArguments(rank=4, target_modules=found.selected))
     engine = PerUnitGradients(pipeline.unet)
@@ -280,11 +286,102 @@ def test_both_stages_with_one_command_and_an_interruption(tiny_base, image_folde
     assert "saved the weights" in train_here(arguments)
     statement = read_json(output / "privacy.json")
     assert [e["purpose"] for e in statement["events"]] == ["selection", "training"]
+    assert statement["events"][0]["sensitivity"] == 5**0.5
+    found = read_saliency(output / "selection" / "saliency.json")
+    sigma, expected = found.event["noise_multiplier"], found.event["sampling_rate"] * 40
+    assert found.noise_std == pytest.approx(sigma * 5**0.5 / expected)
     assert 7.9 < statement["epsilon"]["add_or_remove_one"] <= 8
     assert not problems_of(read_source(str(output), None))
     said = train_here([*arguments, "--resume_from_checkpoint", "latest"])
     assert "saved the weights" in said and "ranking" not in said
     assert read_json(output / "privacy.json")["epsilon"] == statement["epsilon"]
+    said = train_here([*arguments, "--resume_from_checkpoint", "latest", "--top_count", 4])
+    assert "other settings: top_count was 5, is 4" in said
+
+
+def test_a_selection_that_was_interrupted_is_not_paid_for_twice(
+    tiny_base, image_folder, tmp_path, monkeypatch
+):
+    """A full disk between the release of the noisy scores and their file; then once more."""
+    import select_saliency
+
+    output = tmp_path / "run"
+    arguments = train_arguments(tiny_base, image_folder, output, "--select_saliency", *FEW)
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(select_saliency, "draw_saliency", full)
+        assert "No space left" in train_here(arguments)
+        assert not (output / "selection" / "saliency.json").exists()
+        assert "No space left" in train_here(arguments)
+    calls = []
+    whole = select_saliency.summed_scores
+    monkeypatch.setattr(
+        select_saliency, "summed_scores", lambda *a, **k: calls.append(1) or whole(*a, **k)
+    )
+    assert "saved the weights" in train_here(arguments) and not calls
+    statement = read_json(output / "privacy.json")
+    assert [e["steps"] for e in statement["events"]] == [1, 3]
+    assert 7.9 < statement["epsilon"]["add_or_remove_one"] <= 8
+    assert not problems_of(read_source(str(output), None))
+
+
+def test_nothing_is_selected_where_training_could_not_follow(tiny_base, image_folder, tmp_path):
+    for more, sentence in [
+        (["--total_epsilon", 7.9], "both stages would bring"),
+        (["--selection_epsilon", 9], "is spent already"),
+        (["--expected_batch_size", 41], "number of units"),
+        (["--resume_from_checkpoint", "latest"], "holds no run to resume"),
+    ]:
+        output = tmp_path / sentence.split()[0]
+        arguments = train_arguments(tiny_base, image_folder, output, "--select_saliency", *more)
+        said = train_here(arguments)
+        assert said.startswith("error: ") and sentence in said, said
+        assert not (output / "private" / "ledger.jsonl").exists()
+
+
+def test_a_dry_run_shows_both_plans_and_spends_nothing(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(
+        tiny_base, image_folder, tmp_path / "run", "--select_saliency", "--dry_run"
+    )
+    said = train_here(arguments)
+    assert '"purpose": "selection"' in said and "training, after it" in said, said
+    assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
+
+
+def test_reproducible_noise_stamps_both_stages(tiny_base, image_folder, tmp_path):
+    output = tmp_path / "run"
+    more = ["--select_saliency", "--debug_noise_seed", 1, *FEW]
+    assert "saved the weights" in train_here(
+        train_arguments(tiny_base, image_folder, output, *more)
+    )
+    assert read_json(output / "privacy.json")["private"] is False
+    assert read_saliency(output / "selection" / "saliency.json").private is False
+
+
+def test_the_length_of_the_bar_does_not_tell_the_batch(accelerator, capsys):
+    world = LinearWorld(["ordinary"] * 6)
+    scoring = scoring_for(world.engine.names, "squared_norm")
+    summed_scores(accelerator, world.engine, world.losses, torch.arange(6), scoring, 1)
+    assert "scoring" not in capsys.readouterr().err
+
+
+def test_a_layer_used_twice_is_refused():
+    layer = torch.nn.Linear(3, 3)
+    engine = PerUnitGradients(layer)
+    with pytest.raises(UsageError, match="used twice"):
+        with engine.recording(2, norms_only=True):
+            layer(layer(torch.ones(2, 3))).sum().backward()
+
+
+def test_pure_noise_looks_less_stable_than_what_stands_out():
+    keep, args = Keep(np.ones(50), np.ones(50)), SaliencyArguments(top_ratio="0.2")
+    luck = saliency_module.of_pure_noise(1.0, keep, args)
+    scores = np.arange(50) > 39
+    again = saliency_module.stability(20.0 * scores, 1.0, keep, args)
+    assert 0.3 < luck < 0.8 and again[40:].min() > 0.999 and again[:40].max() == 0
 
 
 def test_a_random_choice_reads_nothing_and_costs_nothing(tiny_base, image_folder, tmp_path):
@@ -303,7 +400,9 @@ MISTAKES = [
     (["--top_ratio", "some"], "must be auto or in (0, 1]"),
     (["--top_ratio", "auto", "--mechanism", "voting"], "reads squared norms"),
     (["--top_count", 3, "--top_mass", 0.5], "not both"),
-    (["--selection_epsilon", 1, "--selection_noise_multiplier", 1], "exactly one of"),
+    (["--selection_epsilon", 1, "--selection_noise_multiplier", 1], "not both"),
+    (["--selection_noise_multiplier", 0.1], "must be between"),
+    (["--selection_clip", "inf"], "must be positive and finite"),
     (["--select_saliency", "--saliency_file", "x"], "not both"),
     (["--saliency_file", "nowhere.json"], "cannot be read"),
 ]

@@ -91,7 +91,7 @@ def run_method(
     adapter = adapter_tensors(pipeline, public)
 
     # Plan what will be spent, and reserve it.
-    agreed = settings_of(method, data, training) | {
+    agreed = settings_of(method.name, method.settings, data, training) | {
         "base_model_checksum": base,
         "trained": engine.names,
         "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
@@ -128,7 +128,8 @@ def run_method(
         return unit_losses(pipeline, units, indices, objective, randomness)
 
     state = training_state(engine, adapter, plan, training)
-    run.restore(state)
+    if run.checkpoint is not None:
+        state.load_state_dict(run.saved_state())
     state.recharged = recharged
     if training.report_to is not None:
         accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
@@ -174,7 +175,11 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
 
 
 def rehearse(
-    pipeline: StableDiffusionPipeline, engine: PerUnitGradients, draws: int, resolution: int
+    pipeline: StableDiffusionPipeline,
+    engine: PerUnitGradients,
+    draws: int,
+    resolution: int,
+    norms_only: bool = False,
 ) -> int:
     """One step on a blank image, before any private one is read; returns a unit's bytes.
 
@@ -186,7 +191,7 @@ def rehearse(
     latents = torch.zeros(draws, unet.config.in_channels, side, side, device=engine.device)
     ids = encode_captions(pipeline.tokenizer, [""] * draws).to(engine.device)
     timesteps = torch.zeros(draws, dtype=torch.long, device=engine.device)
-    with engine.recording(1) as record:
+    with engine.recording(1, norms_only) as record:
         embeddings = pipeline.text_encoder(ids)[0]
         losses = denoising_loss(unet, pipeline.scheduler, latents, embeddings, latents, timesteps)
         losses.mean().backward()
@@ -201,14 +206,15 @@ FREE_TO_CHANGE = {
 }
 
 
-def settings_of(method: Method, data: DataArguments, training: TrainingArguments) -> dict:
-    """The arguments that a checkpoint must agree with, as they come back from JSON."""
-    groups = {"method": method.settings, "data": data, "training": training}
+def settings_of(name: str, own: object, data: DataArguments, training: TrainingArguments) -> dict:
+    """The arguments that a checkpoint must agree with, as they come back from JSON; `own` are those
+    of the method."""
+    groups = {"method": own, "data": data, "training": training}
     settings = {
-        name: {k: v for k, v in asdict(group).items() if k not in FREE_TO_CHANGE}
-        for name, group in groups.items()
+        group: {k: v for k, v in asdict(values).items() if k not in FREE_TO_CHANGE}
+        for group, values in groups.items()
     }
-    return json.loads(json.dumps(settings | {"name": method.name}))
+    return json.loads(json.dumps(settings | {"name": name}))
 
 
 def public_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:
@@ -262,14 +268,14 @@ def fine_tune(
     """
     limit = training.checkpoints_total_limit
     if run.checkpoint is None:
-        run.save(state, limit)  # from here on, an interrupted run can always go on
+        run.save(0, state.state_dict, limit)  # from here on, an interrupted run can always go on
     with StopRequest() as request:
         for step in private_steps(
             accelerator, state, losses_of, plan, randomness, training.train_batch_size
         ):
             signal = request.anywhere(accelerator)
             if signal or step % training.checkpointing_steps == 0 or step == plan.steps:
-                run.save(state, limit)
+                run.save(step, state.state_dict, limit)
             if signal:
                 raise Stopped(
                     f"stopped after step {step} of {plan.steps}, at a checkpoint: go on with "

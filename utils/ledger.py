@@ -246,12 +246,13 @@ def check_admissible(records: list[dict], terms: dict, cap: float | None, path: 
             f"the ledger {path} is about another privacy unit than '{terms['privacy_unit']}'; "
             "give this run a ledger of its own"
         )
-    if not terms["private"] and (others or cap is not None):
+    foreign = [r for r in others if r["private"] or r["run"] not in terms["builds_on"]]
+    if not terms["private"] and (foreign or cap is not None):
         raise UsageError(
             "a run with reproducible noise has no epsilon: give it no shared --privacy_ledger and "
             "no --total_epsilon"
         )
-    if not all(r["private"] for r in others):
+    if terms["private"] and not all(r["private"] for r in others):
         raise UsageError(
             f"the ledger {path} holds a run with reproducible noise: it has no epsilon"
         )

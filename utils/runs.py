@@ -48,7 +48,6 @@ from utils.ledger import (
     page_of,
 )
 from utils.saliency import read_saliency
-from utils.training import TrainingState
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -134,26 +133,25 @@ class Run:
     def checkpoints(self) -> Path:
         return private_folder(self.output_dir) / "checkpoints"
 
-    def save(self, state: TrainingState, limit: int) -> None:
-        """Write a checkpoint, and keep the `limit` newest.
+    def save(self, step: int, state_dict: Callable[[], dict], limit: int) -> None:
+        """Write a checkpoint of what `state_dict` returns, and keep the `limit` newest.
 
         Raises:
             UsageError: the ledger or the disk does not take it; on every process.
         """
-        on_main_process(lambda: self._save(state, limit))
+        on_main_process(lambda: self._save(step, state_dict, limit))
 
-    def _save(self, state: TrainingState, limit: int) -> None:
+    def _save(self, step: int, state_dict: Callable[[], dict], limit: int) -> None:
         about = {"run": self.page.run, "agreed": self.agreed}
-        announce_checkpoint(self.checkpoints, state.step)
-        self.page.release(state.step, CHECKPOINT)
-        save_checkpoint(self.checkpoints, state.step, state.state_dict(), about)
-        self.page.wrote(state.step, CHECKPOINT)
+        announce_checkpoint(self.checkpoints, step)
+        self.page.release(step, CHECKPOINT)
+        save_checkpoint(self.checkpoints, step, state_dict(), about)
+        self.page.wrote(step, CHECKPOINT)
         rotate(self.checkpoints, limit)
 
-    def restore(self, state: TrainingState) -> None:
-        """Load the checkpoint to go on from, if there is one."""
-        if self.checkpoint is not None:
-            state.load_state_dict(read_state(self.checkpoint))
+    def saved_state(self) -> dict:
+        """What the checkpoint to go on from holds."""
+        return read_state(self.checkpoint)
 
     def publish(self, export: Callable[[Path], None], plan: PrivacyPlan, is_private: bool) -> dict:
         """Export the weights, and write the statement that accounts for them; returns it.
@@ -225,7 +223,7 @@ def open_run(
     """
     output_dir = Path(training.output_dir)
     agreed = {**agreed, "plan": _public(plan)}
-    ledger, cap = ledger_of(output_dir, privacy), privacy.total_epsilon
+    ledger, cap = ledger_of(output_dir, privacy, link=not privacy.dry_run), privacy.total_epsilon
     if privacy.dry_run:
         return ledger.check(plan.terms(is_private), cap)
     if training.resume_from_checkpoint is not None:
@@ -312,10 +310,24 @@ def settle(run: Run) -> None:
     sweep(folder)
 
 
-def ledger_of(output_dir: Path, privacy: PrivacyArguments) -> Ledger:
+def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dict]) -> None:
+    """Raises: UsageError if `events`, all to come, would exceed `--total_epsilon`."""
+    if privacy.total_epsilon is None:
+        return
+    ledger = ledger_of(output_dir, privacy)
+    held = charged_events(ledger.records())
+    spent = pld_epsilon([*held, *events], privacy.target_delta)
+    if spent > privacy.total_epsilon:
+        raise UsageError(
+            f"both stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "
+            f"--total_epsilon {privacy.total_epsilon:g}"
+        )
+
+
+def ledger_of(output_dir: Path, privacy: PrivacyArguments, link: bool = False) -> Ledger:
     """The ledger of a run: `--privacy_ledger`, or that of the selection it builds on, or its own.
 
-    A shared one is linked to from OUTPUT_DIR/private, so that it can be found again.
+    With `link` a shared one is linked to from OUTPUT_DIR/private, so that it can be found again.
 
     Raises:
         UsageError: the folder's run is in another ledger.
@@ -329,7 +341,7 @@ def ledger_of(output_dir: Path, privacy: PrivacyArguments) -> Ledger:
         return Ledger(own)
     if own.exists():
         raise UsageError(f"the run in {output_dir} is recorded in {own.resolve()}, not in {shared}")
-    if not privacy.dry_run:
+    if link:
         if moved:
             own.unlink()
         own.symlink_to(Path(shared).resolve())

@@ -20,9 +20,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm import tqdm
 
-from utils.accounting import PrivacyPlan
+from utils.accounting import LARGEST_NOISE, SMALLEST_NOISE, PrivacyPlan
 from utils.arguments import option
 from utils.errors import UsageError
+from utils.lora import LoraArguments
 from utils.per_unit_gradients import PerUnitGradients
 from utils.training import UnitLosses
 
@@ -70,8 +71,16 @@ class SaliencyArguments:
             raise UsageError(f"--sampling_rate {self.sampling_rate} must be in (0, 1]")
         if not 0 < self.selection_share < 1:
             raise UsageError(f"--selection_share {self.selection_share} must be in (0, 1)")
-        if not self.selection_clip > 0:
-            raise UsageError(f"--selection_clip {self.selection_clip} must be positive")
+        if not 1e-100 < self.selection_clip < 1e100:
+            raise UsageError(f"--selection_clip {self.selection_clip} must be positive and finite")
+        sigma, epsilon = self.selection_noise_multiplier, self.selection_epsilon
+        if sigma is not None and epsilon is not None:
+            raise UsageError("give --selection_epsilon or --selection_noise_multiplier, not both")
+        if sigma is not None and not SMALLEST_NOISE <= sigma <= LARGEST_NOISE:
+            raise UsageError(
+                f"--selection_noise_multiplier {sigma} must be between {SMALLEST_NOISE} and "
+                f"{LARGEST_NOISE:g}"
+            )
         if self.top_count is not None and self.top_count < 1:
             raise UsageError(f"--top_count {self.top_count} must be at least 1")
         if self.votes is not None and self.votes < 1:
@@ -189,17 +198,20 @@ def summed_scores(
     indices: torch.Tensor,
     scoring: Scoring,
     micro_batch_size: int,
+    show_progress: bool = False,
 ) -> torch.Tensor:
     """Sum over `indices` of each unit's scores: [S], fp64. PRIVATE until noise is added.
 
-    No gradient is kept: each is measured as the backward pass makes it.
+    No gradient is kept: each is measured as the backward pass makes it. The length of a bar tells
+    how many units there are: show it only if that is public.
     """
     total = torch.zeros(len(scoring.names), dtype=torch.float64)
     parts = indices.split(micro_batch_size) if len(indices) else []
-    hidden = not accelerator.is_main_process
-    for units in tqdm(parts, "scoring", disable=hidden):
+    for units in tqdm(parts, "scoring", disable=not show_progress):
         with engine.recording(len(units), norms_only=True) as record:
-            unit_losses(units).sum().backward()
+            with accelerator.autocast():
+                losses = unit_losses(units)
+            losses.sum().backward()
         total += scoring.scores(record.squared_norms()).sum(0).cpu()
     return total
 
@@ -244,13 +256,13 @@ class Keep:
         return 1 + int(np.argmax(signal**2 / (signal + noise * np.cumsum(trained))))
 
 
-def keep_of(candidates: dict[str, nn.Module], scoring: Scoring, rank: int) -> Keep:
-    """The public sizes of what is scored; `rank` is that of the LoRA to come."""
+def keep_of(candidates: dict[str, nn.Module], scoring: Scoring, lora: LoraArguments) -> Keep:
+    """The public sizes of what is scored, and of the LoRA to come."""
     sizes, trained = np.zeros(len(scoring.names)), np.zeros(len(scoring.names))
     for module, group in zip(candidates.values(), scoring.groups, strict=True):
         shape, index = module.weight.shape, scoring.names.index(group)
         sizes[index] += shape.numel()
-        trained[index] += rank * (shape[0] + shape[1:].numel())
+        trained[index] += lora.rank * (shape[0] + (not lora.freeze_lora_a) * shape[1:].numel())
     return Keep(sizes, trained)
 
 
@@ -260,13 +272,19 @@ def stability(
     """How often each candidate would be kept again under the same noise: [S], between 0 and 1.
 
     Simulated from the noisy scores alone, as if they were the true ones: noise is added to them
-    once more. (So it understates how stable the choice is.)
+    once more. What was kept was partly lucky, so this flatters it: compare with `of_pure_noise`.
     """
     rng = np.random.default_rng(0)
     counts = np.zeros(len(scores))
     for _ in range(trials):
         counts[keep.choose(scores + noise_std * rng.standard_normal(len(scores)), args)] += 1
     return counts / trials
+
+
+def of_pure_noise(noise_std: float, keep: Keep, args: SaliencyArguments) -> float:
+    """The mean stability of what is kept where all true scores are alike: what luck looks like."""
+    scores = noise_std * np.random.default_rng(1).standard_normal(len(keep.sizes))
+    return float(stability(scores, noise_std, keep, args)[keep.choose(scores, args)].mean())
 
 
 @dataclass(frozen=True)
@@ -277,7 +295,8 @@ class Saliency:
         candidates: names of the matrices. scored: what each is scored as.
         selected: names of the matrices to train.
         noisy_scores: by name of what is scored, the noisy mean over the expected units; noise_std:
-            of their noise; stability: see the function; None for a random choice.
+            of their noise; stability, of_pure_noise: see the functions; None for a random choice.
+        settings: the arguments that led here.
         base_model_checksum: of the model whose gradients were measured.
         event, run: the mechanism, and its run in the ledger; None for a random choice.
     """
@@ -292,6 +311,8 @@ class Saliency:
     noisy_scores: dict[str, float] | None = None
     noise_std: float | None = None
     stability: dict[str, float] | None = None
+    of_pure_noise: float | None = None
+    settings: dict | None = None
     event: dict | None = None
     run: str | None = None
     private: bool = True
@@ -321,6 +342,7 @@ def conclude(
         scored=list(scoring.groups),
         selected=[c for c, g in zip(candidates, scoring.groups, strict=True) if g in kept],
         base_model_checksum=base_model_checksum,
+        settings=asdict(args),
     )
     if plan is None:
         return saliency
@@ -331,6 +353,7 @@ def conclude(
         noisy_scores=dict(zip(names, scores.tolist(), strict=True)),
         noise_std=noise_std,
         stability=dict(zip(names, again.tolist(), strict=True)),
+        of_pure_noise=of_pure_noise(noise_std, keep, args),
         event=plan.event(),
     )
 

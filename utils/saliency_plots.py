@@ -53,7 +53,10 @@ def draw_saliency(saliency: Saliency, path: Path) -> None:
                 axis.plot(columns.index(column), rows.index(row), "o", color="red", markersize=4)
         axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
         axis.set_yticks(range(len(rows)), rows, fontsize=7)
-        axis.set_title(f"{title}; dots: selected", fontsize=9)
+        if title == "selected again":
+            title += f" under the same noise (pure noise: {saliency.of_pure_noise:.2f})"
+        stamp = "" if saliency.private else "NOT PRIVATE: "
+        axis.set_title(f"{stamp}{title}; dots: selected", fontsize=9)
         figure.colorbar(image, ax=axis, pad=0.01)
     figure.savefig(path, dpi=120)
     plt.close(figure)

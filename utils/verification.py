@@ -158,7 +158,7 @@ def problems_of_files(statement: dict, folder: Path) -> list[str]:
             problems.append(f"{name} is not the file that was paid for")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.suffix in WEIGHT_SUFFIXES and name.parts[0] != "private":
+        if path.suffix in WEIGHT_SUFFIXES and "private" not in name.parts:
             if str(name) not in statement["files"]:
                 problems.append(f"{name} holds weights that the statement does not account for")
     return problems
