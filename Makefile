@@ -19,8 +19,8 @@ help:  ## show this list
 demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about 6 minutes)
 	$(BIN)/python examples/digits/demo.py
 
-test: .venv/.installed  ## run the tests
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+test: .venv/.installed  ## run the tests (about 10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist loadfile
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about 10 minutes)
 	$(BIN)/python audit_privacy.py --mutants
