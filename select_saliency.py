@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from utils.accounting import PrivacyPlan, account, make_plan
 from utils.arguments import (
@@ -42,22 +41,16 @@ from utils.fine_tuning import (
     training_resolution,
 )
 from utils.hub import write_durably
-from utils.latents import Objective, encode_units, unit_losses
+from utils.latents import private_losses
 from utils.lora import LoraArguments
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline
 from utils.planning import describe, read_and_plan
-from utils.runs import check_room_for, disk_errors_told
-from utils.saliency import (
-    Saliency,
-    SaliencyArguments,
-    candidates_of,
-    conclude,
-    keep_of,
-    scoring_of,
-    summed_scores,
-)
+from utils.reservations import check_room_for
+from utils.runs import disk_errors_told
+from utils.saliency import SaliencyArguments, candidates_of, scoring_of, summed_scores
 from utils.saliency_plots import draw_saliency
+from utils.selection import Saliency, conclude, keep_of
 from utils.training import checksum
 
 
@@ -170,15 +163,8 @@ def select(
     )
 
     # Score every drawn unit, and release the sum with noise.
-    units = encode_units(
-        pipeline, private_set, resolution, training.random_flip, accelerator.is_main_process
-    )
-    objective = Objective(plan.noise_multiplicity, training.timestep_sampling, training.snr_gamma)
-
-    def losses_of(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, objective, randomness)
-
     if run.checkpoint is None:
+        losses_of = private_losses(pipeline, private_set, resolution, training, draws, randomness)
         batch = draw_poisson_batch(plan, randomness, accelerator)
         share = batch[accelerator.process_index :: accelerator.num_processes]
         total = summed_scores(

@@ -26,7 +26,7 @@ from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.pipelines import trains_text
-from utils.saliency import read_saliency
+from utils.selection import read_saliency
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
 USAGE = """from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -22,7 +22,7 @@ from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.pipelines import ALL_TARGETS, resolve_targets
-from utils.saliency import read_saliency
+from utils.selection import read_saliency
 
 USAGE = """from diffusers import DiffusionPipeline
 

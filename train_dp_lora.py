@@ -39,7 +39,8 @@ from utils.errors import UsageError, on_main_process, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.lora import LoraArguments, add_lora, save_lora
 from utils.runs import LEDGER_NAME, claim_output_dir, private_folder
-from utils.saliency import SaliencyArguments, read_saliency
+from utils.saliency import SaliencyArguments
+from utils.selection import read_saliency
 
 USAGE = """from diffusers import StableDiffusionPipeline
 

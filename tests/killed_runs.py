@@ -22,7 +22,7 @@ from pathlib import Path
 
 import train_dp_lora
 from tests.conftest import train_arguments
-from utils import checkpoints, hub, ledger, runs
+from utils import checkpoints, hub, ledger, reservations, runs
 from utils.errors import run_script
 from utils.verification import problems_of, read_source
 
@@ -84,7 +84,9 @@ def twice(prepare):
 POINTS = {
     "before anything is reserved": lambda: die_on_call(ledger.Ledger, "reserve", 1),
     "after the reservation": lambda: die_on_call(ledger.Ledger, "reserve", 1, after=True),
-    "between the note and the reservation": lambda: die_on_call(runs, "write_durably", 1, True),
+    "between the note and the reservation": lambda: die_on_call(
+        reservations, "write_durably", 1, True
+    ),
     "before the first checkpoint": lambda: die_on_call(runs, "save_checkpoint", 1),
     "after a release, before its checkpoint": lambda: die_on_call(runs, "save_checkpoint", 2),
     "after a checkpoint is announced, before its release": lambda: die_on_call(
@@ -101,7 +103,7 @@ POINTS = {
     "while the weights are exported": lambda: die_on_call(runs, "sha256_of", 1),
     "again while a release is taken back": [
         lambda: die_on_call(runs, "save_checkpoint", 2),
-        lambda: die_on_call(runs, "empty_unfinished", 1, after=True),
+        lambda: die_on_call(reservations, "empty_unfinished", 1, after=True),
     ],
     "twice while the weights are exported": twice(lambda: die_on_call(runs, "sha256_of", 1)),
     "twice after a release, before its checkpoint": twice(

@@ -9,24 +9,21 @@ import torch
 
 from tests.conftest import build_tiny_pipeline, read_json, train_arguments, train_here
 from tests.worlds import HOSTILE, LinearWorld, UNetWorld, plan_of
-from utils import saliency as saliency_module
+from utils import selection
 from utils.accounting import pld_epsilon
 from utils.arguments import PrivacyArguments
 from utils.errors import UsageError
 from utils.lora import LoraArguments, add_lora
 from utils.per_unit_gradients import PerUnitGradients
 from utils.saliency import (
-    Keep,
     SaliencyArguments,
     Scoring,
     candidates_of,
-    conclude,
-    keep_of,
     layer_of,
-    read_saliency,
     scoring_of,
     summed_scores,
 )
+from utils.selection import Keep, conclude, keep_of, read_saliency
 from utils.verification import problems_of, read_source
 
 MECHANISMS = ["squared_norm", "voting", "layer"]
@@ -196,7 +193,7 @@ LATE = ["--train_batch_size", 8]
 
 
 @pytest.fixture(scope="module")
-def selection(tiny_base, image_folder, tmp_path_factory):
+def selected(tiny_base, image_folder, tmp_path_factory):
     """A selection at a twentieth of epsilon 8, in a ledger of its own."""
     output = tmp_path_factory.mktemp("runs") / "selection"
     arguments = train_arguments(tiny_base, image_folder, output, "--scope", "attention")
@@ -204,24 +201,24 @@ def selection(tiny_base, image_folder, tmp_path_factory):
     return output
 
 
-def test_a_selection_publishes_noisy_scores_and_a_statement(selection):
-    found = read_saliency(selection / "saliency.json")
+def test_a_selection_publishes_noisy_scores_and_a_statement(selected):
+    found = read_saliency(selected / "saliency.json")
     assert len(found.selected) == round(0.3 * len(found.candidates))
     assert set(found.noisy_scores) == set(found.candidates) and found.noise_std > 0
     assert min(found.noisy_scores.values()) < 0  # an un-noised squared norm never is
-    assert (selection / "saliency.png").stat().st_size > 10_000
-    statement = read_json(selection / "privacy.json")
+    assert (selected / "saliency.png").stat().st_size > 10_000
+    statement = read_json(selected / "privacy.json")
     assert [e["purpose"] for e in statement["events"]] == ["selection"]
     assert statement["epsilon"]["add_or_remove_one"] <= 0.4
-    assert not problems_of(read_source(str(selection), None))
+    assert not problems_of(read_source(str(selected), None))
 
 
 def test_selection_and_training_come_to_the_target_together(
-    selection, tiny_base, image_folder, tmp_path
+    selected, tiny_base, image_folder, tmp_path
 ):
     import shutil
 
-    shutil.copytree(selection, tmp_path / "selection")
+    shutil.copytree(selected, tmp_path / "selection")
     file = tmp_path / "selection" / "saliency.json"
     output = tmp_path / "run"
     more = ["--saliency_file", file, *FEW]
@@ -265,11 +262,11 @@ def test_selection_and_training_come_to_the_target_together(
     "script, more", [("train_dp_loda", ["--rank", 2]), ("train_dp_ldm", ["--ema_decay", 0.5])]
 )
 def test_the_other_methods_train_what_was_selected(
-    selection, tiny_base, image_folder, tmp_path, script, more
+    selected, tiny_base, image_folder, tmp_path, script, more
 ):
     import shutil
 
-    shutil.copytree(selection, tmp_path / "selection")
+    shutil.copytree(selected, tmp_path / "selection")
     file = tmp_path / "selection" / "saliency.json"
     more = [*more, "--saliency_file", file, *FEW]
     said = train_here(train_arguments(tiny_base, image_folder, tmp_path / "run", *more), script)
@@ -378,9 +375,9 @@ def test_a_layer_used_twice_is_refused():
 
 def test_pure_noise_looks_less_stable_than_what_stands_out():
     keep, args = Keep(np.ones(50), np.ones(50)), SaliencyArguments(top_ratio="0.2")
-    luck = saliency_module.of_pure_noise(1.0, keep, args)
+    luck = selection.of_pure_noise(1.0, keep, args)
     scores = np.arange(50) > 39
-    again = saliency_module.stability(20.0 * scores, 1.0, keep, args)
+    again = selection.stability(20.0 * scores, 1.0, keep, args)
     assert 0.3 < luck < 0.8 and again[40:].min() > 0.999 and again[:40].max() == 0
 
 
@@ -421,4 +418,4 @@ def test_a_damaged_file_is_a_sentence(tmp_path):
         (tmp_path / "saliency.json").write_text(content)
         with pytest.raises(UsageError, match=sentence):
             read_saliency(tmp_path / "saliency.json")
-    assert saliency_module.SCHEMA_VERSION == 1
+    assert selection.SCHEMA_VERSION == 1

@@ -20,7 +20,7 @@ from utils.entropy import SecretRandomness, secret_randomness
 from utils.errors import Stopped, UsageError, on_main_process
 from utils.generation import generate, image_grid, use_dpm_solver
 from utils.hub import write_card
-from utils.latents import Objective, encode_units, unit_losses
+from utils.latents import private_losses
 from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import (
@@ -31,13 +31,8 @@ from utils.pipelines import (
     trained_modules,
 )
 from utils.planning import describe, read_and_plan
-from utils.runs import (
-    Run,
-    claim_output_dir,
-    disk_errors_told,
-    private_folder,
-    selection_paid_for,
-)
+from utils.reservations import selection_paid_for
+from utils.runs import Run, claim_output_dir, disk_errors_told, private_folder
 from utils.training import TrainingState, UnitLosses, checksum, private_steps
 
 ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments)
@@ -119,14 +114,8 @@ def run_method(
     )
 
     # Train by DP-SGD.
-    units = encode_units(
-        pipeline, private_set, resolution, training.random_flip, accelerator.is_main_process
-    )
-    objective = Objective(plan.noise_multiplicity, training.timestep_sampling, training.snr_gamma)
-
-    def losses_of(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, objective, randomness)
-
+    draws = plan.noise_multiplicity
+    losses_of = private_losses(pipeline, private_set, resolution, training, draws, randomness)
     state = training_state(engine, adapter, plan, training)
     if run.checkpoint is not None:
         state.load_state_dict(run.saved_state())

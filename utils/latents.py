@@ -1,11 +1,14 @@
 """Units -> latents and text embeddings, computed once and kept in memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
+from utils.arguments import TrainingArguments
 from utils.data import PrivateSet, pixel_batches, to_unit_range
 from utils.entropy import SecretRandomness
 from utils.pipelines import denoising_loss, encode_captions, snr_weights, trains_text
@@ -106,6 +109,25 @@ def encode_units(
         caption_rows,
         *rows_by_unit(private_set.unit_of_row),
     )
+
+
+def private_losses(
+    pipeline: StableDiffusionPipeline,
+    private_set: PrivateSet,
+    resolution: int,
+    training: TrainingArguments,
+    draws: int,
+    randomness: SecretRandomness,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Encode the private set; returns what gives units, by index [U], their losses [U]."""
+    shown = PartialState().is_main_process
+    units = encode_units(pipeline, private_set, resolution, training.random_flip, shown)
+    objective = Objective(draws, training.timestep_sampling, training.snr_gamma)
+
+    def losses_of(indices: torch.Tensor) -> torch.Tensor:
+        return unit_losses(pipeline, units, indices, objective, randomness)
+
+    return losses_of
 
 
 def rows_by_unit(unit_of_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

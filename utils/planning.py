@@ -13,7 +13,8 @@ from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data import PrivateSet, captions_of, load_rows, readable_rows, units_of
 from utils.errors import UsageError, on_main_process
 from utils.per_unit_gradients import PerUnitGradients
-from utils.runs import Run, confirm, open_run, private_folder
+from utils.reservations import confirm, open_run
+from utils.runs import Run, private_folder
 
 
 def read_and_plan(

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import SymLogNorm
 
-from utils.saliency import Saliency
+from utils.selection import Saliency
 
 
 def place_of(name: str) -> tuple[str, str]:
