@@ -213,12 +213,13 @@ def main():
         print(where, flush=True)
         outcomes.append(trial(arguments, args.folder / f"point-{number}", planned, prepare))
         assert outcomes[-1]["killed"], f"never got to the point: {where}"
-    rng = random.Random()
-    for number in range(args.random):
+    rng, kills = random.Random(), 0
+    while kills < args.random:  # a run that ended before its moment is no kill
         seconds = rng.uniform(0.8 * first, whole)
         print(f"after {seconds:.2f} s", flush=True)
-        output = args.folder / f"random-{number}"
+        output = args.folder / f"random-{len(outcomes)}"
         outcomes.append(trial(arguments, output, planned, seconds=seconds))
+        kills += outcomes[-1]["killed"]
     counts = {key: sum(o[key] for o in outcomes) for key in outcomes[0]}
     print(json.dumps({"trials": len(outcomes), **counts, "epsilon": planned}))
 

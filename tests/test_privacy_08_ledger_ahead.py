@@ -31,8 +31,8 @@ def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(tiny_base, image_f
     summary = run.stdout.splitlines()[-1]
     print(summary)
     counts = json.loads(summary)
-    assert counts["trials"] == len(POINTS) + 20
-    assert counts["killed"] >= len(POINTS) and counts["resumed"] >= len(POINTS) - 3
+    assert counts["killed"] == len(POINTS) + 20 <= counts["trials"]
+    assert counts["resumed"] >= len(POINTS) // 2
 
 
 def test_a_checkpoint_before_its_release_is_caught(tiny_base, image_folder, tmp_path):
