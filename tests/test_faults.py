@@ -196,3 +196,27 @@ def test_the_state_of_training_survives_a_checkpoint(tmp_path, accelerator):
     )
     with pytest.raises(UsageError, match="missing or damaged"):
         read_about(path_of(tmp_path, 4))
+
+
+def test_only_a_checkpoint_that_is_still_unfinished_is_taken_back(tmp_path):
+    """One that was finished and then moved away, before it was noted as written, stays charged."""
+    from utils.checkpoints import announce_checkpoint, path_of, save_checkpoint
+    from utils.ledger import CHECKPOINT, Ledger, charged_steps
+    from utils.reservations import settle
+    from utils.runs import Run
+
+    page = Ledger(tmp_path / "ledger.jsonl").reserve(plan_of(steps=5).terms(True))
+    run = Run(tmp_path / "run", page, {})
+
+    def charged() -> int:
+        settle(run)
+        return charged_steps(page.ledger.records(), page.run, live=False)
+
+    announce_checkpoint(run.checkpoints, 2)
+    page.release(2, CHECKPOINT)
+    save_checkpoint(run.checkpoints, 2, {}, {})
+    path_of(run.checkpoints, 2).rename(tmp_path / "elsewhere")
+    assert charged() == 2
+    announce_checkpoint(run.checkpoints, 3)
+    page.release(3, CHECKPOINT)
+    assert charged() == 2 and not list(run.checkpoints.iterdir())
