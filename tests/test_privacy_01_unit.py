@@ -17,7 +17,7 @@ from utils.data import PrivateSet, load_rows, units_of
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
 from utils.latents import EncodedUnits, Objective, encode_units, rows_by_unit, unit_losses
-from utils.planning import read_and_plan
+from utils.planning import private_set_of, read_and_plan
 
 
 def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
@@ -142,3 +142,13 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     private_set, plan, _ = read_and_plan(accelerator, data, privacy, training, {}, make)
     assert (private_set.num_units, plan.num_units, private_set.skipped) == (3, 3, 1)
     assert len(private_set.captions) == 10
+
+
+def test_processes_that_read_different_rows_stop(image_folder, tmp_path, monkeypatch):
+    """An index would mean one unit here and another there, so that one unit could count twice."""
+    rows = load_rows(None, None, str(image_folder), "train", tmp_path / "cache")
+    data = DataArguments(label_column="label", caption_template="the digit {label}")
+    assert private_set_of(rows, data).num_units == 40
+    monkeypatch.setattr("utils.planning.gather_object", lambda mine: [*mine, "something else"])
+    with pytest.raises(UsageError, match="different data"):
+        private_set_of(rows, data)

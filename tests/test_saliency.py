@@ -365,6 +365,28 @@ def test_the_length_of_the_bar_does_not_tell_the_batch(accelerator, capsys):
     assert "scoring" not in capsys.readouterr().err
 
 
+def test_a_selection_draws_the_batch_that_it_accounts_for(
+    tiny_base, image_folder, tmp_path, monkeypatch, capsys
+):
+    """At rate 1/2 all 40 units are drawn with probability 2^-40; and no bar tells how many were."""
+    import select_saliency
+
+    drawn, whole = [], select_saliency.summed_scores
+
+    def spy(accelerator, engine, losses, indices, *rest, **named):
+        drawn.append(indices)
+        return whole(accelerator, engine, losses, indices, *rest, **named)
+
+    monkeypatch.setattr(select_saliency, "summed_scores", spy)
+    more = ["--sampling_rate", 0.5, "--train_batch_size", 1, "--scope", "attention"]
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
+    assert "selected" in train_here(arguments, "select_saliency")
+    assert len(drawn) == 1 and len(drawn[0].unique()) == len(drawn[0]) < 40
+    assert "scoring" not in capsys.readouterr().err
+    event = read_json(tmp_path / "run" / "privacy.json")["events"][0]
+    assert event["sampling_rate"] == 0.5 and event["steps"] == 1
+
+
 def test_a_layer_used_twice_is_refused():
     layer = torch.nn.Linear(3, 3)
     engine = PerUnitGradients(layer)
