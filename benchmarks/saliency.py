@@ -1,13 +1,18 @@
 """Does it pay to select? DP-SAPF against training every matrix, and a random choice of them.
 
-    python benchmarks/saliency.py --epsilons 10 --seeds 1       # digits: about 4 minutes a row
+    python benchmarks/saliency.py --epsilons 10 --seeds 1       # digits: about 3 minutes a row
+    python benchmarks/saliency.py --set mnist --dataset_name ylecun/mnist --seeds 1    # 10 a row
     python benchmarks/saliency.py --table                       # what there is so far
 
-Every row is `train_dp_lora.py --config examples/digits/dp_lora.yaml` at one total epsilon,
-selection included, with one seed; then 1,000 synthetic images and a classifier. Rows are appended
-to benchmarks/results/saliency.json as they come, and those that are there are not made again. Draws
-benchmarks/results/saliency.png: accuracy against the share of matrices kept. `make demo` (or
-examples/digits/prepare_private.py) must have written runs/digits/private.
+Every row is train_dp_lora.py at one total epsilon, selection included, with one seed; then
+synthetic images and a classifier. `digits` is examples/digits/dp_lora.yaml with two draws a unit
+instead of four and 1,000 images; `mnist` is examples/mnist/dp_lora.yaml with 40 steps of 1,500
+instead of 120 of 3,000, ranking a tenth of the images, and 10,000 images.
+
+Rows are appended to benchmarks/results/saliency.json as they come, and those that are there are not
+made again; several processes may share the work if each has its own set or epsilon. Draws
+benchmarks/results/saliency.png: accuracy against the share of matrices kept. The digits need
+runs/digits/private, which `make demo` or examples/digits/prepare_private.py writes.
 """
 
 import argparse
@@ -22,37 +27,38 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 import matplotlib
+from filelock import FileLock
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "saliency.json"
-RUN = ROOT / "runs" / "saliency"
 BASE = ROOT / "examples" / "digits" / "base"
-PRIVATE = ROOT / "runs" / "digits" / "private"
-DIGITS = ["--caption_template", "the digit {label}", "--class_names", *"0123456789"]
+DIGITS = ROOT / "runs" / "digits" / "private"
+CLASSES = ["--caption_template", "the digit {label}", "--class_names", *"0123456789"]
 
 
 def row(mechanism: str, ratio: float, scope: str = "all", clipping: str = "flat") -> dict:
     return {"mechanism": mechanism, "ratio": ratio, "scope": scope, "clipping": clipping}
 
 
-ROWS = [
-    row("every", 1.0),
-    row("squared_norm", 0.3),
-    row("voting", 0.3),
-    row("layer", 0.3),
-    row("random", 0.3),
-    row("every", 1.0, "attention"),
-    row("squared_norm", 0.3, "attention"),
-    row("random", 0.3, "attention"),
-    row("every", 1.0, clipping="per_layer"),
-    row("squared_norm", 0.3, clipping="per_layer"),
-    row("random", 0.3, clipping="per_layer"),
-    row("squared_norm", 0.1),
-    row("squared_norm", 0.6),
-]
+ROWS = {
+    "digits": [
+        row("every", 1.0),
+        row("squared_norm", 0.3),
+        row("voting", 0.3),
+        row("layer", 0.3),
+        row("random", 0.3),
+        row("every", 1.0, "attention"),
+        row("squared_norm", 0.3, "attention"),
+        row("every", 1.0, clipping="per_layer"),
+        row("squared_norm", 0.3, clipping="per_layer"),
+        row("squared_norm", 0.1),
+        row("squared_norm", 0.6),
+    ],
+    "mnist": [row("every", 1.0), row("squared_norm", 0.3), row("random", 0.3)],
+}
 
 
 def call(script: str, *arguments) -> str:
@@ -68,37 +74,46 @@ def call(script: str, *arguments) -> str:
     return shown.getvalue()
 
 
-def chosen(settings: dict, epsilon: float, seed: int) -> list:
-    """The arguments that say what is trained."""
+def chosen(args, settings: dict, epsilon: float, seed: int) -> list:
+    """The arguments that say what is trained, and on what."""
+    if args.set == "digits":
+        recipe = ["--train_data_dir", DIGITS, "--noise_multiplicity", 2]
+        recipe += ["--learning_rate", 1.6e-2 if epsilon >= 10 else 4e-3]
+    else:
+        recipe = ["--dataset_name", args.dataset_name, "--learning_rate", 6e-3]
+        recipe += ["--expected_batch_size", 1500, "--max_train_steps", 40, "--sampling_rate", 0.1]
     if settings["mechanism"] == "every":
         selection = ["--mechanism", "random", "--top_ratio", 1.0]
     else:
         selection = ["--mechanism", settings["mechanism"], "--top_ratio", settings["ratio"]]
     return [
-        *("--config", ROOT / "examples" / "digits" / "dp_lora.yaml", "--train_data_dir", PRIVATE),
+        *("--config", ROOT / "examples" / args.set / "dp_lora.yaml", *recipe),
         *("--pretrained_model_name_or_path", BASE, "--target_epsilon", epsilon, "--seed", seed),
         *("--select_saliency", "--scope", settings["scope"], "--clipping", settings["clipping"]),
         *("--num_validation_images", 0, *selection),
     ]
 
 
-def measure(settings: dict, epsilon: float, seed: int) -> dict:
+def measure(args, settings: dict, epsilon: float, seed: int) -> dict:
     """Select, train, sample and evaluate one row."""
-    shutil.rmtree(RUN, ignore_errors=True)
+    run = ROOT / "runs" / f"saliency_{args.set}_{epsilon:g}"
+    shutil.rmtree(run, ignore_errors=True)
     start = time.perf_counter()
-    call("train_dp_lora", *chosen(settings, epsilon, seed), "--output_dir", RUN / "adapter")
+    call("train_dp_lora", *chosen(args, settings, epsilon, seed), "--output_dir", run / "adapter")
     seconds = time.perf_counter() - start
+    test = ["--test_data_dir", DIGITS] if args.set == "digits" else []
+    test += ["--test_dataset_name", args.dataset_name] if args.set == "mnist" else []
     call(
-        "evaluate", "--synthetic_dir", RUN / "images", "--test_data_dir", PRIVATE,
-        "--pretrained_model_name_or_path", BASE, "--adapter", RUN / "adapter", *DIGITS,
-        "--num_images", 1000, "--num_inference_steps", 12, "--batch_size", 100,
-        "--classifier_steps", 300, "--classifier_seeds", 2,
+        "evaluate", "--synthetic_dir", run / "images", *test, *CLASSES,
+        "--pretrained_model_name_or_path", BASE, "--adapter", run / "adapter",
+        "--num_images", 1000 if args.set == "digits" else 10000, "--num_inference_steps", 12,
+        "--batch_size", 100, "--classifier_steps", 300, "--classifier_seeds", 2,
     )  # fmt: skip
-    statement = json.loads((RUN / "adapter" / "privacy.json").read_text())
-    saliency = json.loads((RUN / "adapter" / "selection" / "saliency.json").read_text())
-    accuracy = json.loads((RUN / "images" / "metrics.json").read_text())["accuracy"]
+    statement = json.loads((run / "adapter" / "privacy.json").read_text())
+    saliency = json.loads((run / "adapter" / "selection" / "saliency.json").read_text())
+    accuracy = json.loads((run / "images" / "metrics.json").read_text())["accuracy"]
     return {
-        "set": "digits",
+        "set": args.set,
         "target_epsilon": epsilon,
         "seed": seed,
         **settings,
@@ -111,59 +126,78 @@ def measure(settings: dict, epsilon: float, seed: int) -> dict:
     }
 
 
+def append(result: dict) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(RESULTS.with_suffix(".lock")):
+        RESULTS.write_text(json.dumps([*known(), result], indent=1) + "\n")
+
+
 def known() -> list[dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
 def grouped(results: list[dict]) -> dict[tuple, list[float]]:
-    """Accuracies over the seeds, by everything else."""
+    """Accuracies in percent over the seeds, by everything else."""
     groups: dict[tuple, list[float]] = {}
     for r in results:
-        key = (r["target_epsilon"], r["scope"], r["clipping"], r["mechanism"], r["ratio"])
+        key = tuple(r[k] for k in ("set", "target_epsilon", *ROWS["mnist"][0]))
         groups.setdefault(key, []).append(100 * r["accuracy"])
     return groups
 
 
 def print_table(results: list[dict]) -> None:
-    print("| epsilon | scope | clipping | mechanism | kept | accuracy | seeds |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for (epsilon, scope, clipping, mechanism, ratio), values in sorted(grouped(results).items()):
-        print(
-            f"| {epsilon:g} | {scope} | {clipping} | {mechanism} | {ratio:.0%} | "
-            f"{mean(values):.1f} +- {pstdev(values):.1f} % | {len(values)} |"
-        )
+    """One line a way to select, one column an epsilon."""
+    groups = grouped(results)
+    for name in ROWS:
+        epsilons = sorted({key[1] for key in groups if key[0] == name})
+        ways = [tuple(settings.values()) for settings in ROWS[name]]
+        print(f"\n{name}: accuracy in %, mean and standard deviation over seeds\n")
+        print("| selected by | kept | scope | clipping |", end="")
+        print("".join(f" epsilon {epsilon:g} |" for epsilon in epsilons))
+        print("| --- " * (4 + len(epsilons)) + "|")
+        for way in ways:
+            cells = [groups.get((name, epsilon, *way), []) for epsilon in epsilons]
+            shown = [f"{mean(c):.1f} +- {pstdev(c):.1f} ({len(c)})" if c else "-" for c in cells]
+            mechanism, ratio, scope, clipping = way
+            print(f"| {mechanism} | {ratio:.0%} | {scope} | {clipping} | {' | '.join(shown)} |")
 
 
 def draw(results: list[dict]) -> None:
     groups = grouped(results)
-    epsilons = sorted({key[0] for key in groups})
-    size = (5 * len(epsilons), 4)
-    figure, axes = plt.subplots(1, len(epsilons), figsize=size, squeeze=False, layout="constrained")
-    for axis, epsilon in zip(axes[0], epsilons, strict=True):
-        for line in sorted({key[1:4] for key in groups if key[0] == epsilon}):
-            points = sorted(
-                (k[4], v) for k, v in groups.items() if (k[0], *k[1:4]) == (epsilon, *line)
-            )
-            axis.errorbar(
-                [ratio for ratio, _ in points],
-                [mean(values) for _, values in points],
-                [pstdev(values) for _, values in points],
-                marker="o",
-                capsize=3,
-                label=", ".join(line),
-            )
-        axis.set(
-            xlabel="share of matrices kept", ylabel="accuracy, %", title=f"epsilon {epsilon:g}"
-        )
+    panels = sorted({key[:2] for key in groups})
+    size = (5 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, epsilon) in zip(axes[0], panels, strict=True):
+        here = {k[2:]: v for k, v in groups.items() if k[:2] == (name, epsilon)}
+        ranked = {k: v for k, v in here.items() if k[0] in ("every", "squared_norm")}
+        for scope, clipping in sorted({k[2:] for k in ranked}):
+            curve = sorted((k[1], v) for k, v in ranked.items() if k[2:] == (scope, clipping))
+            label = f"squared norm, {scope}, {clipping} clipping"
+            _points(axis, curve, label, "-", "o")
+        for (mechanism, ratio, _, _), values in here.items():
+            if mechanism in ("voting", "layer", "random"):
+                marker = {"voting": "s", "layer": "^", "random": "x"}[mechanism]
+                _points(axis, [(ratio, values)], mechanism, "none", marker)
+        axis.set(xlabel="share of matrices kept", ylabel="accuracy, %")
+        axis.set(title=f"{name}, epsilon {epsilon:g}", xlim=(0, 1.05))
         axis.legend(frameon=False, fontsize=7)
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
     plt.close(figure)
+
+
+def _points(axis, curve: list[tuple], label: str, line: str, marker: str) -> None:
+    """Mean and standard deviation over the seeds."""
+    ratios, values = zip(*curve, strict=True)
+    means, spreads = [mean(v) for v in values], [pstdev(v) for v in values]
+    axis.errorbar(ratios, means, spreads, ls=line, marker=marker, capsize=3, label=label)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--set", choices=list(ROWS), default="digits")
+    parser.add_argument("--dataset_name", default="ylecun/mnist", help="MNIST: Hub id or folder")
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1.0, 10.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="only show what there is")
@@ -171,14 +205,12 @@ def main():
     sys.path.insert(0, str(ROOT))  # the repository's evaluate.py, not the library
     for seed in range(0 if args.table else args.seeds):
         for epsilon in args.epsilons:
-            for settings in ROWS:
-                wanted = {"target_epsilon": epsilon, "seed": seed, **settings}
+            for settings in ROWS[args.set]:
+                wanted = {"set": args.set, "target_epsilon": epsilon, "seed": seed, **settings}
                 if any(wanted.items() <= result.items() for result in known()):
                     continue
-                result = measure(settings, epsilon, seed)
-                RESULTS.parent.mkdir(parents=True, exist_ok=True)
-                RESULTS.write_text(json.dumps([*known(), result], indent=1) + "\n")
-                print(json.dumps(result), flush=True)
+                append(measure(args, settings, epsilon, seed))
+                print(json.dumps(known()[-1]), flush=True)
     if known():
         print_table(known())
         draw(known())
