@@ -35,7 +35,7 @@ from utils.accounting import PrivacyPlan, calibrate_noise_multiplier, make_plan,
 from utils.arguments import CLIPPING_MODES, DataArguments, PrivacyArguments, option, parse
 from utils.auditing import draw, measure
 from utils.canaries import GradientCanaries, ImageCanaries
-from utils.data import PrivateSet, load_rows
+from utils.data import PrivateSet, rows_of
 from utils.entropy import secret_randomness
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import training_resolution
@@ -83,14 +83,14 @@ class AuditArguments:
 def canaries_of(args: AuditArguments, data: DataArguments, device: torch.device):
     """A fresh adapter, ordinary units, and the canaries whose coins came up heads."""
     pipeline = adapted_pipeline(args, device)
-    resolution, cache = training_resolution(pipeline, data), Path(args.output_dir) / "private"
-    ordinary = ordinary_set(data, args.num_images, cache)
+    resolution, folder = training_resolution(pipeline, data), Path(args.output_dir) / "private"
+    ordinary = ordinary_set(data, args.num_images, folder)
     coins = torch.Generator().manual_seed(args.seed)
     included = torch.rand(args.num_canaries, generator=coins) < 0.5
     if args.canaries == "images":
-        return ImageCanaries(pipeline, ordinary, resolution, included)
+        return ImageCanaries(pipeline, ordinary, resolution, included, folder / "latents")
     loudness = LOUD * args.max_grad_norm
-    return GradientCanaries(pipeline, ordinary, resolution, included, loudness)
+    return GradientCanaries(pipeline, ordinary, resolution, included, folder / "latents", loudness)
 
 
 def adapted_pipeline(args: AuditArguments, device: torch.device) -> StableDiffusionPipeline:
@@ -117,9 +117,7 @@ def ordinary_set(data: DataArguments, count: int, cache: Path) -> PrivateSet:
         columns = {"image": [Image.fromarray(s) for s in scans], "label": digits.target[:count]}
         rows, data = Dataset.from_dict(columns), replace(data, label_column="label")
     else:
-        rows = load_rows(
-            data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
-        )
+        rows = rows_of(data, cache)
         rows = rows.select(range(min(count, len(rows))))
     return private_set_of(rows, data)
 

@@ -41,7 +41,7 @@ from utils.fine_tuning import (
     training_resolution,
 )
 from utils.hub import write_durably
-from utils.latents import private_losses
+from utils.latents import discard_copies, private_losses
 from utils.lora import LoraArguments
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline
@@ -182,6 +182,8 @@ def select(
     on_main_process(
         lambda: run.publish(lambda folder: export(saliency, folder), plan, randomness.is_private)
     )
+    if training.discard_latents:
+        on_main_process(lambda: discard_copies(training))
     accelerator.print(sentence(saliency, training))
 
 

@@ -37,6 +37,7 @@ from utils.arguments import (
 from utils.checkpoints import differences, steps_on_disk
 from utils.errors import UsageError, on_main_process, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
+from utils.latents import latents_folder
 from utils.lora import LoraArguments, add_lora, save_lora
 from utils.runs import LEDGER_NAME, claim_output_dir, private_folder
 from utils.saliency import SaliencyArguments
@@ -91,7 +92,13 @@ def select_first(
         model,
         data,
         own,
-        replace(training, output_dir=str(folder), resume_from_checkpoint=resume),
+        replace(
+            training,
+            output_dir=str(folder),
+            resume_from_checkpoint=resume,
+            latents_dir=str(latents_folder(training)),
+            discard_latents=False,
+        ),
         lora,
         saliency,
     )

@@ -6,7 +6,7 @@
 
 Every row is train_dp_lora.py at one total epsilon, selection included, with one seed; then
 synthetic images and a classifier. `digits` is examples/digits/dp_lora.yaml with two draws a unit
-instead of four and 1,000 images; `mnist` is examples/mnist/dp_lora.yaml with 40 steps of 1,500
+instead of four, 500 images; `mnist` is examples/mnist/dp_lora.yaml with 40 steps of 1,500
 instead of 120 of 3,000, ranking a tenth of the images, and 10,000 images.
 
 Rows are appended to benchmarks/results/saliency.json as they come, and those that are there are not
@@ -48,12 +48,12 @@ ROWS = {
         row("every", 1.0),
         row("squared_norm", 0.3),
         row("voting", 0.3),
-        row("layer", 0.3),
         row("random", 0.3),
         row("every", 1.0, "attention"),
         row("squared_norm", 0.3, "attention"),
         row("every", 1.0, clipping="per_layer"),
         row("squared_norm", 0.3, clipping="per_layer"),
+        row("layer", 0.3),
         row("squared_norm", 0.1),
         row("squared_norm", 0.6),
     ],
@@ -78,7 +78,7 @@ def chosen(args, settings: dict, epsilon: float, seed: int) -> list:
     """The arguments that say what is trained, and on what."""
     if args.set == "digits":
         recipe = ["--train_data_dir", DIGITS, "--noise_multiplicity", 2]
-        recipe += ["--learning_rate", 1.6e-2 if epsilon >= 10 else 4e-3]
+        recipe += ["--train_batch_size", 64]
     else:
         recipe = ["--dataset_name", args.dataset_name, "--learning_rate", 6e-3]
         recipe += ["--expected_batch_size", 1500, "--max_train_steps", 40, "--sampling_rate", 0.1]
@@ -106,7 +106,7 @@ def measure(args, settings: dict, epsilon: float, seed: int) -> dict:
     call(
         "evaluate", "--synthetic_dir", run / "images", *test, *CLASSES,
         "--pretrained_model_name_or_path", BASE, "--adapter", run / "adapter",
-        "--num_images", 1000 if args.set == "digits" else 10000, "--num_inference_steps", 12,
+        "--num_images", 500 if args.set == "digits" else 10000, "--num_inference_steps", 8,
         "--batch_size", 100, "--classifier_steps", 300, "--classifier_seeds", 2,
     )  # fmt: skip
     statement = json.loads((run / "adapter" / "privacy.json").read_text())

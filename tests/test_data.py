@@ -33,14 +33,14 @@ def encoded(image_folder, tmp_path, flip: bool):
     pipeline.text_encoder.requires_grad_(False)
     rows = load_rows(None, None, str(image_folder), "train", tmp_path)
     captions = captions_of(rows, None, "label", "the digit {label}")
-    private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0)
-    return pipeline, encode_units(pipeline, private_set, 16, flip, show_progress=False)
+    private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0, "")
+    return pipeline, encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
 
 
 def test_units_are_encoded_once_with_each_caption_once(image_folder, tmp_path):
     pipeline, units = encoded(image_folder, tmp_path, flip=True)
     assert units.latents.shape == (40, 2, 4, 8, 8)
-    assert units.embeddings.shape == (4, 8, 16)
+    assert units.text["encoder_hidden_states"].shape == (4, 8, 16)
     assert units.caption_rows.tolist() == [i // 10 for i in range(40)]
     assert not torch.allclose(units.latents[:, 0], units.latents[:, 1])
 

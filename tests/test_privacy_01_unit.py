@@ -26,7 +26,7 @@ def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
     generator = torch.Generator().manual_seed(shuffle_seed)
     unit_of_row = unit_of_row[torch.randperm(len(unit_of_row), generator=generator)]
     latents, nothing = unit_of_row.float()[:, None, None, None, None], torch.zeros(1)
-    return EncodedUnits(latents, nothing, nothing, nothing, *rows_by_unit(unit_of_row))
+    return EncodedUnits(16, latents, nothing, None, None, *rows_by_unit(unit_of_row))
 
 
 def test_rows_are_units_unless_a_column_says_otherwise():
@@ -76,17 +76,20 @@ def spoilt_units(image_folder, tmp_path, what: str = "images") -> list[int]:
     rows = load_rows(None, None, str(image_folder), "train", tmp_path)
     unit_of_row = torch.tensor([0, 2, 1, 3, 3, 2, 4, 3, 1, 2] * 4)
     captions = ["the digit 8" if unit == 2 else "the digit 1" for unit in unit_of_row]
-    units = encode_units(pipeline, PrivateSet(rows, "image", captions, unit_of_row, 0), 16)
+    if what == "captions of a trained encoder":
+        words = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    private_set = PrivateSet(rows, "image", captions, unit_of_row, 0, "")
+    units = encode_units(pipeline, private_set, 16, tmp_path / "latents")
     if what == "images":
         units.latents[unit_of_row == 2] = float("nan")
     elif what == "captions":
-        units.embeddings[units.caption_rows[unit_of_row == 2]] = float("nan")
-    else:  # captions, read by a text encoder that trains: spoil the one word that only unit 2 uses
-        own, others = units.token_ids[units.caption_rows[[1, 0]]]
+        words = units.text["encoder_hidden_states"]
+        words[units.caption_rows[unit_of_row == 2].long()] = float("nan")
+    else:  # spoil the one word that only unit 2 uses
+        own, others = units.tokens[[1, 0], 0]
         word = own[own != others]
         assert len(word) == 1
-        words = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-        words.data[word] = float("nan")
+        words.data[word.long()] = float("nan")
     losses = unit_losses(pipeline, units, torch.arange(5), Objective(6), SecretRandomness())
     return (~losses.isfinite()).nonzero().flatten().tolist()
 

@@ -135,7 +135,8 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     assert any("text_encoder" in name for name in engine.names)
     rows = load_rows(None, None, str(image_folder), "train", tmp_path / "cache")
     captions = captions_of(rows, None, "label", "the digit {label}")
-    units = encode_units(pipeline, PrivateSet(rows, "image", captions, torch.arange(40), 0), 16)
+    private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0, "")
+    units = encode_units(pipeline, private_set, 16, tmp_path / "latents")
 
     def losses(indices):
         return unit_losses(pipeline, units, indices, Objective(2), SecretRandomness(7))

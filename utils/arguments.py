@@ -28,10 +28,19 @@ def option(help: str, default=MISSING, choices: list | None = None):
 class DataArguments:
     """Where the images and their captions come from."""
 
-    dataset_name: str | None = option("Hub id, folder of parquet files or saved dataset", None)
+    dataset_name: str | None = option(
+        "Hub id; or a folder of parquet files, of images, or of a saved dataset", None
+    )
     dataset_config_name: str | None = option("configuration of a Hub dataset", None)
     train_data_dir: str | None = option("image folder, instead of --dataset_name", None)
     split: str = option("split to read", "train")
+    streaming: bool = option(
+        "refused: each step draws a Poisson sample of all units, so every row must be at hand",
+        False,
+    )
+    max_train_samples: int | None = option(
+        "use the first so many rows only; they are then the private set", None
+    )
     image_column: str = option("column that holds the images", "image")
     caption_column: str | None = option("column that holds the captions", None)
     label_column: str | None = option("column that holds class labels, instead of captions", None)
@@ -47,6 +56,15 @@ class DataArguments:
     strict_images: bool = option(
         "refuse a set with an unreadable image, rather than skip it", False
     )
+
+    def __post_init__(self):
+        if self.streaming:
+            raise UsageError(
+                "--streaming is not possible: epsilon is computed for Poisson sampling, which "
+                "draws from all rows at every step; download the set first"
+            )
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise UsageError(f"--max_train_samples {self.max_train_samples} must be at least 1")
 
 
 @dataclass
@@ -152,6 +170,14 @@ class TrainingArguments:
         "one charges the steps in between once more",
         None,
     )
+    latents_dir: str | None = option(
+        "where the encoded images are kept, for all runs on the same images; default: "
+        "OUTPUT_DIR/private/latents",
+        None,
+    )
+    discard_latents: bool = option(
+        "when done, delete the encoded images and the other copies of the private ones", False
+    )
     report_to: str | None = option("tracker for step, learning rate and epsilon", None)
     seed: int | None = option(
         "seed of the adapter's start and of samples/; never of the noise", None
@@ -177,6 +203,8 @@ def parse(*dataclasses: type, description: str) -> tuple:
     Raises:
         UsageError: the YAML file is missing, is no mapping, or names an unknown argument.
     """
+    for kind in dataclasses:  # each is a group of its own in --help
+        kind._argument_group_name = kind.__doc__.strip().rstrip(".")
     parser = HfArgumentParser(
         list(dataclasses), description=description, formatter_class=_HelpFormatter
     )

@@ -6,6 +6,8 @@ the private loop calls), `watch` (what the attacker sees at each step) and `scor
 Unit u < n is an ordinary one; unit n + j is the j-th canary that is in.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -26,6 +28,7 @@ class GradientCanaries:
 
     Args:
         included: [m] booleans, which canaries are in.
+        folder: where the encoded images go (`encode_units`).
         loudness: the norm of a canary's gradient before clipping.
     """
 
@@ -35,10 +38,11 @@ class GradientCanaries:
         ordinary: PrivateSet,
         resolution: int,
         included: torch.Tensor,
+        folder: Path,
         loudness: float,
     ):
         self.pipeline, self.included, self.loudness = pipeline, included, loudness
-        self.units = encode_units(pipeline, ordinary, resolution)
+        self.units = encode_units(pipeline, ordinary, resolution, folder)
         self.num_ordinary = len(self.units.count)
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
@@ -91,10 +95,11 @@ class ImageCanaries:
         ordinary: PrivateSet,
         resolution: int,
         included: torch.Tensor,
+        folder: Path,
     ):
         self.pipeline, self.included = pipeline, included
         everyone = with_noise_images(ordinary, len(included), resolution)
-        self.units = encode_units(pipeline, everyone, resolution)
+        self.units = encode_units(pipeline, everyone, resolution, folder)
         self.num_ordinary = len(self.units.count) - len(included)
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
@@ -130,6 +135,7 @@ def with_noise_images(ordinary: PrivateSet, count: int, resolution: int) -> Priv
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     noise = Dataset.from_dict({column: [Image.fromarray(p) for p in pixels]})
     rows = concatenate_datasets([ordinary.rows.select_columns([column]), noise])
-    captions = ordinary.captions + [ordinary.captions[0]] * count
+    captions = list(ordinary.captions) + [ordinary.captions[0]] * count
     own = ordinary.num_units + torch.arange(count)
-    return PrivateSet(rows, column, captions, torch.cat([ordinary.unit_of_row, own]), 0)
+    digest = f"{ordinary.digest} and {count} canaries of {resolution} pixels"
+    return PrivateSet(rows, column, captions, torch.cat([ordinary.unit_of_row, own]), 0, digest)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from filelock import FileLock
@@ -20,14 +20,16 @@ from utils.entropy import SecretRandomness, secret_randomness
 from utils.errors import Stopped, UsageError, on_main_process
 from utils.generation import generate, image_grid, use_dpm_solver
 from utils.hub import write_card
-from utils.latents import private_losses
+from utils.latents import discard_copies, private_losses
 from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import (
     check_resolution,
     denoising_loss,
-    encode_captions,
+    encode_text,
     load_pipeline,
+    parts_of,
+    tokenize,
     trained_modules,
 )
 from utils.planning import describe, read_and_plan
@@ -51,8 +53,8 @@ class Method:
     """
 
     name: str
-    adapt: Callable[[StableDiffusionPipeline], None]
-    export: Callable[[StableDiffusionPipeline, Path], None]
+    adapt: Callable[[DiffusionPipeline], None]
+    export: Callable[[DiffusionPipeline, Path], None]
     usage: str
     settings: object
 
@@ -135,6 +137,8 @@ def run_method(
             save_samples(pipeline, training)
 
     on_main_process(publish)
+    if training.discard_latents:
+        on_main_process(lambda: discard_copies(training))
     accelerator.print(
         f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
     )
@@ -164,7 +168,7 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
 
 
 def rehearse(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     engine: PerUnitGradients,
     draws: int,
     resolution: int,
@@ -178,11 +182,11 @@ def rehearse(
     """
     unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
     latents = torch.zeros(draws, unet.config.in_channels, side, side, device=engine.device)
-    ids = encode_captions(pipeline.tokenizer, [""] * draws).to(engine.device)
+    ids = tokenize(pipeline, [""] * draws)
     timesteps = torch.zeros(draws, dtype=torch.long, device=engine.device)
     with engine.recording(1, norms_only) as record:
-        embeddings = pipeline.text_encoder(ids)[0]
-        losses = denoising_loss(unet, pipeline.scheduler, latents, embeddings, latents, timesteps)
+        text = encode_text(pipeline, ids, resolution)
+        losses = denoising_loss(unet, pipeline.scheduler, latents, text, latents, timesteps)
         losses.mean().backward()
     return record.nbytes()
 
@@ -191,7 +195,7 @@ def rehearse(
 FREE_TO_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
     *("train_batch_size", "mixed_precision", "gradient_checkpointing", "strict_images", "seed"),
-    *("validation_prompt", "num_validation_images", "report_to"),
+    *("validation_prompt", "num_validation_images", "report_to", "latents_dir", "discard_latents"),
 }
 
 
@@ -206,14 +210,13 @@ def settings_of(name: str, own: object, data: DataArguments, training: TrainingA
     return json.loads(json.dumps(settings | {"name": name}))
 
 
-def public_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:
+def public_parameters(pipeline: DiffusionPipeline) -> list[torch.nn.Parameter]:
     """All weights of the pipeline, before an adapter joins them."""
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
-    return [parameter for part in parts for parameter in part.parameters()]
+    return [parameter for part in parts_of(pipeline) for parameter in part.parameters()]
 
 
 def adapter_tensors(
-    pipeline: StableDiffusionPipeline, public: list[torch.nn.Parameter]
+    pipeline: DiffusionPipeline, public: list[torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     """By name, what is trained or is not the public model's: all that a checkpoint must hold."""
     known = {id(parameter) for parameter in public}
@@ -275,7 +278,7 @@ def fine_tune(
         state.average.copy_to(state.engine.parameters)
 
 
-def training_resolution(pipeline: StableDiffusionPipeline, data: DataArguments) -> int:
+def training_resolution(pipeline: DiffusionPipeline, data: DataArguments) -> int:
     """`--resolution`, or what the model makes.
 
     Raises:
@@ -287,7 +290,7 @@ def training_resolution(pipeline: StableDiffusionPipeline, data: DataArguments) 
     return resolution
 
 
-def save_samples(pipeline: StableDiffusionPipeline, training: TrainingArguments) -> None:
+def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments) -> None:
     """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
     folder = Path(training.output_dir) / "samples"
     folder.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ class SamplingArguments:
             )
 
 
-def use_dpm_solver(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def use_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Switch to DPM-Solver++ (Lu et al. 2022), keeping the pipeline's noise schedule."""
     config = pipeline.scheduler.config
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -50,7 +50,7 @@ def use_dpm_solver(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline
 
 @torch.no_grad()
 def generate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     indices: list[int],
     seed: int,
@@ -175,7 +175,7 @@ def draw_folder(
 
 
 def draw_missing(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     entries: list[dict],
     indices: list[int],
     sampling: SamplingArguments,

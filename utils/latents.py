@@ -1,17 +1,29 @@
-"""Units -> latents and text embeddings, computed once and kept in memory."""
+"""Units -> latents and text, computed once, kept in memory-mapped files under private/."""
 
+import hashlib
+import json
+import os
+import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import StableDiffusionPipeline
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from utils.arguments import TrainingArguments
 from utils.data import PrivateSet, pixel_batches, to_unit_range
 from utils.entropy import SecretRandomness
-from utils.pipelines import denoising_loss, encode_captions, snr_weights, trains_text
+from utils.errors import on_main_process
+from utils.pipelines import denoising_loss, encode_text, snr_weights, tokenize, trains_text
+from utils.runs import disk_errors_told, private_folder
+
+FEW_CAPTIONS = 1000  # distinct ones; so many are embedded once, more are embedded when drawn
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,23 @@ class Objective:
 
 @dataclass(frozen=True)
 class EncodedUnits:
-    """The private set, encoded. It never leaves memory.
+    """The private set, encoded. Its tensors are files, of which only what is drawn is read.
 
     Attributes:
+        resolution: of the images, in pixels.
         latents: [rows, F, channels, r, r], scaled; F is 2 with flips (as is, mirrored), else 1.
-        embeddings: [distinct captions, tokens, width]. token_ids: [distinct captions, tokens].
-        caption_rows: [rows], the row of `embeddings` for each row of `latents`.
+        tokens: [rows, E, T], the token ids of each row's caption for each of E text encoders.
+        text: what the U-Net is told of each distinct caption (`encode_text`), and `caption_rows`
+            [rows], which of them each row has; None if there are more than `FEW_CAPTIONS`, or the
+            text encoder trains.
         order, first, count: unit u owns the rows order[first[u] : first[u] + count[u]].
     """
 
+    resolution: int
     latents: torch.Tensor
-    embeddings: torch.Tensor
-    token_ids: torch.Tensor
-    caption_rows: torch.Tensor
+    tokens: torch.Tensor
+    text: dict[str, torch.Tensor] | None
+    caption_rows: torch.Tensor | None
     order: torch.Tensor
     first: torch.Tensor
     count: torch.Tensor
@@ -77,51 +93,183 @@ class EncodedUnits:
         places = places.long().minimum(self.count[units, None] - 1)
         return self.order[self.first[units, None] + places]
 
+    def text_of(self, pipeline: DiffusionPipeline, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the U-Net is told of the captions of `rows` [n], by name (`encode_text`)."""
+        if self.text is None:
+            return encode_text(pipeline, self.tokens[rows].long(), self.resolution)
+        return {name: told[self.caption_rows[rows]] for name, told in self.text.items()}
+
 
 @torch.no_grad()
 def encode_units(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     private_set: PrivateSet,
     resolution: int,
+    folder: Path,
     random_flip: bool = False,
-    show_progress: bool = True,
 ) -> EncodedUnits:
-    """Encode every image once (its latent mean; both ways with flips), every caption once."""
-    rows, batch_size = private_set.rows, 64
-    vae, device = pipeline.vae, pipeline.device
-    batches = pixel_batches(rows, private_set.image_column, resolution, batch_size)
-    total = -(-len(rows) // batch_size)
-    latents = []
-    for pixels in tqdm(batches, "encoding images", total, leave=False, disable=not show_progress):
-        images = to_unit_range(pixels.to(device))
-        views = [images, images.flip(-1)] if random_flip else [images]
-        encoded = [vae.encode(view).latent_dist.mode() for view in views]
-        latents.append(torch.stack(encoded, 1).mul(vae.config.scaling_factor).cpu())
-    distinct = sorted(set(private_set.captions))
-    row_of = {caption: row for row, caption in enumerate(distinct)}
-    ids = encode_captions(pipeline.tokenizer, distinct).to(device)
-    embeddings = [pipeline.text_encoder(part).last_hidden_state.cpu() for part in ids.split(64)]
-    caption_rows = torch.tensor([row_of[caption] for caption in private_set.captions])
-    return EncodedUnits(
-        torch.cat(latents),
-        torch.cat(embeddings),
-        ids.cpu(),
-        caption_rows,
-        *rows_by_unit(private_set.unit_of_row),
+    """Encode every image once (its latent mean; both ways with flips), and every caption.
+
+    The files are made in `folder`/KEY, mode 0700, by all processes together, unless they are there
+    from an earlier run on the same images, captions, autoencoder, resolution and flips. Beside them
+    about.json says how many captions were longer than the text encoder reads, which is private.
+
+    Raises:
+        UsageError: they cannot be written.
+    """
+    shapes = _shapes(pipeline, private_set, resolution, random_flip)
+    wanted = [shapes, _digest(pipeline, private_set, resolution)]
+    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    if not on_main_process((folder / key).exists):
+        _encode_into(pipeline, private_set, resolution, folder, key, shapes)
+    latents, tokens = (
+        torch.from_file(str(folder / key / name), size=int(np.prod(shape)), dtype=dtype).view(shape)
+        for (name, shape), dtype in zip(shapes.items(), (torch.float32, torch.int32), strict=True)
     )
+    text, caption_rows = None, None
+    if not trains_text(pipeline):
+        text, caption_rows = _few_captions(pipeline, tokens, resolution)
+    units = rows_by_unit(private_set.unit_of_row)
+    return EncodedUnits(resolution, latents, tokens, text, caption_rows, *units)
+
+
+def _shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: bool) -> dict:
+    """Of the files, by name."""
+    rows, side = len(private_set.rows), resolution // pipeline.vae_scale_factor
+    channels = pipeline.vae.config.latent_channels
+    return {
+        "latents.f32": [rows, 2 if random_flip else 1, channels, side, side],
+        "tokens.i32": [rows, *tokenize(pipeline, [""]).shape[1:]],
+    }
+
+
+def _digest(pipeline, private_set: PrivateSet, resolution: int) -> str:
+    """Of all that the files depend on, but for their shapes."""
+    digest = hashlib.sha256(f"{private_set.digest} {resolution}".encode())
+    for caption in private_set.captions:
+        digest.update(hashlib.sha256(caption.encode(errors="replace")).digest())
+    for name, tensor in sorted(pipeline.vae.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    words = sorted(pipeline.tokenizer.get_vocab().items())
+    digest.update(repr((words, pipeline.vae.config.scaling_factor)).encode())
+    return digest.hexdigest()
+
+
+def _encode_into(pipeline, private_set, resolution, folder: Path, key: str, shapes: dict) -> None:
+    """Make the files of `key`: each process a run of rows; they appear when they are whole."""
+    state = PartialState()
+    name = [f"{key}-{uuid.uuid4().hex}"]
+    aside = folder / broadcast_object_list(name)[0]
+
+    def start() -> None:
+        with disk_errors_told(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for half in folder.glob(f"{key}-*"):  # of a run that was killed
+                shutil.rmtree(half)
+            aside.mkdir(mode=0o700)
+            for file, shape in shapes.items():
+                with open(aside / file, "wb") as empty:
+                    empty.truncate(4 * int(np.prod(shape)))
+
+    on_main_process(start)
+    rows = len(private_set.rows)
+    bounds = [rows * r // state.num_processes for r in range(state.num_processes + 1)]
+    first, last = bounds[state.process_index : state.process_index + 2]
+    own = private_set.rows.select(range(first, last))
+    captions = private_set.captions
+    flips, batch_size, cut = shapes["latents.f32"][1] == 2, 64, 0
+    batches = pixel_batches(own, private_set.image_column, resolution, batch_size)
+    with (
+        disk_errors_told(folder),
+        open(aside / "latents.f32", "r+b") as latents,
+        open(aside / "tokens.i32", "r+b") as tokens,
+        tqdm(
+            total=len(own), desc="encoding images", unit="image", leave=False,
+            disable=not state.is_main_process,
+        ) as bar,
+    ):  # fmt: skip
+        latents.seek(first * 4 * int(np.prod(shapes["latents.f32"][1:])))
+        tokens.seek(first * 4 * int(np.prod(shapes["tokens.i32"][1:])))
+        for pixels in batches:
+            images = to_unit_range(pixels.to(pipeline.device))
+            views = [images, images.flip(-1)] if flips else [images]
+            encoded = torch.stack([encode_images(pipeline, view) for view in views], 1)
+            latents.write(encoded.float().cpu().numpy().tobytes())
+            words = captions[first : first + len(pixels)]
+            tokens.write(tokenize(pipeline, words).int().numpy().tobytes())
+            cut += count_cut(pipeline, words)
+            first += len(pixels)
+            bar.update(len(pixels))
+    cut = sum(gather_object([cut]))
+
+    def finish() -> None:
+        about = {"rows": rows, "captions_cut": cut, "tokens": shapes["tokens.i32"][-1]}
+        (aside / "about.json").write_text(json.dumps(about) + "\n")
+        if not (folder / key).exists():  # another run may have been faster
+            os.replace(aside, folder / key)
+
+    on_main_process(finish)
+
+
+def latents_folder(training: TrainingArguments) -> Path:
+    if training.latents_dir is not None:
+        return Path(training.latents_dir)
+    return private_folder(training.output_dir) / "latents"
+
+
+def discard_copies(training: TrainingArguments) -> None:
+    """Delete what was made of the private images: the latents, and what `datasets` cached."""
+    for made in latents_folder(training).glob("*/latents.f32"):
+        shutil.rmtree(made.parent)
+    shutil.rmtree(private_folder(training.output_dir) / "cache", ignore_errors=True)
+
+
+def count_cut(pipeline: DiffusionPipeline, captions: list[str]) -> int:
+    """How many captions have more tokens than the text encoder reads."""
+    longest = pipeline.tokenizer.model_max_length
+    tokens = pipeline.tokenizer(captions, verbose=False).input_ids  # or it would tell their lengths
+    return sum(len(ids) > longest for ids in tokens)
+
+
+def encode_images(pipeline: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
+    """The latent means of images in [-1, 1], as the U-Net wants them: [n, channels, r, r]."""
+    latents = pipeline.vae.encode(images).latent_dist.mode()
+    return latents * pipeline.vae.config.scaling_factor
+
+
+def _few_captions(
+    pipeline: DiffusionPipeline, tokens: torch.Tensor, resolution: int
+) -> tuple[dict | None, torch.Tensor | None]:
+    """`text` and `caption_rows` of `EncodedUnits`, if few captions are distinct."""
+    number: dict[bytes, int] = {}
+    caption_rows = torch.empty(len(tokens), dtype=torch.int32)
+    for start in range(0, len(tokens), 10_000):
+        part = tokens[start : start + 10_000].numpy()
+        rows = [number.setdefault(row.tobytes(), len(number)) for row in part]
+        caption_rows[start : start + len(rows)] = torch.tensor(rows)
+        if len(number) > FEW_CAPTIONS:
+            return None, None
+    distinct = np.stack([np.frombuffer(row, np.int32) for row in number])
+    ids = torch.from_numpy(distinct).long().view(-1, *tokens.shape[1:])
+    parts = [encode_text(pipeline, part, resolution) for part in ids.split(64)]
+    return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}, caption_rows
 
 
 def private_losses(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     private_set: PrivateSet,
     resolution: int,
     training: TrainingArguments,
     draws: int,
     randomness: SecretRandomness,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Encode the private set; returns what gives units, by index [U], their losses [U]."""
-    shown = PartialState().is_main_process
-    units = encode_units(pipeline, private_set, resolution, training.random_flip, shown)
+    """Encode the private set; returns what gives units, by index [U], their losses [U].
+
+    Raises:
+        UsageError: the latents cannot be written.
+    """
+    folder = latents_folder(training)
+    units = encode_units(pipeline, private_set, resolution, folder, training.random_flip)
     objective = Objective(draws, training.timestep_sampling, training.snr_gamma)
 
     def losses_of(indices: torch.Tensor) -> torch.Tensor:
@@ -137,7 +285,7 @@ def rows_by_unit(unit_of_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def unit_losses(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     units: EncodedUnits,
     indices: torch.Tensor,
     objective: Objective,
@@ -155,13 +303,11 @@ def unit_losses(
     timesteps = objective.timesteps(len(indices), total, randomness).flatten()
     latents = units.latents[rows, flips]
     noise = randomness.normal(latents.shape)
-    captions = units.caption_rows[rows]
-    if trains_text(pipeline):
-        embeddings = pipeline.text_encoder(units.token_ids[captions].to(pipeline.device))[0]
-    else:
-        embeddings = units.embeddings[captions]
-    inputs = [tensor.to(pipeline.device) for tensor in (latents, embeddings, noise, timesteps)]
-    losses = denoising_loss(pipeline.unet, scheduler, *inputs)
+    text = units.text_of(pipeline, rows)
+    device = pipeline.device
+    latents, noise, timesteps = (t.to(device) for t in (latents, noise, timesteps))
+    text = {name: told.to(device) for name, told in text.items()}
+    losses = denoising_loss(pipeline.unet, scheduler, latents, text, noise, timesteps)
     if objective.snr_gamma is not None:
-        losses = losses * snr_weights(scheduler, inputs[-1], objective.snr_gamma)
+        losses = losses * snr_weights(scheduler, timesteps, objective.snr_gamma)
     return losses.view(len(indices), objective.draws).mean(1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -27,7 +27,7 @@ class LoraArguments:
     )
 
 
-def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
+def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
     """Put a trainable LoRA beside the target modules; B starts at zero: nothing changes yet.
 
     Raises:
@@ -48,9 +48,9 @@ def add_lora(pipeline: StableDiffusionPipeline, args: LoraArguments) -> None:
                 parameter.requires_grad_(False)
 
 
-def save_lora(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
+def save_lora(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """Save the adapter with its alpha, without which it would reload at the wrong scale."""
-    StableDiffusionPipeline.save_lora_weights(
+    pipeline.save_lora_weights(
         output_dir,
         unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
         **_collate_lora_metadata({"unet": pipeline.unet}),

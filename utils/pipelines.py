@@ -1,11 +1,17 @@
-"""Load and freeze a Stable Diffusion pipeline, name its target modules, compute its loss."""
+"""Load and freeze a Stable Diffusion pipeline (1, 2 or XL), name its target modules, compute its
+loss."""
 
 import difflib
 import re
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import compute_snr
 from huggingface_hub import snapshot_download
 from torch import nn
@@ -18,33 +24,46 @@ ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PROJECTION_TARGETS = ["proj_in", "proj_out"]
 DEFAULT_TARGETS = ATTENTION_TARGETS + PROJECTION_TARGETS
 ALL_TARGETS = [*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+NO_SAFETY_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 ADAPTER_FILES = ["*.json", "*.safetensors", "unet/*"]
 ADAPTER_PARTS = ["unet", "adapter_config.json", "pytorch_lora_weights.safetensors"]
 
 
-def load_pipeline(name_or_path: str, revision: str | None = None) -> StableDiffusionPipeline:
+def load_pipeline(name_or_path: str, revision: str | None = None) -> DiffusionPipeline:
     """Load a pipeline in fp32 with every weight frozen and every dropout off.
 
     Raises:
         UsageError: there is no such folder or Hub id, or it is not a Stable Diffusion pipeline.
     """
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            name_or_path,
-            revision=revision,
-            dtype=torch.float32,
-            safety_checker=None,
-            requires_safety_checker=False,
+        config = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        kind = config["_class_name"]
+        if kind not in PIPELINES:
+            raise ValueError(f"it is a {kind}, none of {', '.join(PIPELINES)}")
+        checker = {} if kind == "StableDiffusionXLPipeline" else NO_SAFETY_CHECKER
+        pipeline = PIPELINES[kind].from_pretrained(
+            name_or_path, revision=revision, dtype=torch.float32, **checker
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {error}") from error
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in parts_of(pipeline):
         part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def load_adapter(pipeline: StableDiffusionPipeline, adapter: str) -> None:
+def is_xl(pipeline: DiffusionPipeline) -> bool:
+    return isinstance(pipeline, StableDiffusionXLPipeline)
+
+
+def parts_of(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """The U-Net, the text encoder or encoders, and the autoencoder."""
+    encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if is_xl(pipeline) else [])
+    return [pipeline.unet, *encoders, pipeline.vae]
+
+
+def load_adapter(pipeline: DiffusionPipeline, adapter: str, revision: str | None = None) -> None:
     """Load what a training script published, from a folder or the Hub, whichever kind it is: LoRA,
     LoDA, or a whole fine-tuned U-Net.
 
@@ -54,7 +73,9 @@ def load_adapter(pipeline: StableDiffusionPipeline, adapter: str) -> None:
     try:
         folder = Path(adapter)
         if not folder.is_dir():
-            folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
+            folder = Path(
+                snapshot_download(adapter, revision=revision, allow_patterns=ADAPTER_FILES)
+            )
         parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
         if not parts:
             raise ValueError("it holds no LoRA, no LoDA and no unet/")
@@ -64,7 +85,7 @@ def load_adapter(pipeline: StableDiffusionPipeline, adapter: str) -> None:
         raise UsageError(f"cannot load the adapter '{adapter}' into this model: {error}") from error
 
 
-def _load_part(pipeline: StableDiffusionPipeline, name: str, folder: str) -> None:
+def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
     if name == "unet":
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         if unet.config.cross_attention_dim != pipeline.unet.config.cross_attention_dim:
@@ -76,19 +97,19 @@ def _load_part(pipeline: StableDiffusionPipeline, name: str, folder: str) -> Non
         pipeline.load_lora_weights(folder)
 
 
-def trains_text(pipeline: StableDiffusionPipeline) -> bool:
+def trains_text(pipeline: DiffusionPipeline) -> bool:
     """Whether any weight of the text encoder is trained."""
     return any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
 
 
-def trained_modules(pipeline: StableDiffusionPipeline) -> nn.Module:
+def trained_modules(pipeline: DiffusionPipeline) -> nn.Module:
     """The parts of a pipeline whose trainable weights the engine must cover, as one module."""
     if trains_text(pipeline):
         return nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
     return pipeline.unet
 
 
-def check_resolution(pipeline: StableDiffusionPipeline, resolution: int) -> None:
+def check_resolution(pipeline: DiffusionPipeline, resolution: int) -> None:
     """Raises: UsageError if the autoencoder, then the U-Net, cannot halve `resolution` evenly."""
     factor = pipeline.vae_scale_factor
     unet_factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
@@ -136,6 +157,39 @@ def encode_captions(tokenizer, captions: list[str]) -> torch.Tensor:
     ).input_ids
 
 
+def tokenize(pipeline: DiffusionPipeline, captions: list[str]) -> torch.Tensor:
+    """Token ids for each of the pipeline's E text encoders: [len(captions), E, max_length]."""
+    tokenizers = [pipeline.tokenizer]
+    if is_xl(pipeline):
+        tokenizers.append(pipeline.tokenizer_2)
+    return torch.stack([encode_captions(tokenizer, captions) for tokenizer in tokenizers], 1)
+
+
+def encode_text(
+    pipeline: DiffusionPipeline, ids: torch.Tensor, resolution: int
+) -> dict[str, torch.Tensor]:
+    """What the U-Net is told of captions [n, E, T] (`tokenize`), by name.
+
+    That is `encoder_hidden_states` [n, T, W]; for Stable Diffusion XL, whose W is both encoders'
+    widths together, also the pooled `text_embeds` [n, P] and the sizes `time_ids` [n, 6]: every
+    image is called uncropped and of the training resolution, so they depend on no private image.
+
+    Source: Podell et al. 2023, sections 2.1 and 2.2.
+    """
+    ids = ids.to(pipeline.device)
+    if not is_xl(pipeline):
+        return {"encoder_hidden_states": pipeline.text_encoder(ids[:, 0])[0]}
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    outputs = [e(ids[:, i], output_hidden_states=True) for i, e in enumerate(encoders)]
+    hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
+    return {
+        "encoder_hidden_states": hidden,
+        "text_embeds": outputs[1][0],
+        "time_ids": sizes.to(hidden).expand(len(ids), 6),
+    }
+
+
 def snr_weights(scheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Min-SNR weights of the loss: [batch]. Hang et al. 2023, section 3.4."""
     snr = compute_snr(scheduler, timesteps)
@@ -143,12 +197,12 @@ def snr_weights(scheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tenso
     return bound / (snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr)
 
 
-def denoising_loss(unet, scheduler, latents, embeddings, noise, timesteps) -> torch.Tensor:
+def denoising_loss(unet, scheduler, latents, text, noise, timesteps) -> torch.Tensor:
     """The mean squared error of each row: [batch], not yet averaged over the batch.
 
     Args:
         latents: [batch, channels, r, r], already multiplied by the autoencoder's scaling factor.
-        embeddings: [batch, tokens, width].
+        text: what `encode_text` returns, or its `encoder_hidden_states` alone.
         noise: like `latents`. timesteps: [batch], integers.
 
     Source: Ho et al. 2020, eq. 14; for v-prediction, Salimans and Ho 2022, appendix D.
@@ -160,5 +214,7 @@ def denoising_loss(unet, scheduler, latents, embeddings, noise, timesteps) -> to
         target = scheduler.get_velocity(latents, noise, timesteps)
     else:
         raise UsageError(f"prediction type '{scheduler.config.prediction_type}' is not supported")
-    predicted = unet(noisy, timesteps, embeddings).sample
+    told = dict(text) if isinstance(text, dict) else {"encoder_hidden_states": text}
+    words = told.pop("encoder_hidden_states")
+    predicted = unet(noisy, timesteps, words, added_cond_kwargs=told or None).sample
     return (predicted.float() - target.float()).square().flatten(1).mean(1)

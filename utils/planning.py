@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from utils.accounting import PrivacyPlan, Spent, plan_summary
 from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data import PrivateSet, captions_of, load_rows, readable_rows, units_of
+from utils.data import PrivateSet, captions_of, readable_rows, rows_of, units_of
 from utils.errors import UsageError, on_main_process
 from utils.per_unit_gradients import PerUnitGradients
 from utils.reservations import confirm, open_run
@@ -35,14 +35,12 @@ def read_and_plan(
         make: the plan for a number of units.
 
     Raises:
-        UsageError: bad data or an impossible plan (see `load_rows`, `captions_of`, `make_plan`,
+        UsageError: bad data or an impossible plan (see `rows_of`, `captions_of`, `make_plan`,
             `open_run` and `confirm`).
     """
     cache = private_folder(training.output_dir) / "cache"
     with accelerator.main_process_first():
-        rows = load_rows(
-            data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache
-        )
+        rows = rows_of(data, cache)
     captions_of(rows, data.caption_column, data.label_column, data.caption_template)
     plan = make(int(units_of(rows, data.privacy_unit_column).max()) + 1)
     is_private = privacy.debug_noise_seed is None
@@ -67,15 +65,19 @@ def private_set_of(rows: Dataset, data: DataArguments) -> PrivateSet:
         UsageError: see `readable_rows`, `captions_of` and `units_of`; or the processes read
             different data.
     """
-    good = on_main_process(lambda: readable_rows(rows, data.image_column, data.strict_images))
+    good, digest = on_main_process(
+        lambda: readable_rows(rows, data.image_column, data.strict_images)
+    )
     skipped = len(rows) - len(good)
     rows = rows.select(good) if skipped else rows
     captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
     unit_of_row = units_of(rows, data.privacy_unit_column)
-    content = hashlib.sha256(repr((captions, unit_of_row.tolist())).encode()).hexdigest()
-    if len(set(gather_object([content]))) > 1:  # compared in memory, and forgotten
+    content = hashlib.sha256(unit_of_row.numpy().tobytes())
+    for caption in captions:
+        content.update(repr(caption).encode())
+    if len(set(gather_object([content.hexdigest()]))) > 1:  # compared in memory, and forgotten
         raise UsageError("the processes read different data: give all of them the same")
-    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped)
+    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped, digest)
 
 
 def describe(

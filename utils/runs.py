@@ -80,7 +80,7 @@ def _is_free(path: Path) -> bool:
         return True
     if not path.is_dir() or {e.name for e in path.iterdir()} - {"private", "selection"}:
         return False
-    own = {"cache", "logs", "checkpoints", "in_use.lock", "run", "run.tmp"}
+    own = {"cache", "latents", "logs", "checkpoints", "in_use.lock", "run", "run.tmp"}
     own |= {LEDGER_NAME, f"{LEDGER_NAME}.lock"}
     private = private_folder(path)
     if private.is_dir() and {entry.name for entry in private.iterdir()} - own:

@@ -1,0 +1,125 @@
+"""The encoded private set: files under private/, made once, never read whole."""
+
+import os
+import stat
+
+import pytest
+import torch
+
+from tests.conftest import build_tiny_pipeline, train_arguments, train_here
+from utils import latents
+from utils.data import PrivateSet, load_rows, readable_rows
+from utils.entropy import SecretRandomness
+from utils.latents import Objective, encode_images, encode_units, unit_losses
+
+
+def tiny_set(image_folder, folder, captions=None, first: int = 0) -> PrivateSet:
+    rows = load_rows(None, None, str(image_folder), "train", folder / "cache")
+    rows = rows.select(range(first, 40))
+    captions = captions or [f"the digit {i % 4}" for i in range(len(rows))]
+    digest = readable_rows(rows, "image")[1]
+    return PrivateSet(rows, "image", captions, torch.arange(len(rows)), 0, digest)
+
+
+@pytest.fixture
+def pipeline():
+    made = build_tiny_pipeline()
+    made.text_encoder.requires_grad_(False)
+    return made
+
+
+def test_latents_are_the_autoencoders_as_they_are_and_mirrored(pipeline, image_folder, tmp_path):
+    private_set = tiny_set(image_folder, tmp_path)
+    units = encode_units(pipeline, private_set, 16, tmp_path / "latents", random_flip=True)
+    pixels = next(latents.pixel_batches(private_set.rows, "image", 16, 40))
+    images = latents.to_unit_range(pixels)
+    with torch.no_grad():
+        for flip, view in enumerate((images, images.flip(-1))):
+            expected = encode_images(pipeline, view)
+            torch.testing.assert_close(units.latents[:, flip], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_files_are_readable_by_their_owner_only(pipeline, image_folder, tmp_path):
+    encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, tmp_path / "latents")
+    made = next((tmp_path / "latents").iterdir())
+    assert {path.name for path in made.iterdir()} == {"latents.f32", "tokens.i32", "about.json"}
+    for folder in (tmp_path / "latents", made):
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+
+
+CHANGES = {
+    "nothing": {},
+    "an image": {"first": 1},
+    "a caption": {"captions": ["the digit 9"] + ["the digit 1"] * 39},
+    "flips": {"random_flip": True},
+    "the autoencoder": {"spoil": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_they_are_made_again_only_if_something_changed(
+    pipeline, image_folder, tmp_path, monkeypatch, change
+):
+    changes = dict(CHANGES[change])
+    encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, tmp_path / "latents")
+    flip, spoil = changes.pop("random_flip", False), changes.pop("spoil", False)
+    if spoil:
+        next(pipeline.vae.parameters()).data[0] += 1
+    calls = []
+    whole = latents.pixel_batches
+    monkeypatch.setattr(latents, "pixel_batches", lambda *a: calls.append(a) or whole(*a))
+    private_set = tiny_set(image_folder, tmp_path, **changes)
+    again = encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
+    assert len(calls) == (change != "nothing")
+    fresh = encode_units(pipeline, private_set, 16, tmp_path / "fresh", flip)
+    assert torch.equal(again.latents, fresh.latents) and torch.equal(again.tokens, fresh.tokens)
+
+
+def test_what_a_killed_run_left_half_made_is_not_used(
+    pipeline, image_folder, tmp_path, monkeypatch
+):
+    private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "tokenize", lambda p, words: _die() if len(words) > 1 else one(p))
+        with pytest.raises(KeyboardInterrupt):
+            encode_units(pipeline, private_set, 16, folder)
+    assert len(list(folder.iterdir())) == 1
+    units = encode_units(pipeline, private_set, 16, folder)
+    assert len(list(folder.iterdir())) == 1  # and it is cleaned up
+    assert units.latents.abs().sum((1, 2, 3, 4)).min() > 0
+
+
+one = lambda pipeline: torch.zeros(1, 1, 8, dtype=torch.long)  # noqa: E731
+
+
+def _die():
+    raise KeyboardInterrupt
+
+
+def test_many_captions_are_embedded_when_drawn_and_give_the_same_losses(
+    pipeline, image_folder, tmp_path, monkeypatch
+):
+    private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
+    few = encode_units(pipeline, private_set, 16, folder)
+    monkeypatch.setattr(latents, "FEW_CAPTIONS", 3)
+    many = encode_units(pipeline, private_set, 16, folder)
+    assert few.text is not None and many.text is None
+    both = [
+        unit_losses(pipeline, u, torch.arange(40), Objective(2), SecretRandomness(3))
+        for u in (few, many)
+    ]
+    torch.testing.assert_close(*both)
+
+
+def test_runs_share_a_folder_and_discard_it(tiny_base, image_folder, tmp_path, monkeypatch):
+    shared = ["--latents_dir", tmp_path / "shared"]
+    first = train_arguments(tiny_base, image_folder, tmp_path / "first", *shared)
+    assert "saved the weights" in train_here(first)
+    assert not (tmp_path / "first" / "private" / "latents").exists()
+    monkeypatch.setattr(latents, "pixel_batches", None)  # what would encode again
+    more = [*shared, "--learning_rate", 1e-4, "--discard_latents"]
+    second = train_arguments(tiny_base, image_folder, tmp_path / "second", *more)
+    assert "saved the weights" in train_here(second)
+    assert not list((tmp_path / "shared").iterdir())
+    left = {path.name for path in (tmp_path / "second" / "private").iterdir()}
+    assert "cache" not in left and "ledger.jsonl" in left
