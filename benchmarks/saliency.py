@@ -1,13 +1,14 @@
 """Does it pay to select? DP-SAPF against training every matrix, and a random choice of them.
 
-    python benchmarks/saliency.py --epsilons 10 --seeds 1       # digits: about 3 minutes a row
+    python benchmarks/saliency.py --epsilons 10 --seeds 1       # digits: about 2 minutes a row
     python benchmarks/saliency.py --set mnist --dataset_name ylecun/mnist --seeds 1    # 10 a row
     python benchmarks/saliency.py --table                       # what there is so far
 
 Every row is train_dp_lora.py at one total epsilon, selection included, with one seed; then
-synthetic images and a classifier. `digits` is examples/digits/dp_lora.yaml with two draws a unit
-instead of four, 500 images; `mnist` is examples/mnist/dp_lora.yaml with 40 steps of 1,500
-instead of 120 of 3,000, ranking a tenth of the images, and 10,000 images.
+synthetic images and a classifier. The runs are short: `digits` is examples/digits/dp_lora.yaml
+with B 700 instead of 1,400 and two draws a unit instead of four, and 500 images; `mnist` is
+examples/mnist/dp_lora.yaml with 30 steps of 1,000 instead of 120 of 3,000, where 3,000 images are
+ranked on, and 10,000 images.
 
 Rows are appended to benchmarks/results/saliency.json as they come, and those that are there are not
 made again; several processes may share the work if each has its own set or epsilon. Draws
@@ -78,10 +79,10 @@ def chosen(args, settings: dict, epsilon: float, seed: int) -> list:
     """The arguments that say what is trained, and on what."""
     if args.set == "digits":
         recipe = ["--train_data_dir", DIGITS, "--noise_multiplicity", 2]
-        recipe += ["--train_batch_size", 64]
+        recipe += ["--expected_batch_size", 700, "--train_batch_size", 64]
     else:
         recipe = ["--dataset_name", args.dataset_name, "--learning_rate", 6e-3]
-        recipe += ["--expected_batch_size", 1500, "--max_train_steps", 40, "--sampling_rate", 0.1]
+        recipe += ["--expected_batch_size", 1000, "--max_train_steps", 30, "--sampling_rate", 0.05]
     if settings["mechanism"] == "every":
         selection = ["--mechanism", "random", "--top_ratio", 1.0]
     else:
@@ -91,6 +92,7 @@ def chosen(args, settings: dict, epsilon: float, seed: int) -> list:
         *("--pretrained_model_name_or_path", BASE, "--target_epsilon", epsilon, "--seed", seed),
         *("--select_saliency", "--scope", settings["scope"], "--clipping", settings["clipping"]),
         *("--num_validation_images", 0, *selection),
+        *("--latents_dir", ROOT / "runs" / "saliency_latents"),
     ]
 
 
