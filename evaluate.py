@@ -1,16 +1,19 @@
 """How good is a synthetic set? Train a classifier on it, test it on real labelled images.
 
-    python evaluate.py --synthetic_dir runs/digits/private_images \\
+    python evaluate.py --synthetic runs/digits/private_images \\
         --test_data_dir runs/digits/private --output_file runs/digits/metrics/private.json
 
-    # on a Hub dataset, or a folder of parquet files
-    python evaluate.py --synthetic_dir images --test_dataset_name ylecun/mnist --test_split test
+    # a published set; on a Hub dataset
+    python evaluate.py --synthetic user/synthetic-scans --test_dataset_name user/scans
 
-    # an adapter of any kind: its images are drawn into --synthetic_dir first
+    # on a Hub dataset, or a folder of parquet files
+    python evaluate.py --synthetic images --test_dataset_name ylecun/mnist --test_split test
+
+    # an adapter of any kind: its images are drawn into --synthetic first
     python evaluate.py --pretrained_model_name_or_path examples/digits/base \\
         --adapter runs/digits/loda --class_names 0 1 2 3 4 5 6 7 8 9 \\
         --caption_template "the digit {label}" --num_images 1000 \\
-        --synthetic_dir runs/digits/loda_images --test_data_dir runs/digits/private
+        --synthetic runs/digits/loda_images --test_data_dir runs/digits/private
 
 Writes metrics.json: for each metric its mean over classifier seeds, their spread (standard
 deviation), and whether the epsilon of the adapter covers it. Accuracy reads the real test images,
@@ -41,7 +44,8 @@ METRICS = ["accuracy"]
 class EvaluateArguments:
     """The two sets, and the classifier."""
 
-    synthetic_dir: str = option("image folder of the synthetic set: what sample.py left")
+    synthetic: str = option("synthetic set: a folder that sample.py left, or a Hub id")
+    synthetic_revision: str | None = option("revision of a synthetic set on the Hub", None)
     metrics: list[str] = option(f"which metrics; there are: {', '.join(METRICS)}", METRICS)
     test_dataset_name: str | None = option("real images: Hub id or folder of parquet files", None)
     test_data_dir: str | None = option("real images: image folder, instead", None)
@@ -51,7 +55,9 @@ class EvaluateArguments:
     evaluation_resolution: int = option("both sets are resized to this many pixels", 32)
     classifier_seeds: int = option("classifiers trained, each with another seed", 3)
     classifier_steps: int = option("optimizer steps of a classifier, 128 images each", 600)
-    output_file: str | None = option("default: metrics.json in --synthetic_dir", None)
+    output_file: str | None = option(
+        "default: metrics.json in the synthetic folder, or here for a set of the Hub", None
+    )
 
 
 @dataclass
@@ -59,7 +65,7 @@ class DrawFirst(ModelArguments):
     """Draw the synthetic set first: the public pipeline, with the options of sample.py."""
 
     pretrained_model_name_or_path: str | None = option(
-        "draw the images into --synthetic_dir with this pipeline first; default: they are there",
+        "draw the images into --synthetic with this pipeline first; default: they are there",
         None,
     )
 
@@ -69,7 +75,7 @@ def load_labelled(rows: Dataset, args: EvaluateArguments) -> tuple[torch.Tensor,
     rows, _ = keep_readable(rows, args.image_column)
     labels = labels_of(rows, args.label_column)
     batches = pixel_batches(rows, args.image_column, args.evaluation_resolution, 256)
-    return to_unit_range(torch.cat(list(batches))), labels
+    return to_unit_range(torch.cat(list(batches))), list(labels)
 
 
 def downstream_accuracy(synthetic, real, args: EvaluateArguments, state: PartialState) -> dict:
@@ -112,18 +118,20 @@ def main():
         raise UsageError(f"unknown metric {', '.join(unknown)}; there are: {', '.join(METRICS)}")
     if args.classifier_seeds < 1 or args.classifier_steps < 1:
         raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
-    state = PartialState()
+    state, folder = PartialState(), Path(args.synthetic)
     if model.pretrained_model_name_or_path is not None:
-        draw_folder(model, sampling, Path(args.synthetic_dir), state)
+        draw_folder(model, sampling, folder, state)
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
-        synthetic = load_rows(None, None, args.synthetic_dir, "train", cache)
+        synthetic = load_rows(args.synthetic, None, None, "train", cache, args.synthetic_revision)
         real = load_rows(args.test_dataset_name, None, args.test_data_dir, args.test_split, cache)
         synthetic, real = load_labelled(synthetic, args), load_labelled(real, args)
     results = {"accuracy": downstream_accuracy(synthetic, real, args, state)}
 
-    output = Path(args.output_file or Path(args.synthetic_dir) / "metrics.json")
+    output = Path("metrics.json") if not folder.is_dir() else folder / "metrics.json"
+    if args.output_file is not None:
+        output = Path(args.output_file)
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=2) + "\n")

@@ -8,10 +8,15 @@
     python sample.py --pretrained_model_name_or_path examples/digits/base \\
         --prompts "the digit 7" --num_images 16 --output_dir /tmp/sevens
 
+    # from the Hub, and to the Hub, as a dataset
+    python sample.py --pretrained_model_name_or_path user/base --adapter user/scans \\
+        --prompts_file prompts.txt --num_images 10000 --output_dir runs/synthetic \\
+        --push_to_hub --hub_dataset_id user/synthetic-scans
+
 Images are balanced over the prompts. The folder holds metadata.jsonl (columns file_name, text, and
 label for class names), which `datasets.load_dataset(FOLDER)` reads, and grid.png. Run the same
-command again to go on after an interruption. It never reads private data: sampling from an adapter
-costs no further privacy.
+command again to go on after an interruption, or to publish the images. It never reads private data:
+sampling from an adapter costs no further privacy.
 """
 
 from dataclasses import dataclass
@@ -20,8 +25,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from utils.arguments import ModelArguments, option, parse
-from utils.errors import run_script
+from utils.errors import UsageError, on_main_process, run_script
 from utils.generation import SamplingArguments, draw_folder
+from utils.hub import RepositoryArguments
+from utils.synthetic_sets import publish_images, statement_of
 
 
 @dataclass
@@ -31,13 +38,32 @@ class OutputArguments:
     output_dir: str = option("folder of the images")
 
 
+@dataclass
+class PublishArguments(RepositoryArguments):
+    """Publishing on the Hugging Face Hub, when done."""
+
+    push_to_hub: bool = option("publish the images as a dataset", False)
+    hub_dataset_id: str | None = option("dataset repository; needed for --push_to_hub", None)
+
+
 def main():
-    output, model, sampling = parse(
-        OutputArguments, ModelArguments, SamplingArguments, description=__doc__
+    output, model, sampling, hub = parse(
+        OutputArguments, ModelArguments, SamplingArguments, PublishArguments, description=__doc__
     )
-    state = PartialState()
-    draw_folder(model, sampling, Path(output.output_dir), state)
-    state.print(f"{sampling.num_images} images, metadata.jsonl and grid.png in {output.output_dir}")
+    state, folder = PartialState(), Path(output.output_dir)
+    statement = None
+    if hub.push_to_hub:
+        if hub.hub_dataset_id is None:
+            raise UsageError("--push_to_hub needs --hub_dataset_id")
+        statement = on_main_process(lambda: statement_of(sampling))
+    draw_folder(model, sampling, folder, state)
+    state.print(f"{sampling.num_images} images, metadata.jsonl and grid.png in {folder}")
+    if hub.push_to_hub:
+        name = hub.hub_dataset_id
+        address = on_main_process(
+            lambda: publish_images(folder, model, sampling, statement, name, hub)
+        )
+        state.print(f"published {address}")
 
 
 if __name__ == "__main__":

@@ -201,7 +201,10 @@ def sentence(saliency: Saliency, training: TrainingArguments) -> str:
 
 
 def main():
-    select(*parse(*ARGUMENTS, LoraArguments, SaliencyArguments, description=__doc__))
+    model, data, privacy, training, _, lora, saliency = parse(
+        *ARGUMENTS, LoraArguments, SaliencyArguments, description=__doc__
+    )
+    select(model, data, privacy, training, lora, saliency)
 
 
 if __name__ == "__main__":

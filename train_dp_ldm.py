@@ -29,12 +29,12 @@ from utils.pipelines import trains_text
 from utils.selection import read_saliency
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
-USAGE = """from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+USAGE = """from diffusers import {pipeline}, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained("this/model", subfolder="unet")
-pipeline = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)"""
+unet = UNet2DConditionModel.from_pretrained("{adapter}", subfolder="unet")
+pipeline = {pipeline}.from_pretrained("{base}", unet=unet)"""
 LORA_USAGE = """
-pipeline.load_lora_weights("this/model")  # of the text encoder"""
+pipeline.load_lora_weights("{adapter}")  # of the text encoder"""
 
 
 @dataclass
@@ -116,7 +116,7 @@ def save_unet(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
 
 
 def main():
-    model, data, privacy, training, args = parse(*ARGUMENTS, LdmArguments, description=__doc__)
+    model, data, privacy, training, hub, args = parse(*ARGUMENTS, LdmArguments, description=__doc__)
     selected = None
     if privacy.saliency_file is not None:
         selected = read_saliency(privacy.saliency_file).selected
@@ -128,7 +128,7 @@ def main():
         usage,
         args,
     )
-    run_method(method, model, data, privacy, training)
+    run_method(method, model, data, privacy, training, hub)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from utils.selection import read_saliency
 USAGE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained(
-    "{base}", custom_pipeline="this/adapter", trust_remote_code=True
+    "{base}", custom_pipeline="{adapter}", trust_remote_code=True
 )
-pipeline.load_loda("this/adapter")"""
+pipeline.load_loda("{adapter}")"""
 
 
 @dataclass
@@ -72,11 +72,13 @@ def save_loda(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
 
 
 def main():
-    model, data, privacy, training, args = parse(*ARGUMENTS, LoDAArguments, description=__doc__)
+    model, data, privacy, training, hub, args = parse(
+        *ARGUMENTS, LoDAArguments, description=__doc__
+    )
     if privacy.saliency_file is not None:
         args = replace(args, target_modules=read_saliency(privacy.saliency_file).selected)
     method = Method("dp-loda", lambda pipeline: add_loda(pipeline, args), save_loda, USAGE, args)
-    run_method(method, model, data, privacy, training)
+    run_method(method, model, data, privacy, training, hub)
 
 
 if __name__ == "__main__":

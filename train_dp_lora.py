@@ -43,10 +43,10 @@ from utils.runs import LEDGER_NAME, claim_output_dir, private_folder
 from utils.saliency import SaliencyArguments
 from utils.selection import read_saliency
 
-USAGE = """from diffusers import StableDiffusionPipeline
+USAGE = """from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base}")
-pipeline.load_lora_weights("this/adapter")"""
+pipeline = {pipeline}.from_pretrained("{base}")
+pipeline.load_lora_weights("{adapter}")"""
 
 
 @dataclass
@@ -106,7 +106,7 @@ def select_first(
 
 
 def main():
-    model, data, privacy, training, lora, saliency, stages = parse(
+    model, data, privacy, training, hub, lora, saliency, stages = parse(
         *ARGUMENTS, LoraArguments, SaliencyArguments, StageArguments, description=__doc__
     )
     if stages.select_saliency:
@@ -116,7 +116,7 @@ def main():
     if privacy.saliency_file is not None:
         lora = replace(lora, target_modules=read_saliency(privacy.saliency_file).selected)
     method = Method("dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE, lora)
-    run_method(method, model, data, privacy, training)
+    run_method(method, model, data, privacy, training, hub)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def measure(args, settings: dict, epsilon: float, seed: int) -> dict:
     test = ["--test_data_dir", DIGITS] if args.set == "digits" else []
     test += ["--test_dataset_name", args.dataset_name] if args.set == "mnist" else []
     call(
-        "evaluate", "--synthetic_dir", run / "images", *test, *CLASSES,
+        "evaluate", "--synthetic", run / "images", *test, *CLASSES,
         "--pretrained_model_name_or_path", BASE, "--adapter", run / "adapter",
         "--num_images", 500 if args.set == "digits" else 10000, "--num_inference_steps", 8,
         "--batch_size", 100, "--classifier_steps", 300, "--classifier_seeds", 2,

@@ -230,7 +230,7 @@ def test_sampling_and_evaluation_share_their_work(tiny_base, image_folder, tmp_p
         folder = tmp_path / str(processes)
         arguments = ["--pretrained_model_name_or_path", tiny_base, "--class_names", 0, 1, 2]
         arguments += [*CAPTION[2:], "--num_images", 7, "--num_inference_steps", 2]
-        arguments += ["--synthetic_dir", folder, "--test_data_dir", image_folder]
+        arguments += ["--synthetic", folder, "--test_data_dir", image_folder]
         arguments += ["--test_split", "train", "--classifier_steps", 2, "--classifier_seeds", 3]
         arguments += ["--batch_size", 2, "--evaluation_resolution", 16]
         said = together(processes, ROOT / "evaluate.py", *arguments).communicate()

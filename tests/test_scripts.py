@@ -63,7 +63,7 @@ def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, t
     assert run.returncode == 2 and "other settings" in run.stderr
 
     arguments = [
-        "--synthetic_dir",
+        "--synthetic",
         folder,
         "--test_data_dir",
         image_folder,
@@ -105,7 +105,7 @@ def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     # evaluate.py draws with it too, as it does with no adapter at all.
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--adapter", tmp_path / "run"]
     arguments += ["--class_names", 0, 1, "--num_images", 4, "--num_inference_steps", 2]
-    arguments += ["--synthetic_dir", tmp_path / "set", "--test_data_dir", image_folder]
+    arguments += ["--synthetic", tmp_path / "set", "--test_data_dir", image_folder]
     arguments += ["--test_split", "train", "--classifier_steps", 2, "--classifier_seeds", 1]
     run = run_script("evaluate.py", *arguments)
     assert run.returncode == 0, run.stderr

@@ -66,6 +66,7 @@ def load_rows(
     train_data_dir: str | None,
     split: str,
     cache_dir: str | Path | None = None,
+    revision: str | None = None,
 ) -> Dataset:
     """Load one split, from the Hub, a folder of parquet files, a saved dataset or an image folder.
 
@@ -87,7 +88,8 @@ def load_rows(
             rows = load_dataset("imagefolder", data_dir=str(folder), split=split, cache_dir=cache)
         else:
             name = str(folder) if folder.is_dir() else dataset_name
-            rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache)
+            hub = {} if folder.is_dir() else {"revision": revision}
+            rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache, **hub)
     except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
         raise UsageError(f"cannot read split '{split}' of {folder}: {error}") from error
     if len(rows) == 0:

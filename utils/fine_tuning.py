@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,11 @@ from filelock import FileLock
 
 from utils.accounting import PrivacyPlan, account, make_plan
 from utils.arguments import DataArguments, ModelArguments, PrivacyArguments, TrainingArguments
+from utils.cards import Facts, model_card
 from utils.checkpoints import StopRequest
 from utils.entropy import SecretRandomness, secret_randomness
 from utils.errors import Stopped, UsageError, on_main_process
-from utils.generation import generate, image_grid, use_dpm_solver
-from utils.hub import write_card
+from utils.hub import PublishArguments, publish_model, write_durably
 from utils.latents import discard_copies, private_losses
 from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
@@ -33,11 +33,12 @@ from utils.pipelines import (
     trained_modules,
 )
 from utils.planning import describe, read_and_plan
+from utils.publishing import repository_for, save_samples, setup_of
 from utils.reservations import selection_paid_for
 from utils.runs import Run, claim_output_dir, disk_errors_told, private_folder
 from utils.training import TrainingState, UnitLosses, checksum, private_steps
 
-ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments)
+ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, PublishArguments)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def run_method(
     data: DataArguments,
     privacy: PrivacyArguments,
     training: TrainingArguments,
+    hub: PublishArguments,
 ) -> None:
     """Fine-tune a public pipeline on private images, and publish the result.
 
@@ -72,6 +74,8 @@ def run_method(
         UsageError: bad input of any kind, before anything is trained.
     """
     accelerator, _lock = start(training)
+    if hub.push_to_hub and not privacy.dry_run:
+        hub = replace(hub, hub_model_id=repository_for(hub, privacy, training))
     randomness = secret_randomness(privacy)
 
     # Adapt the public model.
@@ -131,9 +135,19 @@ def run_method(
         statement = run.publish(
             lambda folder: method.export(pipeline, folder), plan, randomness.is_private
         )
-        base_name, prompt = model.pretrained_model_name_or_path, training.validation_prompt[0]
+        facts = Facts(
+            method=method.name,
+            usage=method.usage,
+            base_model=model.pretrained_model_name_or_path,
+            pipeline=type(pipeline).__name__,
+            prompts=training.validation_prompt,
+            num_samples=training.num_validation_images,
+            setup=setup_of(training, plan, method.settings, resolution),
+            repo_id=hub.hub_model_id,
+            license=hub.hub_license,
+        )
         with disk_errors_told(run.output_dir):
-            write_card(base_name, statement, method.name, method.usage, prompt, run.output_dir)
+            write_durably(run.output_dir / "README.md", model_card(facts, statement))
             save_samples(pipeline, training)
 
     on_main_process(publish)
@@ -143,6 +157,9 @@ def run_method(
         f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
     )
     accelerator.end_training()
+    if hub.push_to_hub:
+        address = on_main_process(lambda: publish_model(run.output_dir, hub))
+        accelerator.print(f"published {address}")
 
 
 def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
@@ -288,21 +305,3 @@ def training_resolution(pipeline: DiffusionPipeline, data: DataArguments) -> int
     resolution = native if data.resolution is None else data.resolution
     check_resolution(pipeline, resolution)
     return resolution
-
-
-def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments) -> None:
-    """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
-    folder = Path(training.output_dir) / "samples"
-    folder.mkdir(exist_ok=True)
-    prompts, count = training.validation_prompt, training.num_validation_images
-    use_dpm_solver(pipeline)
-    images = []
-    for start in range(0, count, 16):
-        indices = list(range(start, min(start + 16, count)))
-        chosen = [prompts[i % len(prompts)] for i in indices]
-        images += generate(pipeline, chosen, indices, training.seed or 0)
-    for index, image in enumerate(images):
-        image.save(folder / f"{index:04}.png")
-    if images:
-        columns = min(len(prompts), 10) if len(prompts) > 1 else 8
-        image_grid(images, columns).save(folder / "grid.png")

@@ -21,6 +21,7 @@ class SamplingArguments:
     """What to draw, and how."""
 
     adapter: str | None = option("folder or Hub id of what a training script published", None)
+    adapter_revision: str | None = option("revision of an adapter on the Hub", None)
     prompts: list[str] | None = option("prompts, one or more", None)
     prompts_file: str | None = option("text file with a prompt a line", None)
     class_names: list[str] | None = option("class names that fill --caption_template", None)
@@ -151,7 +152,7 @@ def draw_folder(
     if sampling.resolution is not None:
         check_resolution(pipeline, sampling.resolution)
     if sampling.adapter is not None:
-        load_adapter(pipeline, sampling.adapter)
+        load_adapter(pipeline, sampling.adapter, sampling.adapter_revision)
     settings = asdict(sampling) | asdict(model)
     del settings["batch_size"]  # it changes no image
     on_main_process(lambda: claim_folder(folder, settings))

@@ -1,17 +1,57 @@
-"""What a run publishes: the privacy statement and the model card."""
+"""What a run publishes: the privacy statement, and uploads of exactly the files that are meant."""
 
 import json
 import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-METHODS = {
-    "dp-lora": "DP-LoRA adapter",
-    "dp-loda": "DP-LoDA adapter",
-    "dp-ldm": "DP-LDM: a U-Net whose attention was fine-tuned with differential privacy",
-    "dp-diffusion": "DP-Diffusion: a U-Net fine-tuned with differential privacy",
-}
+from utils.arguments import option
+from utils.cards import PLACEHOLDER
+from utils.errors import UsageError
+from utils.verification import problems_of, read_source
+
+HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
+SAMPLE = re.compile(r"(\d{4}|grid)\.png")
+ATTEMPTS = 4
+PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states that trying again may cure
+
+
+@dataclass
+class RepositoryArguments:
+    """The repository on the Hugging Face Hub."""
+
+    hub_private_repo: bool = option("make the repository private, if it is new", False)
+    hub_token: str | None = option(
+        "token that may write; default: the one that `hf auth login` saved, or HF_TOKEN, which "
+        "other users of the machine cannot see in its list of processes",
+        None,
+    )
+    hub_license: str | None = option(
+        "licence on the card, as the Hub names it: mit, openrail", None
+    )
+
+
+@dataclass
+class HubArguments(RepositoryArguments):
+    """Publishing on the Hugging Face Hub."""
+
+    hub_model_id: str | None = option(
+        "repository to publish in; default: the name of --output_dir", None
+    )
+
+
+@dataclass
+class PublishArguments(HubArguments):
+    """Publishing on the Hugging Face Hub, when done."""
+
+    push_to_hub: bool = option("publish the adapter, its statement, card and samples", False)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -29,80 +69,114 @@ def write_statement(statement: dict, output_dir: Path) -> None:
     write_durably(output_dir / "privacy.json", json.dumps(statement, indent=2) + "\n")
 
 
-def privacy_paragraph(statement: dict) -> str:
-    """The guarantee in words."""
-    if not statement["private"]:
-        return f"**{statement['warning']}**"
-    epsilon, accountants = statement["epsilon"], statement["accountants"]
-    unit = statement["privacy_unit"]
-    units = "images" if unit == "image" else f"units ({unit})"
-    return (
-        f"Trained with DP-SGD on {statement['num_units']} private {units}: "
-        f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
-        f"adding or removing one of them (epsilon = {epsilon['replace_one']:.3f} for replacing "
-        f"one). {' '.join(_event_in_words(event) for event in statement['events'])} Accountants: "
-        f"PLD (dp-accounting) {accountants['pld']['epsilon']:.3f}, PRV (Opacus) "
-        f"{accountants['prv']['epsilon']:.3f}. `privacy.json` holds every event, so the number can "
-        f"be recomputed. Not covered: {', '.join(statement['not_covered'])}.{_total(statement)}"
-    )
+def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") -> str:
+    """Make a repository, or find that it is there; returns its full name, USER/NAME.
 
-
-def _event_in_words(event: dict) -> str:
-    rate, noise = f"{event['sampling_rate']:.5g}", f"{event['noise_multiplier']:.4f}"
-    if event["purpose"] == "selection":
-        return (
-            f"What is trained was selected by one release of noisy scores (sampling rate {rate}, "
-            f"noise multiplier {noise})."
+    Raises:
+        UsageError: the Hub cannot be reached, or refuses the name or the token.
+    """
+    try:
+        address = HfApi(token=args.hub_token).create_repo(
+            name, repo_type=repo_type, private=args.hub_private_repo or None, exist_ok=True
         )
-    return (
-        f"{event['steps']} steps, each on a Poisson batch with sampling rate {rate}; every unit's "
-        f"gradient, averaged over {event['noise_multiplicity']} draw(s), is clipped once to "
-        f"{event['max_grad_norm']:g}; noise multiplier {noise}."
-    )
+    except HUB_ERRORS as error:
+        raise UsageError(f"cannot make the repository '{name}': {_why(error)}") from error
+    return address.repo_id
 
 
-def _total(statement: dict) -> str:
-    everything = statement.get("ledger", {}).get("everything")
-    if everything is None:
-        return ""
-    epsilon = everything["epsilon"]
-    return (
-        f" Together with all else that its ledger records on these data: epsilon = "
-        f"{epsilon['add_or_remove_one']:.3f} ({epsilon['replace_one']:.3f} for replacing one)."
-    )
+def files_to_publish(output_dir: Path) -> dict[str, Path]:
+    """The files of a finished run that are published, by their path in the repository; no others.
+
+    The weights that the statement accounts for, the statement, the card, and the samples.
+
+    Raises:
+        UsageError: the run is not finished, or a file is missing.
+    """
+    statement = output_dir / "privacy.json"
+    if not statement.is_file():
+        raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")
+    names = [*json.loads(statement.read_text()).get("files", {}), "privacy.json", "README.md"]
+    samples = output_dir / "samples"
+    if samples.is_dir():
+        found = sorted(path.name for path in samples.iterdir() if SAMPLE.fullmatch(path.name))
+        names += [f"samples/{name}" for name in found]
+    missing = [name for name in names if not (output_dir / name).is_file()]
+    if missing:
+        raise UsageError(f"{output_dir} lacks {', '.join(missing)}: the run is not finished")
+    return {name: output_dir / name for name in names}
 
 
-def write_card(
-    base_model: str, statement: dict, method: str, usage: str, prompt: str, output_dir: Path
-) -> None:
-    """Write `README.md`, the model card.
+def publish_model(output_dir: Path, args: HubArguments) -> str:
+    """Verify a finished run, and upload what it publishes; returns the address of the commit.
+
+    Raises:
+        UsageError: it does not verify, or see `files_to_publish`, `make_repo` and `upload`.
+    """
+    files = files_to_publish(output_dir)
+    problems = problems_of(read_source(str(output_dir), None))
+    if problems:
+        raise UsageError(f"{output_dir} is not published: {'; '.join(problems)}")
+    repo_id = make_repo(args.hub_model_id or output_dir.resolve().name, args)
+    card = files["README.md"].read_text()
+    if PLACEHOLDER in card:
+        write_durably(files["README.md"], card.replace(PLACEHOLDER, repo_id))
+    finish = f"python push_to_hub.py --output_dir {output_dir} --hub_model_id {repo_id}"
+    return upload(repo_id, files, args, "model", finish)
+
+
+def upload(
+    repo_id: str,
+    files: dict[str, Path],
+    args: RepositoryArguments,
+    repo_type: str,
+    finish: str,
+    wait: Callable[[float], None] = time.sleep,
+) -> str:
+    """Upload `files`, {path in the repository: path here}, in one commit; returns its address.
+
+    Doing it again is safe. A passing failure is tried again, a few times, ever later.
 
     Args:
-        method: the tag of the method, such as dp-lora.
-        usage: Python that makes `pipeline`; `{base}` stands for the base model.
+        finish: the command that tries again, for the message.
+
+    Raises:
+        UsageError: it did not work; what is here is whole, and the message says how to go on.
     """
-    is_folder = Path(base_model).exists()
-    family = ["lora"] if method == "dp-lora" else []
-    data = ModelCardData(
-        base_model=None if is_folder else base_model,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["diffusers", "text-to-image", "differential-privacy", method, *family],
-    )
-    shown = Path(base_model).name if is_folder else base_model
-    text = f"""---
-{data.to_yaml()}
----
+    api = HfApi(token=args.hub_token)
+    for attempt in range(ATTEMPTS):
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+            for name, path in files.items()
+        ]
+        try:
+            if attempt == 0:
+                ModelCard.load(files["README.md"]).validate(repo_type=repo_type)
+            return api.create_commit(
+                repo_id, operations, commit_message="Publish", repo_type=repo_type
+            ).commit_url
+        except HUB_ERRORS as error:
+            if attempt == ATTEMPTS - 1 or not _passes(error):
+                raise UsageError(
+                    f"the upload to {repo_id} failed: {_why(error)}. All files are safe here; to "
+                    f"publish them:\n{finish}"
+                ) from error
+            wait(2.0**attempt)
+    raise AssertionError("unreachable")
 
-# {METHODS[method]}, from {shown}
 
-{privacy_paragraph(statement)}
+def _passes(error: Exception) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in PASSING
+    return isinstance(error, httpx2.TransportError)
 
-```python
-{usage.format(base=shown)}
-image = pipeline({prompt!r}).images[0]
-```
 
-The images in `samples/` were drawn from this model. Sampling costs no further privacy.
-"""
-    write_durably(output_dir / "README.md", text)
+def _why(error: Exception) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        if error.response.status_code in (401, 403):
+            return "the Hub refused the token; log in with `hf auth login`, or give --hub_token"
+    if isinstance(error, HFValidationError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

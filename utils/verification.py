@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from utils.accounting import REPLACE_ONE, pld_epsilon, prv_epsilon
 from utils.checkpoints import path_of, read_about, sha256_of, steps_on_disk
@@ -13,7 +13,7 @@ from utils.ledger import CHECKPOINT, WEIGHTS, Ledger, charged_events, charged_st
 
 PLD_TOLERANCE, PRV_TOLERANCE = 1e-3, 0.02  # versions of the accountants may differ this much
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*"]
+PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Source:
     folder: Path | None
     statement: dict | None
     ledger: Ledger | None
+    names: tuple[str, ...] = ()  # of all files there are, downloaded or not
 
     def delta(self) -> float:
         if self.statement is not None:
@@ -48,9 +49,13 @@ def read_source(name: str, revision: str | None) -> Source:
         return Source(None, _read_json(path), None)
     if not path.is_dir():
         try:
+            names = HfApi().list_repo_files(name, revision=revision)
             path = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED))
         except (OSError, ValueError) as error:
             raise UsageError(f"'{name}' is no file, folder or Hub id: {error}") from error
+    else:
+        found = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
+        names = [str(p) for p in found if "private" not in p.parts]
     statement, ledger = path / "privacy.json", path / "private" / "ledger.jsonl"
     if not statement.exists() and not ledger.exists():
         raise UsageError(f"{name} holds no privacy.json and no ledger")
@@ -58,6 +63,7 @@ def read_source(name: str, revision: str | None) -> Source:
         path,
         _read_json(statement) if statement.exists() else None,
         Ledger(ledger) if ledger.exists() else None,
+        tuple(names),
     )
 
 
@@ -75,7 +81,8 @@ def problems_of(source: Source) -> list[str]:
         if source.statement is not None:
             problems += problems_of_statement(source.statement)
         if source.folder is not None and not problems:
-            problems += problems_of_files(source.statement or {"files": {}}, source.folder)
+            problems += problems_of_files(source.statement or {"files": {}}, source)
+            problems += problems_of_card(source.statement, source.folder)
         private = source.folder is not None and (source.folder / "private").is_dir()
         if source.ledger is None and private:
             problems.append("the ledger is missing from private/")
@@ -148,20 +155,36 @@ def _recomputed(events: list[dict], delta: float, claimed: dict, what: str) -> l
     ]
 
 
-def problems_of_files(statement: dict, folder: Path) -> list[str]:
+def problems_of_files(statement: dict, source: Source) -> list[str]:
     """Published files that are missing, changed, or that the statement does not account for."""
-    problems = []
+    problems, folder = [], source.folder
     for name, digest in statement["files"].items():
         if not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256_of(folder / name) != digest:
             problems.append(f"{name} is not the file that was paid for")
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.suffix in WEIGHT_SUFFIXES and "private" not in name.parts:
-            if str(name) not in statement["files"]:
-                problems.append(f"{name} holds weights that the statement does not account for")
+    for name in source.names:
+        if name.endswith(WEIGHT_SUFFIXES) and name not in statement["files"]:
+            problems.append(f"{name} holds weights that the statement does not account for")
     return problems
+
+
+def problems_of_card(statement: dict | None, folder: Path) -> list[str]:
+    """Where the numbers that the model card shows to the Hub are not those of the statement."""
+    card = folder / "README.md"
+    if statement is None or not card.is_file():
+        return []
+    try:
+        results = ModelCard.load(card).data.eval_results or []
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"the front matter of README.md cannot be read: {error}"]
+    shown = [result.metric_value for result in results if result.metric_type == "epsilon"]
+    stated = statement["epsilon"]["add_or_remove_one"]
+    return [
+        f"README.md says epsilon {value}, the statement {stated:.4f}"
+        for value in shown
+        if not isinstance(value, float | int) or abs(value - stated) > 1e-3
+    ]
 
 
 def problems_of_records(records: list[dict]) -> list[str]:

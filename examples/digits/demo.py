@@ -54,7 +54,7 @@ def sample(name: str, *more) -> Path:
 def measure(images: Path) -> dict:
     """Accuracy on the held-out real digits of classifiers trained on `images`."""
     output = RUN / "evaluation" / f"{images.name}.json"
-    run("evaluate.py", "--synthetic_dir", images, *TESTING, "--output_file", output)
+    run("evaluate.py", "--synthetic", images, *TESTING, "--output_file", output)
     accuracy = json.loads((ROOT / output).read_text())["accuracy"]
     return {"accuracy": accuracy["value"], "accuracy_std": accuracy["std"]}
 

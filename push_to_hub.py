@@ -1,0 +1,38 @@
+"""Publish what a training script left, or finish an upload that failed.
+
+    python push_to_hub.py --output_dir runs/scans --hub_model_id user/scans
+    python push_to_hub.py --output_dir runs/scans --dry_run           # which files would leave?
+
+Uploads the weights that privacy.json accounts for, privacy.json, the model card and the samples, in
+one commit; nothing else ever leaves the folder. First it verifies them, as `privacy_report.py
+verify` does: what does not verify, or is stamped NOT PRIVATE, is not published. Doing it again is
+safe.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.arguments import option, parse
+from utils.errors import run_script
+from utils.hub import HubArguments, files_to_publish, publish_model
+
+
+@dataclass
+class PushArguments:
+    """What to publish."""
+
+    output_dir: str = option("folder of a finished run")
+    dry_run: bool = option("print the names of the files, and stop", False)
+
+
+def main():
+    push, hub = parse(PushArguments, HubArguments, description=__doc__)
+    folder = Path(push.output_dir)
+    if push.dry_run:
+        print("\n".join(files_to_publish(folder)))
+    else:
+        print(f"published {publish_model(folder, hub)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,296 @@
+"""What is pushed to the Hub and pulled from it, by the real scripts and unmodified clients."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import CAPTION, ROOT, read_json, train_arguments
+from tests.hub_stand_in import TOKEN, hub_stand_in
+from utils.errors import UsageError
+from utils.hub import ATTEMPTS, PublishArguments, files_to_publish, upload
+
+SAMPLES = ["samples/0000.png", "samples/0001.png", "samples/grid.png"]
+COMMON = ["README.md", "privacy.json", *SAMPLES]
+LODA_FILES = ["adapter_config.json", "adapter_model.safetensors", "loda.py", "pipeline.py"]
+KINDS = {
+    "lora": ("train_dp_lora.py", ["pytorch_lora_weights.safetensors"], ["--lora_alpha", 10]),
+    "loda": ("train_dp_loda.py", LODA_FILES, ["--rank", 2]),
+    "ldm": (
+        "train_dp_ldm.py",
+        ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"],
+        [],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_base):
+    """The stand-in, with the base model in it."""
+    with hub_stand_in() as made:
+        made.put("model", "user/base", tiny_base)
+        yield made
+
+
+@pytest.fixture
+def on_hub(hub, tmp_path):
+    """Run a script of the repository, or any Python, against the stand-in."""
+
+    def run(*command, token: str | None = TOKEN, cwd=ROOT, **more):
+        environment = hub.environment(tmp_path / "hf_home", token) | more
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=cwd, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+
+    return run
+
+
+def push(on_hub, kind: str, image_folder, output, *more):
+    script, _, own = KINDS[kind]
+    arguments = train_arguments("user/base", image_folder, output, *own, *more)
+    arguments += ["--validation_prompt", "the digit 0", "the digit 1", "--seed", 3]
+    return on_hub(script, *arguments, "--push_to_hub", "--hub_model_id", f"user/{kind}")
+
+
+def secrets_of(image_folder, output) -> list[bytes]:
+    """What must be in no file that is uploaded."""
+    paths = [path for path in image_folder.rglob("*.png")]
+    ledger = (output / "private" / "ledger.jsonl").read_bytes().splitlines()
+    return [
+        *(str(image_folder).encode(), str(output).encode(), TOKEN.encode(), b"OUTPUT/private"),
+        *(path.read_bytes()[:64] for path in paths[:5]),
+        *(line[:40] for line in ledger),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_pushes_exactly_these_files_and_they_come_back_whole(
+    hub, on_hub, image_folder, tmp_path, kind
+):
+    output = tmp_path / "run"
+    pushed = push(on_hub, kind, image_folder, output, "--report_to", "tensorboard")
+    assert pushed.returncode == 0, pushed.stderr
+    repository = hub.repositories["model", f"user/{kind}"]
+    assert sorted(repository.files()) == sorted(COMMON + KINDS[kind][1])
+    assert len(repository.commits) == 2  # the empty start, and one more
+    for name, content in repository.files().items():
+        assert content == (output / name).read_bytes()
+        for secret in secrets_of(image_folder, output):
+            assert secret not in content, (name, secret)
+
+    # What it left verifies from the Hub, draws the same images from there, and from its card.
+    verified = on_hub("privacy_report.py", "verify", f"user/{kind}")
+    assert verified.returncode == 0, verified.stderr
+    arguments = ["--pretrained_model_name_or_path", "user/base", "--prompts", "the digit 3"]
+    arguments += ["--num_images", 1, "--num_inference_steps", 2, "--seed", 5]
+    for adapter, folder in ((f"user/{kind}", "theirs"), (output, "ours")):
+        drawn = on_hub(
+            "sample.py", *arguments, "--adapter", adapter, "--output_dir", tmp_path / folder
+        )
+        assert drawn.returncode == 0, drawn.stderr
+    theirs, ours = (tmp_path / folder / "000000.png" for folder in ("theirs", "ours"))
+    assert theirs.read_bytes() == ours.read_bytes()
+    from_the_card(on_hub, output, tmp_path, ours)
+
+
+def from_the_card(on_hub, output, tmp_path, expected) -> None:
+    """The Python in the card runs as it stands, away from this repository, and draws `expected`."""
+    usage, recompute = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.S)
+    noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(5 * 10_000_019))
+    torch.save(noise[None], tmp_path / "noise.pt")
+    code = usage.replace(
+        "image = pipeline('the digit 0').images[0]",
+        "import torch\n"
+        "from diffusers import DPMSolverMultistepScheduler as Solver\n"
+        "pipeline.safety_checker = None\n"
+        "pipeline.scheduler = Solver.from_config(pipeline.scheduler.config, "
+        'algorithm_type="dpmsolver++", final_sigmas_type="zero")\n'
+        "image = pipeline('the digit 3', num_inference_steps=2, guidance_scale=2.0, "
+        "latents=torch.load('noise.pt'), height=16, width=16).images[0]\nimage.save('card.png')",
+    )
+    assert code != usage and "this/adapter" not in code
+    ran = on_hub("-c", usage, cwd=tmp_path)  # as it stands
+    assert ran.returncode == 0, ran.stderr
+    ran = on_hub("-c", code, cwd=tmp_path)  # and from the noise of ours
+    assert ran.returncode == 0, ran.stderr
+    both = (np.asarray(Image.open(path), float) for path in (tmp_path / "card.png", expected))
+    assert np.abs(np.subtract(*both)).max() <= 1  # of 255: the file's rounding
+
+    counted = on_hub("-c", recompute, cwd=tmp_path)
+    assert counted.returncode == 0, counted.stderr
+    stated = read_json(output / "privacy.json")["epsilon"]["add_or_remove_one"]
+    assert float(counted.stdout.split()[0]) == pytest.approx(stated, abs=1e-6)
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of a finished run, to publish."""
+    import shutil
+
+    output = tmp_path / "finished"
+    shutil.copytree(trained[0], output, symlinks=True)
+    return output
+
+
+def test_a_passing_failure_is_tried_again_and_a_lasting_one_keeps_everything(hub, on_hub, finished):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    command = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/flaky"]
+    hub.failures = 10**6
+    failed = on_hub(*command, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert failed.returncode == 2 and "All files are safe here" in failed.stderr
+    finish = failed.stderr.strip().splitlines()[-1]
+    assert finish.startswith("python push_to_hub.py --output_dir")
+    after = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    card = finished / "README.md"
+    assert {p for p in before if before[p] != after.get(p)} <= {card}
+    assert hub.repositories["model", "user/flaky"].files() == {}
+    hub.failures = 1
+    again = on_hub(*finish.split()[1:])  # the command that it printed
+    assert again.returncode == 0, again.stderr
+    assert sorted(hub.repositories["model", "user/flaky"].files()) == sorted(
+        files_to_publish(finished)
+    )
+    once_more = on_hub(*command)
+    assert once_more.returncode == 0, once_more.stderr
+
+
+def test_a_bad_token_is_told_before_anything_is_spent(hub, on_hub, image_folder, tmp_path):
+    arguments = train_arguments("user/base", image_folder, tmp_path / "run")
+    more = ["--push_to_hub", "--hub_model_id", "user/never", "--hub_token", "hf_wrong"]
+    run = on_hub("train_dp_lora.py", *arguments, *more)
+    assert run.returncode == 2 and "log in with `hf auth login`" in run.stderr
+    assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
+
+
+def test_what_is_not_private_or_was_changed_is_not_published(
+    hub, on_hub, finished, tiny_base, image_folder, tmp_path
+):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--debug_noise_seed", 1)
+    run = on_hub("train_dp_lora.py", *arguments, "--push_to_hub")
+    assert run.returncode == 2 and "NOT PRIVATE" in run.stderr
+    statement = finished / "privacy.json"
+    command = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/refused"]
+    changed = read_json(statement)
+    changed["epsilon"]["add_or_remove_one"] /= 2
+    original = statement.read_text()
+    for text in (json.dumps(changed), original.replace('"private": true', '"private": false')):
+        statement.write_text(text)
+        refused = on_hub(*command)
+        assert refused.returncode == 2 and "is not published" in refused.stderr
+    assert ("model", "user/refused") not in hub.repositories
+
+
+def test_weights_beside_a_statement_are_seen_on_the_hub_whatever_their_format(
+    hub, on_hub, finished
+):
+    command = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/mixed"]
+    assert on_hub(*command).returncode == 0
+    repository = hub.repositories["model", "user/mixed"]
+    repository.commits.append(("more", repository.files() | {"extra.bin": b"weights"}))
+    verified = on_hub("privacy_report.py", "verify", "user/mixed")
+    assert verified.returncode == 1 and "extra.bin holds weights" in verified.stderr
+    revision = repository.sha(1)
+    verified = on_hub("privacy_report.py", "verify", "user/mixed", "--revision", revision)
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_a_card_that_claims_another_epsilon_does_not_verify(on_hub, finished):
+    card = finished / "README.md"
+    text = card.read_text()
+    card.write_text(re.sub(r"(\n\s+value: )[\d.]+", r"\g<1>0.5", text))
+    assert card.read_text() != text
+    verified = on_hub("privacy_report.py", "verify", finished)
+    assert verified.returncode == 1 and "README.md says epsilon 0.5" in verified.stderr
+
+
+def test_a_synthetic_set_is_published_pulled_and_evaluated(
+    hub, on_hub, finished, image_folder, tmp_path
+):
+    assert (
+        on_hub(
+            *("push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/drawer")
+        ).returncode
+        == 0
+    )
+    arguments = ["--pretrained_model_name_or_path", "user/base", "--adapter", "user/drawer"]
+    arguments += ["--adapter_revision", hub.repositories["model", "user/drawer"].sha()]
+    arguments += ["--class_names", 0, 1, 2, 3, "--caption_template", "the digit {label}"]
+    arguments += ["--num_images", 8, "--num_inference_steps", 2, "--output_dir", tmp_path / "set"]
+    more = ["--push_to_hub", "--hub_dataset_id", "user/synthetic", "--hub_private_repo"]
+    run = on_hub("sample.py", *arguments, *more)
+    assert run.returncode == 0, run.stderr
+    repository = hub.repositories["dataset", "user/synthetic"]
+    names = ["README.md", "data/train-00000-of-00001.parquet", "grid.png"]
+    assert repository.private and sorted(repository.files()) == names
+    card = repository.files()["README.md"].decode()
+    epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
+    assert "synthetic" in card and "user/drawer" in card and f"{epsilon:.3f}" in card
+    for content in repository.files().values():
+        assert str(tmp_path).encode() not in content and TOKEN.encode() not in content
+
+    code = "from datasets import load_dataset; rows = load_dataset('user/synthetic', split='train')"
+    code += (
+        "; print(list(rows['label']), rows[5]['text'], rows[5]['image'].size, rows.column_names)"
+    )
+    pulled = on_hub("-c", code, cwd=tmp_path)
+    assert pulled.returncode == 0, pulled.stderr
+    assert "['0', '1', '2', '3', '0', '1', '2', '3'] the digit 1 (16, 16)" in pulled.stdout
+
+    arguments = ["--synthetic", "user/synthetic", "--synthetic_revision", repository.sha()]
+    arguments += ["--test_data_dir", image_folder, "--test_split", "train"]
+    arguments += ["--classifier_steps", 2, "--classifier_seeds", 1]
+    output = tmp_path / "metrics.json"
+    run = on_hub("evaluate.py", *arguments, "--output_file", output)
+    assert run.returncode == 0, run.stderr
+    assert read_json(output)["accuracy"]["num_synthetic"] == 8
+
+
+def test_private_images_may_come_from_the_hub(hub, on_hub, image_folder, tmp_path):
+    hub.put("dataset", "user/scans", image_folder)
+    arguments = ["--pretrained_model_name_or_path", "user/base", "--dataset_name", "user/scans"]
+    arguments += [*CAPTION, "--noise_multiplier", 1, "--target_delta", 1e-3, "--dry_run"]
+    arguments += ["--expected_batch_size", 10, "--max_train_steps", 2]
+    run = on_hub("train_dp_lora.py", *arguments, "--output_dir", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    assert '"num_units": 40' in run.stdout
+
+
+def test_only_what_is_meant_is_published(finished):
+    """The list is made from the statement: whatever else lies in the folder stays."""
+    for name in ("notes.txt", "optimizer.pt", "samples/me.jpg", "samples/0000.png.bak"):
+        (finished / name).write_text("private")
+    names = set(files_to_publish(finished))
+    assert names == {"pytorch_lora_weights.safetensors", *COMMON}
+
+
+def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
+    import httpx2
+
+    from utils import hub as hub_module
+
+    waits, calls = [], []
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_commit(self, *arguments, **more):
+            calls.append(1)
+            raise self.error
+
+    monkeypatch.setattr(hub_module, "HfApi", Api)
+    monkeypatch.setattr(hub_module.ModelCard, "validate", lambda self, repo_type: None)
+    files = files_to_publish(finished)
+    for error, tries in ((httpx2.ConnectError("gone"), ATTEMPTS), (ValueError("no"), 1)):
+        Api.error = error
+        calls.clear()
+        with pytest.raises(UsageError, match="finish it"):
+            upload("user/x", files, PublishArguments(), "model", "finish it", waits.append)
+        assert len(calls) == tries
+    assert waits == [1.0, 2.0, 4.0]

@@ -1,0 +1,70 @@
+"""What a training script publishes beside its weights: the card, samples, and the repository."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from utils.accounting import PrivacyPlan
+from utils.arguments import PrivacyArguments, TrainingArguments
+from utils.errors import UsageError, on_main_process
+from utils.generation import generate, image_grid, use_dpm_solver
+from utils.hub import PublishArguments, make_repo
+
+
+def repository_for(
+    hub: PublishArguments, privacy: PrivacyArguments, training: TrainingArguments
+) -> str:
+    """Make the repository before anything is spent; returns its full name.
+
+    Raises:
+        UsageError: see `make_repo`; or what will be made must not be published.
+    """
+    if privacy.debug_noise_seed is not None:
+        raise UsageError("--debug_noise_seed makes what is NOT PRIVATE: --push_to_hub is refused")
+    name = hub.hub_model_id or Path(training.output_dir).resolve().name
+    return on_main_process(lambda: make_repo(name, hub))
+
+
+def setup_of(
+    training: TrainingArguments, plan: PrivacyPlan, own: object, resolution: int
+) -> dict[str, object]:
+    """How it was trained, for the card: nothing about the data, and no seed."""
+    rate, schedule = f"{training.learning_rate:g}", training.lr_scheduler
+    setup = {
+        "steps": plan.steps,
+        "expected batch size, B": f"{plan.expected_batch_size:g} units",
+        "noise multiplicity, K": f"{plan.noise_multiplicity} draws a unit",
+        "clipping bound, C": f"{plan.max_grad_norm:g} ({plan.clipping})",
+        "optimizer": f"{training.optimizer}, learning rate {rate}, {schedule} schedule",
+        "timesteps": training.timestep_sampling,
+        "resolution": f"{resolution} pixels",
+        "precision": "fp32" if training.mixed_precision == "no" else training.mixed_precision,
+    }
+    if training.ema_decay:
+        setup["moving average of the weights"] = f"decay {training.ema_decay:g}"
+    for name, value in asdict(own).items():
+        if isinstance(value, list):
+            few = len(value) <= 12
+            value = ", ".join(f"`{v}`" for v in value) if few else f"{len(value)} of them"
+        if value is not None:
+            setup[name.replace("_", " ")] = value
+    return setup
+
+
+def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments) -> None:
+    """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
+    folder = Path(training.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    prompts, count = training.validation_prompt, training.num_validation_images
+    use_dpm_solver(pipeline)
+    images = []
+    for start in range(0, count, 16):
+        indices = list(range(start, min(start + 16, count)))
+        chosen = [prompts[i % len(prompts)] for i in indices]
+        images += generate(pipeline, chosen, indices, training.seed or 0)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:04}.png")
+    if images:
+        columns = min(len(prompts), 10) if len(prompts) > 1 else 8
+        image_grid(images, columns).save(folder / "grid.png")
