@@ -25,7 +25,7 @@ from peft.utils import get_peft_model_state_dict
 from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
-from utils.pipelines import trains_text
+from utils.pipelines import is_xl, trains_text
 from utils.selection import read_saliency
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
@@ -92,6 +92,8 @@ def unfreeze(
         for parameter in chosen:
             parameter.requires_grad_(True)
     if args.train_text_encoder:
+        if is_xl(pipeline):
+            raise UsageError("--train_text_encoder is not supported for Stable Diffusion XL")
         if args.text_encoder_rank < 1:
             raise UsageError("--text_encoder_rank must be at least 1")
         pipeline.text_encoder.add_adapter(

@@ -21,7 +21,7 @@ from utils import loda
 from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
-from utils.pipelines import ALL_TARGETS, resolve_targets
+from utils.pipelines import ALL_TARGETS, is_xl, resolve_targets
 from utils.selection import read_saliency
 
 USAGE = """from diffusers import DiffusionPipeline
@@ -48,8 +48,10 @@ def add_loda(pipeline: StableDiffusionPipeline, args: LoDAArguments) -> None:
     """Put a trainable LoDA beside the target modules; B starts at zero: nothing changes yet.
 
     Raises:
-        UsageError: an unknown target, or a rank below 1.
+        UsageError: an unknown target, a rank below 1, or Stable Diffusion XL.
     """
+    if is_xl(pipeline):
+        raise UsageError("DP-LoDA of Stable Diffusion XL is not supported: use train_dp_lora.py")
     targets = resolve_targets(pipeline.unet, args.target_modules)
     try:
         config = loda.LoDAConfig(

@@ -148,7 +148,7 @@ def run_method(
         )
         with disk_errors_told(run.output_dir):
             write_durably(run.output_dir / "README.md", model_card(facts, statement))
-            save_samples(pipeline, training)
+            save_samples(pipeline, training, resolution)
 
     on_main_process(publish)
     if training.discard_latents:

@@ -52,7 +52,7 @@ def setup_of(
     return setup
 
 
-def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments) -> None:
+def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments, resolution: int) -> None:
     """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
     folder = Path(training.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments) -> No
     for start in range(0, count, 16):
         indices = list(range(start, min(start + 16, count)))
         chosen = [prompts[i % len(prompts)] for i in indices]
-        images += generate(pipeline, chosen, indices, training.seed or 0)
+        images += generate(pipeline, chosen, indices, training.seed or 0, resolution=resolution)
     for index, image in enumerate(images):
         image.save(folder / f"{index:04}.png")
     if images:
