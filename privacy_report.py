@@ -8,6 +8,7 @@
         --max_train_steps 200 --target_delta 1e-6 --target_epsilon 8
     python privacy_report.py plan --num_units 60000 --expected_batch_size 2000 \\
         --max_train_steps 200 --target_delta 1e-6 --noise_multiplier 1.1
+    python privacy_report.py plan --config examples/mnist/dp_lora.yaml --num_units 60000
 
     # hand back what a run that will not be resumed had reserved
     python privacy_report.py give_up runs/ledger.jsonl RUN
@@ -26,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.accounting import account, calibrate_noise_multiplier, make_plan, pld_epsilon
-from utils.arguments import PrivacyArguments
+from utils.arguments import PrivacyArguments, read_yaml
 from utils.errors import UsageError, run_script
 from utils.ledger import Ledger, charged_steps, is_live, page_of
 from utils.privacy_plots import draw_spent, draw_trade_off
@@ -101,7 +102,29 @@ def verify(args) -> None:
         print("its ledger is not here, and was not checked")
 
 
+PLANNED = ["expected_batch_size", "max_train_steps", "target_delta"]
+BUDGETS = ["target_epsilon", "noise_multiplier"]
+
+
+def fill_in(args) -> None:
+    """Take from `--config` what the command line does not say.
+
+    Raises:
+        UsageError: neither says it.
+    """
+    config = {} if args.config is None else read_yaml(args.config)
+    noise = [] if args.noise_multiplier or args.target_epsilon else BUDGETS
+    for name in [*PLANNED, *noise]:
+        if getattr(args, name) is None and config.get(name) is not None:
+            setattr(args, name, float(config[name]))
+    missing = [f"--{name}" for name in PLANNED if getattr(args, name) is None]
+    if missing:
+        raise UsageError(f"give {', '.join(missing)}, or a --config that does")
+    args.max_train_steps = int(args.max_train_steps)
+
+
 def plan(args) -> None:
+    fill_in(args)
     privacy = PrivacyArguments(
         target_epsilon=args.target_epsilon,
         target_delta=args.target_delta,
@@ -162,9 +185,10 @@ def parse() -> argparse.Namespace:
             _add_outputs(command, "privacy_report.png")
     command = commands.add_parser("plan", help="how much noise for how much epsilon")
     command.add_argument("--num_units", type=int, required=True, help="N")
-    command.add_argument("--expected_batch_size", type=float, required=True, help="B, units a step")
-    command.add_argument("--max_train_steps", type=int, required=True, help="private steps")
-    command.add_argument("--target_delta", type=float, required=True, help="below 1/N")
+    command.add_argument("--config", help="YAML file of a run, for what is not given here")
+    command.add_argument("--expected_batch_size", type=float, help="B, units a step")
+    command.add_argument("--max_train_steps", type=int, help="private steps")
+    command.add_argument("--target_delta", type=float, help="below 1/N")
     command.add_argument("--target_epsilon", type=float, help="find the noise for it")
     command.add_argument("--noise_multiplier", type=float, help="or find the epsilon of this noise")
     _add_outputs(command, "privacy_plan.png")

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.5, 2.1 and XL: the same code trains, exports and reloads each layout."""
 
 import gc
+import shutil
 import subprocess
 import sys
 
@@ -188,7 +189,8 @@ def build_stable_diffusion(version: str):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
         num_hidden_layers=text["layers"], num_attention_heads=text["heads"],
-        hidden_act=text["act"], max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+        hidden_act=text["act"], max_position_embeddings=77,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     vae = random_weights(
         AutoencoderKL,
@@ -221,6 +223,7 @@ def test_stable_diffusion_trains_exports_and_reloads_at_full_size(version, image
     assert read_json(output / "privacy.json")["private"] is True
     gc.collect()
     pipeline = load_pipeline(str(base))
+    shutil.rmtree(base)
     load_adapter(pipeline, str(output))
     lora = {n: p for n, p in pipeline.unet.named_parameters() if "lora_B" in n}
     # q, k, v and out of two attentions in each of 16 transformers, and their two projections

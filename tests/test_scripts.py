@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -452,9 +453,18 @@ def test_reproducible_noise_is_stamped_not_private(run_script, tiny_base, image_
         "evaluate",
         "audit_privacy",
         "select_saliency",
+        "push_to_hub",
     ],
 )
 def test_help_teaches(run_script, script):
+    """The script's story and its command, then every option, in groups, with a line of help."""
     run = run_script(f"{script}.py", "--help")
     assert run.returncode == 0
-    assert f"{script}.py" in run.stdout and "--output" in run.stdout
+    story, options = run.stdout.split("\noptions:\n")
+    assert f"{script}.py" in story and "--output" in options
+    entries = re.findall(r"^  (--\w+).*(?:\n {10,}.*)*", options, re.M)
+    assert len(entries) == len(set(entries)) >= 7
+    for entry in re.finditer(r"^  --\w+.*(?:\n {10,}.*)*", options, re.M):
+        assert re.search(r" {2,}\w.{3}", entry[0][3:]), entry[0]  # its help
+    groups = re.findall(r"^(\w.*):$", options, re.M)
+    assert groups and all(len(group) > 10 for group in groups)

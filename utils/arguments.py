@@ -1,7 +1,7 @@
 """The arguments that the scripts parse: dataclasses, one help line a field, CLI over YAML."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
@@ -155,10 +155,15 @@ class TrainingArguments:
         "units per forward pass; changes speed and memory, never the result", 32
     )
     random_flip: bool = option("flip each draw left to right with probability 1/2", False)
-    mixed_precision: str = option("no or bf16", "no", choices=["no", "bf16"])
+    mixed_precision: str = option(
+        "precision of the forward and backward pass; weights stay in fp32",
+        "no",
+        choices=["no", "bf16"],
+    )
     gradient_checkpointing: bool = option("recompute activations to save memory", False)
     validation_prompt: list[str] = option(
-        "prompts of the images drawn at the end into samples/; default: the empty prompt", [""]
+        "prompts of the images drawn at the end into samples/, shown on the card; default: none",
+        [""],
     )
     num_validation_images: int = option("how many images to draw at the end", 16)
     checkpointing_steps: int = option(
@@ -178,7 +183,9 @@ class TrainingArguments:
     discard_latents: bool = option(
         "when done, delete the encoded images and the other copies of the private ones", False
     )
-    report_to: str | None = option("tracker for step, learning rate and epsilon", None)
+    report_to: str | None = option(
+        "tracker for step, learning rate and epsilon, such as tensorboard or wandb", None
+    )
     seed: int | None = option(
         "seed of the adapter's start and of samples/; never of the noise", None
     )
@@ -206,7 +213,10 @@ def parse(*dataclasses: type, description: str) -> tuple:
     for kind in dataclasses:  # each is a group of its own in --help
         kind._argument_group_name = kind.__doc__.strip().rstrip(".")
     parser = HfArgumentParser(
-        list(dataclasses), description=description, formatter_class=_HelpFormatter
+        list(dataclasses),
+        usage="%(prog)s [--config FILE.yaml] [--argument VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of arguments; the command line wins over it")
     config, _ = _config_option(sys.argv[1:])
@@ -217,11 +227,26 @@ def parse(*dataclasses: type, description: str) -> tuple:
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
-    """Keeps the script's docstring as written and shows every option's default."""
+    """Keeps the script's docstring as written; one short line an option, with its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=100)
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, MISSING) and action.option_strings
-        return f"{action.help} (default: {action.default})" if shown else action.help
+        default = action.default
+        if not action.option_strings or default in (None, MISSING, SUPPRESS, False, [""]):
+            return action.help
+        shown = " ".join(default) if isinstance(default, list) else default
+        return f"{action.help} (default: {shown})"
+
+    def _format_action_invocation(self, action):
+        name = "-h, --help" if action.dest == "help" else action.option_strings[0]
+        if action.nargs in (0, "?"):  # a switch
+            return name
+        value = {int: "N", float: "X"}.get(action.type, "TEXT")
+        if action.choices:
+            value = "{" + ",".join(map(str, action.choices)) + "}"
+        return f"{name} {value}" + (" ..." if action.nargs == "+" else "")
 
 
 def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -233,7 +258,13 @@ def _config_option(argv: list[str]) -> tuple[str | None, list[str]]:
     return known.config, rest
 
 
-def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
+def read_yaml(path: str | Path) -> dict:
+    """The arguments in a YAML file.
+
+    Raises:
+        UsageError: it is missing, is not valid, or does not map names to values.
+    """
+    path = Path(path)
     if not path.is_file():
         raise UsageError(f"--config {path}: there is no such file")
     try:
@@ -242,6 +273,11 @@ def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
         raise UsageError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must map argument names to values")
+    return values
+
+
+def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
+    values = read_yaml(path)
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(set(values) - set(actions))
     if unknown:
@@ -249,5 +285,8 @@ def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
     for name, value in values.items():
         action = actions[name]
         if value is not None and action.type in (int, float) and not isinstance(value, list):
-            value = action.type(value)  # YAML reads 1e-5 as text
+            try:
+                value = action.type(value)  # YAML reads 1e-5 as text
+            except ValueError as error:
+                raise UsageError(f"--config {path}: {name} is no number: {value}") from error
         action.default, action.required = value, False
