@@ -51,37 +51,54 @@ def on_hub(hub, tmp_path):
     return run
 
 
-def push(on_hub, kind: str, image_folder, output, *more):
+@pytest.fixture(scope="module")
+def smiths(tmp_path_factory):
+    """Private images whose names, captions and pixels all say whose they are."""
+    folder = tmp_path_factory.mktemp("smith_family")
+    rng = np.random.default_rng(7)
+    lines = []
+    for index in range(40):
+        name = f"scan_of_smith_{index}.png"
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": f"smith, finding {index}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def push(on_hub, kind: str, smiths, output, *more):
     script, _, own = KINDS[kind]
-    arguments = train_arguments("user/base", image_folder, output, *own, *more)
+    arguments = train_arguments("user/base", smiths, output, *own, *more)
+    arguments += ["--caption_column", "text", "--resolution", 16, "--random_flip"]
     arguments += ["--validation_prompt", "the digit 0", "the digit 1", "--seed", 3]
     return on_hub(script, *arguments, "--push_to_hub", "--hub_model_id", f"user/{kind}")
 
 
-def secrets_of(image_folder, output) -> list[bytes]:
-    """What must be in no file that is uploaded."""
-    paths = [path for path in image_folder.rglob("*.png")]
-    ledger = (output / "private" / "ledger.jsonl").read_bytes().splitlines()
+def secrets_of(smiths, output) -> list[bytes]:
+    """What must be in no file that is uploaded: names, captions, pixels, latents, ledger, paths."""
+    private = output / "private"
+    latents = next((private / "latents").glob("*/latents.f32")).read_bytes()
     return [
-        *(str(image_folder).encode(), str(output).encode(), TOKEN.encode(), b"OUTPUT/private"),
-        *(path.read_bytes()[:64] for path in paths[:5]),
-        *(line[:40] for line in ledger),
+        *(b"smith", str(smiths).encode(), str(output).encode(), TOKEN.encode()),
+        *(path.read_bytes()[50:100] for path in smiths.glob("*.png")),
+        *(latents[start : start + 32] for start in range(0, len(latents), 4096)),
+        *(line[:60] for line in (private / "ledger.jsonl").read_bytes().splitlines()),
+        b"exp_avg",  # of AdamW
     ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_pushes_exactly_these_files_and_they_come_back_whole(
-    hub, on_hub, image_folder, tmp_path, kind
+    hub, on_hub, smiths, tmp_path, kind
 ):
     output = tmp_path / "run"
-    pushed = push(on_hub, kind, image_folder, output, "--report_to", "tensorboard")
+    pushed = push(on_hub, kind, smiths, output, "--report_to", "tensorboard")
     assert pushed.returncode == 0, pushed.stderr
     repository = hub.repositories["model", f"user/{kind}"]
     assert sorted(repository.files()) == sorted(COMMON + KINDS[kind][1])
     assert len(repository.commits) == 2  # the empty start, and one more
     for name, content in repository.files().items():
         assert content == (output / name).read_bytes()
-        for secret in secrets_of(image_folder, output):
+        for secret in secrets_of(smiths, output):
             assert secret not in content, (name, secret)
 
     # What it left verifies from the Hub, draws the same images from there, and from its card.

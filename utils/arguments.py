@@ -236,7 +236,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
         default = action.default
         if not action.option_strings or default in (None, MISSING, SUPPRESS, False, [""]):
             return action.help
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         return f"{action.help} (default: {shown})"
 
     def _format_action_invocation(self, action):

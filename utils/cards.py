@@ -15,9 +15,7 @@ METHODS = {
 PLACEHOLDER = "this/adapter"  # stands for the repository's name until it has one
 RECOMPUTE = """import json
 
-from dp_accounting import (
-    ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
-)
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from huggingface_hub import hf_hub_download
 
@@ -152,6 +150,8 @@ def plain_words(statement: dict) -> str:
     if not statement["private"]:
         return f"**{statement['warning']}**"
     epsilon = statement["epsilon"]["add_or_remove_one"]
+    factor = math.exp(min(epsilon, 700))
+    shown = f"{factor:,.0f}" if 10 <= factor < 1e6 else f"{factor:.3g}"
     unit = "image" if statement["privacy_unit"] == "image" else "unit"
     weak = ""
     if epsilon > 5:
@@ -162,7 +162,7 @@ def plain_words(statement: dict) -> str:
     return (
         f"Nobody who sees this repository, whatever else they know, can tell with certainty "
         f"whether any one {unit} was among the training data: its odds of having been there, as "
-        f"they saw them before, change by a factor of at most e^epsilon = {math.exp(epsilon):.3g}, "
+        f"they saw them before, change by a factor of at most e^epsilon = {shown}, "
         f"but for a chance of delta = {statement['delta']:g}.{weak}"
     )
 

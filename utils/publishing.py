@@ -47,7 +47,7 @@ def setup_of(
         if isinstance(value, list):
             few = len(value) <= 12
             value = ", ".join(f"`{v}`" for v in value) if few else f"{len(value)} of them"
-        if value is not None:
+        if value is not None and value is not False:
             setup[name.replace("_", " ")] = value
     return setup
 
