@@ -2,6 +2,9 @@
 
 import os
 import stat
+import threading
+import time
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,32 @@ def tiny_set(image_folder, folder, captions=None, first: int = 0) -> PrivateSet:
     captions = captions or [f"the digit {i % 4}" for i in range(len(rows))]
     digest = readable_rows(rows, "image")[1]
     return PrivateSet(rows, "image", captions, torch.arange(len(rows)), 0, digest)
+
+
+def made_in(folder) -> list:
+    return [path for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_one_run_at_a_time_makes_them(pipeline, image_folder, tmp_path):
+    """A second run waits for the first, and finds them made."""
+    private_set, folder, calls = tiny_set(image_folder, tmp_path), tmp_path / "latents", []
+    whole = latents.pixel_batches
+
+    def slow(*arguments):
+        calls.append(1)
+        time.sleep(0.5)
+        return whole(*arguments)
+
+    with mock.patch.object(latents, "pixel_batches", slow):
+        runs = [
+            threading.Thread(target=encode_units, args=(pipeline, private_set, 16, folder))
+            for _ in range(2)
+        ]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+    assert len(calls) == 1 and len(made_in(folder)) == 1
 
 
 @pytest.fixture
@@ -41,7 +70,7 @@ def test_latents_are_the_autoencoders_as_they_are_and_mirrored(pipeline, image_f
 
 def test_the_files_are_readable_by_their_owner_only(pipeline, image_folder, tmp_path):
     encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, tmp_path / "latents")
-    made = next((tmp_path / "latents").iterdir())
+    made = made_in(tmp_path / "latents")[0]
     assert {path.name for path in made.iterdir()} == {"latents.f32", "tokens.i32", "about.json"}
     for folder in (tmp_path / "latents", made):
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
@@ -79,21 +108,19 @@ def test_what_a_killed_run_left_half_made_is_not_used(
     pipeline, image_folder, tmp_path, monkeypatch
 ):
     private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "tokenize", lambda p, words: _die() if len(words) > 1 else one(p))
+        patch.setattr(latents, "encode_images", killed)
         with pytest.raises(KeyboardInterrupt):
             encode_units(pipeline, private_set, 16, folder)
-    assert len(list(folder.iterdir())) == 1
+    half = made_in(folder)
+    assert len(half) == 1
     units = encode_units(pipeline, private_set, 16, folder)
-    assert len(list(folder.iterdir())) == 1  # and it is cleaned up
+    assert len(made_in(folder)) == 1 and made_in(folder) != half  # and it is cleaned up
     assert units.latents.abs().sum((1, 2, 3, 4)).min() > 0
-
-
-one = lambda pipeline: torch.zeros(1, 1, 8, dtype=torch.long)  # noqa: E731
-
-
-def _die():
-    raise KeyboardInterrupt
 
 
 def test_many_captions_are_embedded_when_drawn_and_give_the_same_losses(
@@ -120,6 +147,6 @@ def test_runs_share_a_folder_and_discard_it(tiny_base, image_folder, tmp_path, m
     more = [*shared, "--learning_rate", 1e-4, "--discard_latents"]
     second = train_arguments(tiny_base, image_folder, tmp_path / "second", *more)
     assert "saved the weights" in train_here(second)
-    assert not list((tmp_path / "shared").iterdir())
+    assert not made_in(tmp_path / "shared")
     left = {path.name for path in (tmp_path / "second" / "private").iterdir()}
     assert "cache" not in left and "ledger.jsonl" in left

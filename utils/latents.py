@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,24 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
+from filelock import FileLock
 from tqdm import tqdm
 
 from utils.arguments import TrainingArguments
 from utils.data import PrivateSet, pixel_batches, to_unit_range
 from utils.entropy import SecretRandomness
 from utils.errors import on_main_process
-from utils.pipelines import denoising_loss, encode_text, snr_weights, tokenize, trains_text
+from utils.pipelines import (
+    denoising_loss,
+    encode_text,
+    snr_weights,
+    tokenize,
+    tokenizers_of,
+    trains_text,
+)
 from utils.runs import disk_errors_told, private_folder
 
+ENCODING = 1  # raise it whenever images are read, resized or encoded otherwise
 FEW_CAPTIONS = 1000  # distinct ones; so many are embedded once, more are embedded when drawn
 
 
@@ -120,8 +130,9 @@ def encode_units(
     shapes = _shapes(pipeline, private_set, resolution, random_flip)
     wanted = [shapes, _digest(pipeline, private_set, resolution)]
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    if not on_main_process((folder / key).exists):
-        _encode_into(pipeline, private_set, resolution, folder, key, shapes)
+    with _locked(folder, key):
+        if not on_main_process((folder / key).exists):
+            _encode_into(pipeline, private_set, resolution, folder, key, shapes)
     latents, tokens = (
         torch.from_file(str(folder / key / name), size=int(np.prod(shape)), dtype=dtype).view(shape)
         for (name, shape), dtype in zip(shapes.items(), (torch.float32, torch.int32), strict=True)
@@ -131,6 +142,23 @@ def encode_units(
         text, caption_rows = _few_captions(pipeline, tokens, resolution)
     units = rows_by_unit(private_set.unit_of_row)
     return EncodedUnits(resolution, latents, tokens, text, caption_rows, *units)
+
+
+@contextmanager
+def _locked(folder: Path, key: str) -> Iterator[None]:
+    """Only one run at a time makes the files of `key`; others wait, and find them made."""
+    lock = FileLock(folder / f"{key}.lock")
+
+    def acquire() -> None:
+        with disk_errors_told(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock.acquire()
+
+    on_main_process(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: bool) -> dict:
@@ -145,13 +173,17 @@ def _shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: boo
 
 def _digest(pipeline, private_set: PrivateSet, resolution: int) -> str:
     """Of all that the files depend on, but for their shapes."""
-    digest = hashlib.sha256(f"{private_set.digest} {resolution}".encode())
+    digest = hashlib.sha256(f"{ENCODING} {private_set.digest} {resolution}".encode())
     for caption in private_set.captions:
-        digest.update(hashlib.sha256(caption.encode(errors="replace")).digest())
+        digest.update(hashlib.sha256(caption.encode(errors="surrogatepass")).digest())
     for name, tensor in sorted(pipeline.vae.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    words = sorted(pipeline.tokenizer.get_vocab().items())
-    digest.update(repr((words, pipeline.vae.config.scaling_factor)).encode())
+    digest.update(repr(pipeline.vae.config.scaling_factor).encode())
+    for tokenizer in tokenizers_of(pipeline):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for passing in ("padding", "truncation"):  # as its last caller left them
+            rules.pop(passing)
+        digest.update(repr((rules, tokenizer.pad_token_id)).encode())
     return digest.hexdigest()
 
 
@@ -163,7 +195,6 @@ def _encode_into(pipeline, private_set, resolution, folder: Path, key: str, shap
 
     def start() -> None:
         with disk_errors_told(folder):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for half in folder.glob(f"{key}-*"):  # of a run that was killed
                 shutil.rmtree(half)
             aside.mkdir(mode=0o700)
@@ -205,8 +236,7 @@ def _encode_into(pipeline, private_set, resolution, folder: Path, key: str, shap
     def finish() -> None:
         about = {"rows": rows, "captions_cut": cut, "tokens": shapes["tokens.i32"][-1]}
         (aside / "about.json").write_text(json.dumps(about) + "\n")
-        if not (folder / key).exists():  # another run may have been faster
-            os.replace(aside, folder / key)
+        os.replace(aside, folder / key)
 
     on_main_process(finish)
 
@@ -219,7 +249,7 @@ def latents_folder(training: TrainingArguments) -> Path:
 
 def discard_copies(training: TrainingArguments) -> None:
     """Delete what was made of the private images: the latents, and what `datasets` cached."""
-    for made in latents_folder(training).glob("*/latents.f32"):
+    for made in latents_folder(training).glob("*/about.json"):  # not what is being made
         shutil.rmtree(made.parent)
     shutil.rmtree(private_folder(training.output_dir) / "cache", ignore_errors=True)
 

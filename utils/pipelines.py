@@ -159,10 +159,13 @@ def encode_captions(tokenizer, captions: list[str]) -> torch.Tensor:
 
 def tokenize(pipeline: DiffusionPipeline, captions: list[str]) -> torch.Tensor:
     """Token ids for each of the pipeline's E text encoders: [len(captions), E, max_length]."""
-    tokenizers = [pipeline.tokenizer]
-    if is_xl(pipeline):
-        tokenizers.append(pipeline.tokenizer_2)
-    return torch.stack([encode_captions(tokenizer, captions) for tokenizer in tokenizers], 1)
+    ids = [encode_captions(tokenizer, captions) for tokenizer in tokenizers_of(pipeline)]
+    return torch.stack(ids, 1)
+
+
+def tokenizers_of(pipeline: DiffusionPipeline) -> list:
+    """One for each text encoder."""
+    return [pipeline.tokenizer] + ([pipeline.tokenizer_2] if is_xl(pipeline) else [])
 
 
 def encode_text(
