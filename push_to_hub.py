@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.arguments import option, parse
-from utils.errors import run_script
+from utils.errors import UsageError, run_script
 from utils.hub import HubArguments, files_to_publish, publish_model
 
 
@@ -28,6 +28,8 @@ class PushArguments:
 def main():
     push, hub = parse(PushArguments, HubArguments, description=__doc__)
     folder = Path(push.output_dir)
+    if hub.hub_model_id is None and not push.dry_run:
+        raise UsageError("give --hub_model_id, the repository to publish in")
     if push.dry_run:
         print("\n".join(files_to_publish(folder)))
     else:

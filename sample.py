@@ -28,7 +28,8 @@ from utils.arguments import ModelArguments, option, parse
 from utils.errors import UsageError, on_main_process, run_script
 from utils.generation import SamplingArguments, draw_folder
 from utils.hub import RepositoryArguments
-from utils.synthetic_sets import publish_images, statement_of
+from utils.pipelines import adapter_folder
+from utils.synthetic_sets import Maker, publish_images, statement_of
 
 
 @dataclass
@@ -51,19 +52,17 @@ def main():
         OutputArguments, ModelArguments, SamplingArguments, PublishArguments, description=__doc__
     )
     state, folder = PartialState(), Path(output.output_dir)
-    statement = None
-    if hub.push_to_hub:
-        if hub.hub_dataset_id is None:
-            raise UsageError("--push_to_hub needs --hub_dataset_id")
-        statement = on_main_process(lambda: statement_of(sampling))
-    draw_folder(model, sampling, folder, state)
+    if hub.push_to_hub and hub.hub_dataset_id is None:
+        raise UsageError("--push_to_hub needs --hub_dataset_id")
+    if hub.push_to_hub and sampling.adapter is not None:  # refused now, if ever
+        found = adapter_folder(sampling.adapter, sampling.adapter_revision)
+        on_main_process(lambda: statement_of(found))
+    adapter = draw_folder(model, sampling, folder, state)
     state.print(f"{sampling.num_images} images, metadata.jsonl and grid.png in {folder}")
-    if hub.push_to_hub:
-        name = hub.hub_dataset_id
-        address = on_main_process(
-            lambda: publish_images(folder, model, sampling, statement, name, hub)
-        )
-        state.print(f"published {address}")
+    if hub.push_to_hub and state.is_main_process:
+        base, name = model.pretrained_model_name_or_path, hub.hub_dataset_id
+        made_by = Maker(base, sampling.adapter, adapter and statement_of(adapter))
+        print(f"published {publish_images(folder, made_by, name, hub)}")
 
 
 if __name__ == "__main__":

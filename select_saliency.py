@@ -163,8 +163,11 @@ def select(
     )
 
     # Score every drawn unit, and release the sum with noise.
+    latents = None
     if run.checkpoint is None:
-        losses_of = private_losses(pipeline, private_set, resolution, training, draws, randomness)
+        losses_of, latents = private_losses(
+            pipeline, private_set, resolution, training, draws, randomness
+        )
         batch = draw_poisson_batch(plan, randomness, accelerator)
         share = batch[accelerator.process_index :: accelerator.num_processes]
         total = summed_scores(
@@ -183,7 +186,7 @@ def select(
         lambda: run.publish(lambda folder: export(saliency, folder), plan, randomness.is_private)
     )
     if training.discard_latents:
-        on_main_process(lambda: discard_copies(training))
+        discard_copies(run.output_dir, latents)
     accelerator.print(sentence(saliency, training))
 
 

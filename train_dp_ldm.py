@@ -14,6 +14,7 @@ Attention modules only (Liu et al. 2023, "Differentially private latent diffusio
 `UNet2DConditionModel.from_pretrained` loads, the privacy statement, a model card and samples.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,10 @@ def unfreeze(
 def save_unet(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
     """Save the whole U-Net, which plain diffusers loads, and the text encoder's LoRA if any."""
     pipeline.unet.save_pretrained(output_dir / "unet")
+    config = output_dir / "unet" / "config.json"
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)  # where the base model lies on this machine
+    config.write_text(json.dumps(values, indent=2) + "\n")
     if trains_text(pipeline):
         StableDiffusionPipeline.save_lora_weights(
             output_dir,

@@ -39,6 +39,7 @@ from utils.errors import UsageError, on_main_process, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
 from utils.latents import latents_folder
 from utils.lora import LoraArguments, add_lora, save_lora
+from utils.publishing import check_repository
 from utils.runs import LEDGER_NAME, claim_output_dir, private_folder
 from utils.saliency import SaliencyArguments
 from utils.selection import read_saliency
@@ -110,6 +111,7 @@ def main():
         *ARGUMENTS, LoraArguments, SaliencyArguments, StageArguments, description=__doc__
     )
     if stages.select_saliency:
+        check_repository(hub, privacy)
         privacy = select_first(model, data, privacy, training, lora, saliency)
         if privacy.dry_run and not Path(privacy.saliency_file).exists():
             return  # the plans of both stages were shown

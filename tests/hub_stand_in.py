@@ -44,7 +44,8 @@ class Repository:
 class HubStandIn:
     """What was asked for (`requests`), what is there (`repositories`, by (type, id)).
 
-    `failures` is how many commits fail, with 503, before one goes through.
+    `failures` is how many commits fail, with 503, before one goes through; `upload_failures` the
+    same of LFS uploads.
     """
 
     def __init__(self):
@@ -52,6 +53,7 @@ class HubStandIn:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.failures = 0
+        self.upload_failures = 0
         self.lock = threading.Lock()
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict:
@@ -202,6 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def receive(self, oid: str) -> None:
+        if self.hub.upload_failures:
+            self.hub.upload_failures -= 1
+            return self.answer(503, {"error": "try again"})
         right = hashlib.sha256(self.body).hexdigest() == oid
         self.hub.objects[oid] = self.body
         self.answer(200 if right else 400)
@@ -221,6 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         repository.commits.append((lines[0]["value"]["summary"], files))
         sha = repository.sha()
         self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha})

@@ -5,7 +5,7 @@ import torch
 from PIL import Image as PILImage
 
 from tests.conftest import build_tiny_pipeline
-from utils.data import PrivateSet, captions_of, load_rows, pixels_of
+from utils.data import PrivateSet, captions_of, load_rows, pixels_of, readable_rows
 from utils.entropy import SecretRandomness
 from utils.latents import Objective, encode_units, unit_losses
 from utils.pipelines import snr_weights
@@ -33,8 +33,10 @@ def encoded(image_folder, tmp_path, flip: bool):
     pipeline.text_encoder.requires_grad_(False)
     rows = load_rows(None, None, str(image_folder), "train", tmp_path)
     captions = captions_of(rows, None, "label", "the digit {label}")
-    private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0, "")
-    return pipeline, encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
+    private_set = PrivateSet(
+        rows, "image", captions, torch.arange(40), 0, readable_rows(rows, "image")[1]
+    )
+    return pipeline, encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)[0]
 
 
 def test_units_are_encoded_once_with_each_caption_once(image_folder, tmp_path):

@@ -5,15 +5,17 @@ import re
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from tests.conftest import CAPTION, ROOT, read_json, train_arguments
 from tests.hub_stand_in import TOKEN, hub_stand_in
 from utils.errors import UsageError
-from utils.hub import ATTEMPTS, PublishArguments, files_to_publish, upload
+from utils.hub import ATTEMPTS, RepositoryArguments, files_to_publish, upload
 
 SAMPLES = ["samples/0000.png", "samples/0001.png", "samples/grid.png"]
 COMMON = ["README.md", "privacy.json", *SAMPLES]
@@ -78,7 +80,7 @@ def secrets_of(smiths, output) -> list[bytes]:
     private = output / "private"
     latents = next((private / "latents").glob("*/latents.f32")).read_bytes()
     return [
-        *(b"smith", str(smiths).encode(), str(output).encode(), TOKEN.encode()),
+        *(b"smith", str(smiths).encode(), str(output.parent).encode(), TOKEN.encode()),
         *(path.read_bytes()[50:100] for path in smiths.glob("*.png")),
         *(latents[start : start + 32] for start in range(0, len(latents), 4096)),
         *(line[:60] for line in (private / "ledger.jsonl").read_bytes().splitlines()),
@@ -97,7 +99,8 @@ def test_a_run_pushes_exactly_these_files_and_they_come_back_whole(
     assert sorted(repository.files()) == sorted(COMMON + KINDS[kind][1])
     assert len(repository.commits) == 2  # the empty start, and one more
     for name, content in repository.files().items():
-        assert content == (output / name).read_bytes()
+        own = (output / name).read_bytes()
+        assert content == own.replace(b"this/adapter", f"user/{kind}".encode())
         for secret in secrets_of(smiths, output):
             assert secret not in content, (name, secret)
 
@@ -113,12 +116,13 @@ def test_a_run_pushes_exactly_these_files_and_they_come_back_whole(
         assert drawn.returncode == 0, drawn.stderr
     theirs, ours = (tmp_path / folder / "000000.png" for folder in ("theirs", "ours"))
     assert theirs.read_bytes() == ours.read_bytes()
-    from_the_card(on_hub, output, tmp_path, ours)
+    from_the_card(on_hub, repository.files()["README.md"].decode(), output, ours)
 
 
-def from_the_card(on_hub, output, tmp_path, expected) -> None:
+def from_the_card(on_hub, card: str, output, expected) -> None:
     """The Python in the card runs as it stands, away from this repository, and draws `expected`."""
-    usage, recompute = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.S)
+    tmp_path = output.parent
+    usage, recompute = re.findall(r"```python\n(.*?)```", card, re.S)
     noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(5 * 10_000_019))
     torch.save(noise[None], tmp_path / "noise.pt")
     code = usage.replace(
@@ -163,9 +167,7 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_keeps_everything(hub
     assert failed.returncode == 2 and "All files are safe here" in failed.stderr
     finish = failed.stderr.strip().splitlines()[-1]
     assert finish.startswith("python push_to_hub.py --output_dir")
-    after = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    card = finished / "README.md"
-    assert {p for p in before if before[p] != after.get(p)} <= {card}
+    assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert hub.repositories["model", "user/flaky"].files() == {}
     hub.failures = 1
     again = on_hub(*finish.split()[1:])  # the command that it printed
@@ -173,6 +175,7 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_keeps_everything(hub
     assert sorted(hub.repositories["model", "user/flaky"].files()) == sorted(
         files_to_publish(finished)
     )
+    hub.upload_failures = 1  # of the weights, this time
     once_more = on_hub(*command)
     assert once_more.returncode == 0, once_more.stderr
 
@@ -189,7 +192,7 @@ def test_what_is_not_private_or_was_changed_is_not_published(
     hub, on_hub, finished, tiny_base, image_folder, tmp_path
 ):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--debug_noise_seed", 1)
-    run = on_hub("train_dp_lora.py", *arguments, "--push_to_hub")
+    run = on_hub("train_dp_lora.py", *arguments, "--push_to_hub", "--hub_model_id", "user/refused")
     assert run.returncode == 2 and "NOT PRIVATE" in run.stderr
     statement = finished / "privacy.json"
     command = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/refused"]
@@ -211,7 +214,7 @@ def test_weights_beside_a_statement_are_seen_on_the_hub_whatever_their_format(
     repository = hub.repositories["model", "user/mixed"]
     repository.commits.append(("more", repository.files() | {"extra.bin": b"weights"}))
     verified = on_hub("privacy_report.py", "verify", "user/mixed")
-    assert verified.returncode == 1 and "extra.bin holds weights" in verified.stderr
+    assert verified.returncode == 1 and "extra.bin: the statement does not" in verified.stderr
     revision = repository.sha(1)
     verified = on_hub("privacy_report.py", "verify", "user/mixed", "--revision", revision)
     assert verified.returncode == 0, verified.stderr
@@ -220,10 +223,14 @@ def test_weights_beside_a_statement_are_seen_on_the_hub_whatever_their_format(
 def test_a_card_that_claims_another_epsilon_does_not_verify(on_hub, finished):
     card = finished / "README.md"
     text = card.read_text()
-    card.write_text(re.sub(r"(\n\s+value: )[\d.]+", r"\g<1>0.5", text))
-    assert card.read_text() != text
+    for pattern in (r"(\n\s+value: )[\d.]+", r"(\*\*epsilon = )[\d.]+\d"):
+        card.write_text(re.sub(pattern, r"\g<1>0.5", text))
+        assert card.read_text() != text
+        verified = on_hub("privacy_report.py", "verify", finished)
+        assert verified.returncode == 1 and "README.md says epsilon 0.5" in verified.stderr
+    card.write_text(text.replace("tags:", "tags: [", 1))
     verified = on_hub("privacy_report.py", "verify", finished)
-    assert verified.returncode == 1 and "README.md says epsilon 0.5" in verified.stderr
+    assert verified.returncode == 1 and "cannot be read" in verified.stderr
 
 
 def test_a_synthetic_set_is_published_pulled_and_evaluated(
@@ -243,7 +250,7 @@ def test_a_synthetic_set_is_published_pulled_and_evaluated(
     run = on_hub("sample.py", *arguments, *more)
     assert run.returncode == 0, run.stderr
     repository = hub.repositories["dataset", "user/synthetic"]
-    names = ["README.md", "data/train-00000-of-00001.parquet", "grid.png"]
+    names = ["README.md", "data/train-00000-of-00001.parquet", "grid.png", "privacy.json"]
     assert repository.private and sorted(repository.files()) == names
     card = repository.files()["README.md"].decode()
     epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
@@ -266,6 +273,79 @@ def test_a_synthetic_set_is_published_pulled_and_evaluated(
     run = on_hub("evaluate.py", *arguments, "--output_file", output)
     assert run.returncode == 0, run.stderr
     assert read_json(output)["accuracy"]["num_synthetic"] == 8
+
+
+def test_images_of_an_adapter_that_changed_are_not_published(
+    hub, on_hub, finished, tiny_base, tmp_path
+):
+    """Neither under the epsilon of its successor, nor with weights that nobody paid for."""
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--adapter", finished]
+    arguments += ["--prompts", "the digit 3", "--num_images", 2, "--num_inference_steps", 2]
+    arguments += ["--output_dir", tmp_path / "set"]
+    push = ["--push_to_hub", "--hub_dataset_id", "user/changed"]
+    assert on_hub("sample.py", *arguments).returncode == 0
+    statement = finished / "privacy.json"
+    original = statement.read_text()
+    statement.write_text(original + "\n")  # as of another run under the same name
+    run = on_hub("sample.py", *arguments, *push)
+    assert run.returncode == 2 and "other settings" in run.stderr
+    statement.write_text(original)
+    weights = finished / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    run = on_hub("sample.py", *arguments, *push)
+    assert run.returncode == 2 and "is not the file that was paid for" in run.stderr
+    assert ("dataset", "user/changed") not in hub.repositories
+
+
+def test_an_upload_replaces_what_an_earlier_one_left(hub, finished, monkeypatch):
+    """Weights, shards and samples of before would stand under the new statement."""
+    from utils import hub as hub_module
+
+    class Api(HfApi):
+        def __init__(self, token):
+            super().__init__(endpoint=hub.url, token=TOKEN)
+
+    monkeypatch.setattr(hub_module, "HfApi", Api)
+    monkeypatch.setattr(hub_module.ModelCard, "validate", lambda self, repo_type: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    old = finished.parent / "old"
+    for name in ("unet/config.json", "samples/0077.png", "notes.md", "README.md"):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        (old / name).write_text("old")
+    hub.put("model", "user/replaced", old)
+    files = files_to_publish(finished)
+    files["README.md"] = files["README.md"].read_bytes()
+    upload("user/replaced", files, RepositoryArguments(), "model", "")
+    there = hub.repositories["model", "user/replaced"].files()
+    assert set(there) == {*files, "notes.md"}
+
+
+def test_two_processes_push_once(hub, on_hub, image_folder, tmp_path):
+    arguments = train_arguments("user/base", image_folder, tmp_path / "run")
+    arguments += ["--push_to_hub", "--hub_model_id", "user/pair"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    run = on_hub(*launch, "train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert len(hub.repositories["model", "user/pair"].commits) == 2
+    assert run.stdout.count("published ") == 1
+
+
+def test_a_link_out_of_the_folder_is_not_followed(finished):
+    (finished / "samples" / "0001.png").unlink()
+    (finished / "samples" / "0001.png").symlink_to(finished / "private" / "ledger.jsonl")
+    with pytest.raises(UsageError, match="leads out of what is published"):
+        files_to_publish(finished)
+
+
+def test_a_token_leaves_the_command_line(monkeypatch):
+    """Trackers publish it."""
+    from utils.arguments import parse
+
+    monkeypatch.setattr(sys, "argv", ["x.py", "--hub_token", "hf_a", "--hub_token=hf_b"])
+    (parsed,) = parse(RepositoryArguments, description="")
+    assert parsed.hub_token == "hf_b"
+    assert "hf_" not in " ".join(sys.argv)
 
 
 def test_private_images_may_come_from_the_hub(hub, on_hub, image_folder, tmp_path):
@@ -297,6 +377,9 @@ def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
         def __init__(self, token):
             pass
 
+        def list_repo_files(self, *arguments, **more):
+            return []
+
         def create_commit(self, *arguments, **more):
             calls.append(1)
             raise self.error
@@ -304,10 +387,14 @@ def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
     monkeypatch.setattr(hub_module, "HfApi", Api)
     monkeypatch.setattr(hub_module.ModelCard, "validate", lambda self, repo_type: None)
     files = files_to_publish(finished)
-    for error, tries in ((httpx2.ConnectError("gone"), ATTEMPTS), (ValueError("no"), 1)):
+    files["README.md"] = files["README.md"].read_bytes()
+    wrapped = RuntimeError("Error while uploading")
+    wrapped.__cause__ = httpx2.ReadError("gone")
+    errors = [(httpx2.ConnectError("gone"), ATTEMPTS), (ValueError("no"), 1), (wrapped, ATTEMPTS)]
+    for error, tries in errors:
         Api.error = error
         calls.clear()
         with pytest.raises(UsageError, match="finish it"):
-            upload("user/x", files, PublishArguments(), "model", "finish it", waits.append)
+            upload("user/x", files, RepositoryArguments(), "model", "finish it", waits.append)
         assert len(calls) == tries
-    assert waits == [1.0, 2.0, 4.0]
+    assert waits == 2 * [1.0, 2.0, 4.0]

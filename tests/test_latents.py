@@ -1,6 +1,7 @@
 """The encoded private set: files under private/, made once, never read whole."""
 
 import os
+import shutil
 import stat
 import threading
 import time
@@ -13,6 +14,7 @@ from tests.conftest import build_tiny_pipeline, train_arguments, train_here
 from utils import latents
 from utils.data import PrivateSet, load_rows, readable_rows
 from utils.entropy import SecretRandomness
+from utils.errors import UsageError
 from utils.latents import Objective, encode_images, encode_units, unit_losses
 
 
@@ -20,8 +22,8 @@ def tiny_set(image_folder, folder, captions=None, first: int = 0) -> PrivateSet:
     rows = load_rows(None, None, str(image_folder), "train", folder / "cache")
     rows = rows.select(range(first, 40))
     captions = captions or [f"the digit {i % 4}" for i in range(len(rows))]
-    digest = readable_rows(rows, "image")[1]
-    return PrivateSet(rows, "image", captions, torch.arange(len(rows)), 0, digest)
+    digests = readable_rows(rows, "image")[1]
+    return PrivateSet(rows, "image", captions, torch.arange(len(rows)), 0, digests)
 
 
 def made_in(folder) -> list:
@@ -59,7 +61,7 @@ def pipeline():
 
 def test_latents_are_the_autoencoders_as_they_are_and_mirrored(pipeline, image_folder, tmp_path):
     private_set = tiny_set(image_folder, tmp_path)
-    units = encode_units(pipeline, private_set, 16, tmp_path / "latents", random_flip=True)
+    units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents", random_flip=True)
     pixels = next(latents.pixel_batches(private_set.rows, "image", 16, 40))
     images = latents.to_unit_range(pixels)
     with torch.no_grad():
@@ -98,9 +100,9 @@ def test_they_are_made_again_only_if_something_changed(
     whole = latents.pixel_batches
     monkeypatch.setattr(latents, "pixel_batches", lambda *a: calls.append(a) or whole(*a))
     private_set = tiny_set(image_folder, tmp_path, **changes)
-    again = encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
+    again, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
     assert len(calls) == (change != "nothing")
-    fresh = encode_units(pipeline, private_set, 16, tmp_path / "fresh", flip)
+    fresh, _ = encode_units(pipeline, private_set, 16, tmp_path / "fresh", flip)
     assert torch.equal(again.latents, fresh.latents) and torch.equal(again.tokens, fresh.tokens)
 
 
@@ -118,7 +120,7 @@ def test_what_a_killed_run_left_half_made_is_not_used(
             encode_units(pipeline, private_set, 16, folder)
     half = made_in(folder)
     assert len(half) == 1
-    units = encode_units(pipeline, private_set, 16, folder)
+    units, _ = encode_units(pipeline, private_set, 16, folder)
     assert len(made_in(folder)) == 1 and made_in(folder) != half  # and it is cleaned up
     assert units.latents.abs().sum((1, 2, 3, 4)).min() > 0
 
@@ -127,15 +129,58 @@ def test_many_captions_are_embedded_when_drawn_and_give_the_same_losses(
     pipeline, image_folder, tmp_path, monkeypatch
 ):
     private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
-    few = encode_units(pipeline, private_set, 16, folder)
+    few, _ = encode_units(pipeline, private_set, 16, folder)
     monkeypatch.setattr(latents, "FEW_CAPTIONS", 3)
-    many = encode_units(pipeline, private_set, 16, folder)
+    many, _ = encode_units(pipeline, private_set, 16, folder)
     assert few.text is not None and many.text is None
     both = [
         unit_losses(pipeline, u, torch.arange(40), Objective(2), SecretRandomness(3))
         for u in (few, many)
     ]
     torch.testing.assert_close(*both)
+
+
+def test_one_more_distinct_caption_changes_nobodys_loss_under_bf16(
+    pipeline, image_folder, tmp_path, monkeypatch
+):
+    """Embedded once or when drawn, captions give the same numbers: else the unit whose caption
+    crosses the threshold would move every other unit's gradient."""
+    private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
+    told = []
+    for limit in (4, 3):
+        monkeypatch.setattr(latents, "FEW_CAPTIONS", limit)
+        units, _ = encode_units(pipeline, private_set, 16, folder)
+        assert (units.text is None) == (limit == 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            told.append(units.text_of(pipeline, torch.arange(40))["encoder_hidden_states"])
+    assert told[0].dtype == told[1].dtype == torch.float32
+    torch.testing.assert_close(*told, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["another image", "no image"])
+def test_images_that_change_while_they_are_read_are_refused(
+    pipeline, image_folder, tmp_path, change
+):
+    shutil.copytree(image_folder, tmp_path / "images")
+    private_set = tiny_set(tmp_path / "images", tmp_path)
+    victim = tmp_path / "images" / "2" / "5.png"
+    victim.unlink()
+    if change == "another image":
+        shutil.copy(tmp_path / "images" / "0" / "0.png", victim)
+    with pytest.raises(UsageError, match="changed after they were checked") as told:
+        encode_units(pipeline, private_set, 16, tmp_path / "latents")
+    assert "5.png" not in str(told.value)
+
+
+def test_only_ones_own_latents_are_discarded(pipeline, image_folder, tmp_path):
+    folder = tmp_path / "latents"
+    _, other = encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, folder)
+    _, own = encode_units(pipeline, tiny_set(image_folder, tmp_path, first=1), 16, folder)
+    for run in ("run", "run/selection"):
+        (tmp_path / run / "private" / "cache").mkdir(parents=True)
+    latents.discard_copies(tmp_path / "run", own)
+    assert made_in(folder) == [other]
+    assert not list((tmp_path / "run").rglob("cache"))
 
 
 def test_runs_share_a_folder_and_discard_it(tiny_base, image_folder, tmp_path, monkeypatch):

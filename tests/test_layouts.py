@@ -224,7 +224,7 @@ def test_stable_diffusion_trains_exports_and_reloads_at_full_size(version, image
     gc.collect()
     pipeline = load_pipeline(str(base))
     shutil.rmtree(base)
-    load_adapter(pipeline, str(output))
+    load_adapter(pipeline, output)
     lora = {n: p for n, p in pipeline.unet.named_parameters() if "lora_B" in n}
     # q, k, v and out of two attentions in each of 16 transformers, and their two projections
     assert len(lora) == 16 * (2 * 4 + 2) and all(p.abs().max() > 0 for p in lora.values())

@@ -59,7 +59,7 @@ def test_it_starts_from_the_public_model_exactly(tiny_base):
 def test_this_repository_loads_it_without_a_flag(tiny_base, saved):
     pipeline = load_pipeline(str(tiny_base))
     plain = images_of(pipeline)
-    load_adapter(pipeline, str(saved[0]))
+    load_adapter(pipeline, saved[0])
     assert np.abs(images_of(pipeline) - saved[1]).max() <= 1e-4
     assert np.abs(plain - saved[1]).max() > 1e-2
 
@@ -207,7 +207,7 @@ def test_wrong_loads_fail_with_a_sentence(tiny_base, saved, tmp_path):
     config = json.loads((other_rank / "adapter_config.json").read_text())
     (other_rank / "adapter_config.json").write_text(json.dumps(config | {"r": 7}))
     with pytest.raises(UsageError, match=r"does not fit this model \(r = 7\)"):
-        load_adapter(load_pipeline(str(tiny_base)), str(other_rank))
+        load_adapter(load_pipeline(str(tiny_base)), other_rank)
 
     other_model = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="does not fit this model"):
@@ -216,7 +216,7 @@ def test_wrong_loads_fail_with_a_sentence(tiny_base, saved, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UsageError, match="no LoRA, no LoDA and no unet"):
-        load_adapter(pipeline, str(empty))
+        load_adapter(pipeline, empty)
 
     missing_import = (
         "from peft import PeftConfig; PeftConfig.from_pretrained(__import__('sys').argv[1])"

@@ -13,7 +13,7 @@ from tests.conftest import build_tiny_pipeline
 from tests.worlds import TAIL
 from utils.accounting import REPLACE_ONE, account, make_plan, pld_epsilon, privacy_statement
 from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data import PrivateSet, load_rows, units_of
+from utils.data import PrivateSet, load_rows, readable_rows, units_of
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
 from utils.latents import EncodedUnits, Objective, encode_units, rows_by_unit, unit_losses
@@ -78,8 +78,10 @@ def spoilt_units(image_folder, tmp_path, what: str = "images") -> list[int]:
     captions = ["the digit 8" if unit == 2 else "the digit 1" for unit in unit_of_row]
     if what == "captions of a trained encoder":
         words = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-    private_set = PrivateSet(rows, "image", captions, unit_of_row, 0, "")
-    units = encode_units(pipeline, private_set, 16, tmp_path / "latents")
+    private_set = PrivateSet(
+        rows, "image", captions, unit_of_row, 0, readable_rows(rows, "image")[1]
+    )
+    units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents")
     if what == "images":
         units.latents[unit_of_row == 2] = float("nan")
     elif what == "captions":

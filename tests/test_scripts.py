@@ -119,7 +119,7 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     """LoRA on the text encoder: its gradients are recorded, and what is saved draws the same."""
     from tests.worlds import plan_of
     from train_dp_ldm import LdmArguments, save_unet, unfreeze
-    from utils.data import PrivateSet, captions_of, load_rows
+    from utils.data import PrivateSet, captions_of, load_rows, readable_rows
     from utils.entropy import SecretRandomness
     from utils.latents import Objective, encode_units, unit_losses
     from utils.per_unit_gradients import PerUnitGradients
@@ -136,8 +136,10 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     assert any("text_encoder" in name for name in engine.names)
     rows = load_rows(None, None, str(image_folder), "train", tmp_path / "cache")
     captions = captions_of(rows, None, "label", "the digit {label}")
-    private_set = PrivateSet(rows, "image", captions, torch.arange(40), 0, "")
-    units = encode_units(pipeline, private_set, 16, tmp_path / "latents")
+    private_set = PrivateSet(
+        rows, "image", captions, torch.arange(40), 0, readable_rows(rows, "image")[1]
+    )
+    units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents")
 
     def losses(indices):
         return unit_losses(pipeline, units, indices, Objective(2), SecretRandomness(7))
@@ -160,7 +162,7 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     save_unet(pipeline, tmp_path / "saved")
     again = load_pipeline(str(tiny_base))
     plain = draw(again).images
-    load_adapter(again, str(tmp_path / "saved"))
+    load_adapter(again, tmp_path / "saved")
     assert np.abs(draw(again).images - draw(pipeline).images).max() <= 1e-4
     assert np.abs(draw(again).images - plain).max() > 1e-4
 
@@ -237,7 +239,7 @@ def test_a_frozen_a_stays_where_it_was_and_is_exported(tiny_base, tmp_path):
     assert all("lora_B" in name for name in PerUnitGradients(pipeline.unet).names)
     save_lora(pipeline, tmp_path / "adapter")
     again = load_pipeline(str(tiny_base))
-    load_adapter(again, str(tmp_path / "adapter"))
+    load_adapter(again, tmp_path / "adapter")
     before, after = (
         {n.split(".lora_A")[0]: p for n, p in unet.named_parameters() if ".lora_A." in n}
         for unet in (pipeline.unet, again.unet)

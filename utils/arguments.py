@@ -1,5 +1,6 @@
 """The arguments that the scripts parse: dataclasses, one help line a field, CLI over YAML."""
 
+import re
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
@@ -200,6 +201,8 @@ class TrainingArguments:
             )
         if self.num_validation_images < 0:
             raise UsageError("--num_validation_images must be at least 0")
+        if not self.validation_prompt:
+            raise UsageError("--validation_prompt needs a prompt; '' is one")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive")
 
@@ -223,7 +226,19 @@ def parse(*dataclasses: type, description: str) -> tuple:
     if config is not None:
         _apply_yaml(parser, Path(config))
     *parsed, _ = parser.parse_args_into_dataclasses(args_file_flag=None, look_for_args_file=False)
+    _forget_token()
     return tuple(parsed)
+
+
+def _forget_token() -> None:
+    """Trackers publish the command line; a token must not be on it."""
+    for index, word in enumerate(sys.argv[:-1]):
+        if word in ("--hub_token", "--hub-token"):
+            sys.argv[index + 1] = "***"
+    sys.argv[:] = [
+        f"{word.partition('=')[0]}=***" if re.match("--hub[_-]token=", word) else word
+        for word in sys.argv
+    ]
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
@@ -284,6 +299,8 @@ def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
         raise UsageError(f"--config {path}: unknown argument {', '.join(unknown)}")
     for name, value in values.items():
         action = actions[name]
+        if value is not None and action.nargs == "+" and not isinstance(value, list):
+            value = [value]
         if value is not None and action.type in (int, float) and not isinstance(value, list):
             try:
                 value = action.type(value)  # YAML reads 1e-5 as text

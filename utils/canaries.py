@@ -17,10 +17,10 @@ from torch import nn
 
 from utils.accounting import PrivacyPlan
 from utils.auditing import log_likelihood_ratio, spread
-from utils.data import PrivateSet
+from utils.data import PrivateSet, readable_rows
 from utils.entropy import SecretRandomness
 from utils.latents import Objective, encode_units, unit_losses
-from utils.pipelines import denoising_loss
+from utils.pipelines import denoising_loss, encode_text, tokenize
 
 
 class GradientCanaries:
@@ -42,7 +42,7 @@ class GradientCanaries:
         loudness: float,
     ):
         self.pipeline, self.included, self.loudness = pipeline, included, loudness
-        self.units = encode_units(pipeline, ordinary, resolution, folder)
+        self.units, _ = encode_units(pipeline, ordinary, resolution, folder)
         self.num_ordinary = len(self.units.count)
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
@@ -69,7 +69,7 @@ class GradientCanaries:
         unet, device = self.pipeline.unet, self.pipeline.device
         side = 2 ** (len(unet.config.block_out_channels) - 1)
         latents = torch.zeros(count, unet.config.in_channels, side, side, device=device)
-        words = self.units.embeddings[:1].to(device).expand(count, -1, -1)
+        words = encode_text(self.pipeline, tokenize(self.pipeline, [""] * count), 8 * side)
         steps = torch.zeros(count, dtype=torch.long, device=device)
         return denoising_loss(unet, self.pipeline.scheduler, latents, words, latents, steps)
 
@@ -99,7 +99,7 @@ class ImageCanaries:
     ):
         self.pipeline, self.included = pipeline, included
         everyone = with_noise_images(ordinary, len(included), resolution)
-        self.units = encode_units(pipeline, everyone, resolution, folder)
+        self.units, _ = encode_units(pipeline, everyone, resolution, folder)
         self.num_ordinary = len(self.units.count) - len(included)
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
@@ -137,5 +137,5 @@ def with_noise_images(ordinary: PrivateSet, count: int, resolution: int) -> Priv
     rows = concatenate_datasets([ordinary.rows.select_columns([column]), noise])
     captions = list(ordinary.captions) + [ordinary.captions[0]] * count
     own = ordinary.num_units + torch.arange(count)
-    digest = f"{ordinary.digest} and {count} canaries of {resolution} pixels"
-    return PrivateSet(rows, column, captions, torch.cat([ordinary.unit_of_row, own]), 0, digest)
+    digests = readable_rows(rows, column)[1]
+    return PrivateSet(rows, column, captions, torch.cat([ordinary.unit_of_row, own]), 0, digests)

@@ -12,7 +12,7 @@ METHODS = {
     "dp-ldm": "DP-LDM: a U-Net whose attention was fine-tuned with differential privacy",
     "dp-diffusion": "DP-Diffusion: a U-Net fine-tuned with differential privacy",
 }
-PLACEHOLDER = "this/adapter"  # stands for the repository's name until it has one
+PLACEHOLDER = "this/adapter"  # stands for the repository's name, which it gets when uploaded
 RECOMPUTE = """import json
 
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
@@ -40,7 +40,6 @@ class Facts:
         prompts: of the images in samples/, of which there are `num_samples`: image i has prompt i
             modulo the number of prompts.
         setup: how it was trained, {what: value}.
-        repo_id: where it will be; None if it is not going to the Hub.
         license: as the Hub names it, or None.
     """
 
@@ -51,7 +50,6 @@ class Facts:
     prompts: list[str]
     num_samples: int
     setup: dict[str, object]
-    repo_id: str | None = None
     license: str | None = None
 
 
@@ -59,7 +57,7 @@ def model_card(facts: Facts, statement: dict) -> str:
     """The text of README.md."""
     is_folder = Path(facts.base_model).exists()
     base = Path(facts.base_model).resolve().name if is_folder else facts.base_model
-    adapter = facts.repo_id or PLACEHOLDER
+    adapter = PLACEHOLDER
     usage = facts.usage.format(base=base, adapter=adapter, pipeline=facts.pipeline)
     text = f"""---
 {_front_matter(facts, statement, is_folder)}
@@ -128,7 +126,6 @@ def _front_matter(facts: Facts, statement: dict, is_folder: bool) -> str:
                 metric_value=round(statement["epsilon"]["add_or_remove_one"], 4),
             )
         ]
-    name = (facts.repo_id or facts.method).split("/")[-1]
     data = ModelCardData(
         base_model=None if is_folder else facts.base_model,
         library_name="diffusers",
@@ -138,7 +135,7 @@ def _front_matter(facts: Facts, statement: dict, is_folder: bool) -> str:
             *("text-to-image", "diffusers", *family),
             *("differential_privacy", "dp-sgd", facts.method),
         ],
-        model_name=name,
+        model_name=PLACEHOLDER,
         eval_results=results,
         widget=widget or None,
     )
@@ -231,27 +228,35 @@ def _numbers(statement: dict) -> str:
 
 def _table(header: tuple, rows) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+    cells = ((_cell(name), _cell(value)) for name, value in rows)
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in cells)])
 
 
-def dataset_card(
-    base_model: str,
-    adapter: str | None,
-    statement: dict | None,
-    num_images: int,
-    repo_id: str,
-    license: str | None,
-) -> str:
-    """The text of README.md of a synthetic set.
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
-    Args:
-        adapter: folder or Hub id of what drew it; None for the public model alone.
-        statement: its privacy statement; None for the public model alone.
+
+@dataclass(frozen=True)
+class Maker:
+    """What drew a synthetic set.
+
+    Attributes:
+        base_model, adapter: folder or Hub id; no adapter is None.
+        statement: the adapter's privacy statement; None without an adapter.
     """
-    base, maker = (
+
+    base_model: str
+    adapter: str | None
+    statement: dict | None
+
+
+def dataset_card(made_by: Maker, num_images: int, repo_id: str, license: str | None) -> str:
+    """The text of README.md of a synthetic set."""
+    base, adapter = (
         Path(name).resolve().name if name and Path(name).exists() else name
-        for name in (base_model, adapter)
+        for name in (made_by.base_model, made_by.adapter)
     )
+    statement = made_by.statement
     private = ["differential_privacy"] if statement else []
     data = DatasetCardData(
         license=license,
@@ -261,14 +266,16 @@ def dataset_card(
         pretty_name=repo_id.split("/")[-1],
         configs=[{"config_name": "default", "data_files": "data/train-*.parquet"}],
     )
-    if statement is None:
-        made_by = f"the public model {base}, which saw no private data."
-        privacy = "No private data were used."
-    else:
-        made_by = f"the adapter {maker}, of the public model {base}."
+    source = f"the adapter {adapter} of the model {base}" if adapter else f"the model {base}"
+    privacy = (
+        "No adapter was used. Whatever the model's training data were, this card promises nothing "
+        "about them."
+    )
+    if statement is not None:
         privacy = (
             f"{plain_words(statement)}\n\n{privacy_paragraph(statement)}\n\nDrawing images from "
-            "the adapter costs no further privacy: the guarantee covers this set, however large."
+            "the adapter costs no further privacy: the guarantee covers this set, however large. "
+            "`privacy.json` is the adapter's statement."
         )
     text = f"""---
 {data.to_yaml()}
@@ -276,7 +283,7 @@ def dataset_card(
 
 # {repo_id.split("/")[-1]}: {num_images} synthetic images
 
-Every image was drawn by {made_by} None is a photograph or a scan of anyone.
+Every image was drawn by {source}. None is a photograph or a scan of anyone.
 
 ![Some of them](grid.png)
 

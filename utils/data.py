@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
@@ -23,8 +24,18 @@ from tqdm import tqdm
 from utils.arguments import DataArguments
 from utils.errors import UsageError
 
-LARGEST_IMAGE = 178_956_970  # pixels; more is taken for a decompression bomb (Pillow's own limit)
-IMAGE_SUFFIXES = set(PILImage.registered_extensions())
+LARGEST_IMAGE = 178_956_970  # pixels; more is taken for a decompression bomb
+PERCENT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # not how many rows there are
+
+CHANGED = (
+    "the images changed after they were checked, or the processes see different ones: leave them "
+    "as they are while a run reads them, and give every process the same"
+)
+
+# Pillow's warnings tell what is in a private image; its limit of pixels is replaced by ours, which
+# is checked before anything is decoded. For the whole process: `catch_warnings` is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+PILImage.MAX_IMAGE_PIXELS = None
 READ_AT_ONCE = 1000  # rows of captions
 
 
@@ -36,7 +47,7 @@ class PrivateSet:
         rows: the dataset; its images are in `image_column`.
         captions: [rows]. unit_of_row: [rows], the privacy unit, 0 ... N - 1.
         skipped: rows left out because their image could not be read.
-        digest: of the images' bytes, to know them again; it is never published.
+        digests: [rows, 32], the SHA-256 of each image's bytes, to know them again; never published.
     """
 
     rows: Dataset
@@ -44,7 +55,7 @@ class PrivateSet:
     captions: Sequence[str]
     unit_of_row: torch.Tensor
     skipped: int
-    digest: str
+    digests: np.ndarray
 
     @property
     def num_units(self) -> int:
@@ -98,7 +109,10 @@ def load_rows(
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
+    """Whether it is an image folder, rather than one of parquet files (a picture may lie there)."""
+    if any(folder.rglob("*.parquet")):
+        return False
+    return any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.rglob("*"))
 
 
 def require_column(rows: Dataset, column: str, argument: str) -> None:
@@ -149,7 +163,7 @@ def captions_of(
         raise UsageError(f"--caption_template '{template}' has no {{label}} to fill in")
 
     def caption(value) -> str:
-        return template.format(label=labels.text_of(value).replace("_", " "))
+        return template.replace("{label}", labels.text_of(value).replace("_", " "))
 
     return Column(rows, label_column, caption)
 
@@ -204,8 +218,10 @@ def keep_readable(rows: Dataset, image_column: str, strict: bool = False) -> tup
     return (rows.select(good) if dropped else rows), dropped
 
 
-def readable_rows(rows: Dataset, image_column: str, strict: bool = False) -> tuple[list[int], str]:
-    """The numbers of the rows whose image can be decoded, and a digest of the bytes of those.
+def readable_rows(
+    rows: Dataset, image_column: str, strict: bool = False
+) -> tuple[list[int], np.ndarray]:
+    """The numbers of the rows whose image can be decoded, and the digests of their bytes [n, 32].
 
     The rule looks at one row alone, so adding or removing a row changes nothing about the others.
 
@@ -216,19 +232,19 @@ def readable_rows(rows: Dataset, image_column: str, strict: bool = False) -> tup
     require_column(rows, image_column, "--image_column")
     if not isinstance(rows.features[image_column], Image):
         raise UsageError(f"--image_column {image_column} does not hold images")
-    good, digest = [], hashlib.sha256()
-    with tqdm(total=len(rows), desc="checking images", unit="image", leave=False) as bar:
+    good, digests = [], []
+    with tqdm(total=len(rows), desc="checking images", bar_format=PERCENT, leave=False) as bar:
         for start, checked in _over_rows(rows, image_column, 256, _check):
             for index, own in enumerate(checked, start):
                 if own is not None:
                     good.append(index)
-                    digest.update(own)
+                    digests.append(own)
                 elif strict:
                     raise UsageError(f"the image of row {index} cannot be read (--strict_images)")
             bar.update(len(checked))
     if not good:
         raise UsageError(f"none of the {len(rows)} images can be read")
-    return good, digest.hexdigest()
+    return good, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
 
 def _check(raw: dict | None) -> bytes | None:
@@ -266,9 +282,7 @@ def open_image(content: bytes, about: int | None = None) -> PILImage.Image:
         Exception: of many kinds, if it is damaged; ValueError if it has more than `LARGEST_IMAGE`
             pixels, which are not decoded.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-        image = PILImage.open(io.BytesIO(content))
+    image = PILImage.open(io.BytesIO(content))
     if image.width * image.height > LARGEST_IMAGE:
         raise ValueError(f"{image.width} x {image.height} pixels: is it a decompression bomb?")
     if about is not None:
@@ -302,12 +316,29 @@ def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def pixel_batches(
-    rows: Dataset, image_column: str, resolution: int, batch_size: int
+    rows: Dataset,
+    image_column: str,
+    resolution: int,
+    batch_size: int,
+    digests: np.ndarray | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The images in order, as uint8 batches [<= batch_size, 3, resolution, resolution]."""
+    """The images in order, as uint8 batches [<= batch_size, 3, resolution, resolution].
 
-    def pixels(raw: dict) -> torch.Tensor:
-        return pixels_of(open_image(_bytes_of(raw), 2 * resolution), resolution)
+    Raises:
+        UsageError: an image cannot be read any more, or its bytes do not have the digest in
+            `digests` [rows, 32].
+    """
 
-    for _, batch in _over_rows(rows, image_column, batch_size, pixels):
-        yield torch.stack(batch)
+    def pixels(raw: dict) -> tuple[torch.Tensor, bytes] | None:
+        try:
+            content = _bytes_of(raw)
+            image = open_image(content, 2 * resolution)
+            return pixels_of(image, resolution), hashlib.sha256(content).digest()
+        except Exception:  # as in `_check`; the error may name a private file
+            return None
+
+    for start, batch in _over_rows(rows, image_column, batch_size, pixels):
+        for row, read in enumerate(batch, start):
+            if read is None or (digests is not None and digests[row].tobytes() != read[1]):
+                raise UsageError(CHANGED)
+        yield torch.stack([image for image, _ in batch])

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -33,12 +34,14 @@ from utils.pipelines import (
     trained_modules,
 )
 from utils.planning import describe, read_and_plan
-from utils.publishing import repository_for, save_samples, setup_of
+from utils.publishing import check_repository, save_samples, setup_of
 from utils.reservations import selection_paid_for
 from utils.runs import Run, claim_output_dir, disk_errors_told, private_folder
 from utils.training import TrainingState, UnitLosses, checksum, private_steps
 
 ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, PublishArguments)
+
+PATIENCE = timedelta(hours=6)  # of processes that wait for the main one to check or encode images
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ def run_method(
         UsageError: bad input of any kind, before anything is trained.
     """
     accelerator, _lock = start(training)
-    if hub.push_to_hub and not privacy.dry_run:
-        hub = replace(hub, hub_model_id=repository_for(hub, privacy, training))
+    check_repository(hub, privacy)
     randomness = secret_randomness(privacy)
 
     # Adapt the public model.
@@ -121,7 +123,9 @@ def run_method(
 
     # Train by DP-SGD.
     draws = plan.noise_multiplicity
-    losses_of = private_losses(pipeline, private_set, resolution, training, draws, randomness)
+    losses_of, latents = private_losses(
+        pipeline, private_set, resolution, training, draws, randomness
+    )
     state = training_state(engine, adapter, plan, training)
     if run.checkpoint is not None:
         state.load_state_dict(run.saved_state())
@@ -143,7 +147,6 @@ def run_method(
             prompts=training.validation_prompt,
             num_samples=training.num_validation_images,
             setup=setup_of(training, plan, method.settings, resolution),
-            repo_id=hub.hub_model_id,
             license=hub.hub_license,
         )
         with disk_errors_told(run.output_dir):
@@ -152,14 +155,13 @@ def run_method(
 
     on_main_process(publish)
     if training.discard_latents:
-        on_main_process(lambda: discard_copies(training))
+        discard_copies(run.output_dir, latents)
     accelerator.print(
         f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
     )
     accelerator.end_training()
-    if hub.push_to_hub:
-        address = on_main_process(lambda: publish_model(run.output_dir, hub))
-        accelerator.print(f"published {address}")
+    if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
+        print(f"published {publish_model(run.output_dir, hub)}")
 
 
 def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
@@ -173,9 +175,14 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
     logs = private_folder(training.output_dir) / "logs"
     try:
         accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, log_with=training.report_to, project_dir=logs
+            mixed_precision=training.mixed_precision,
+            log_with=training.report_to,
+            project_dir=logs,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except (ValueError, ImportError) as error:
+        if training.report_to is None:
+            raise
         raise UsageError(f"--report_to {training.report_to}: {error}") from error
     if training.seed is not None:
         set_seed(training.seed)

@@ -12,8 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.arguments import ModelArguments, option
+from utils.checkpoints import sha256_of
 from utils.errors import UsageError, on_main_process
-from utils.pipelines import check_resolution, load_adapter, load_pipeline
+from utils.pipelines import adapter_folder, check_resolution, load_adapter, load_pipeline
 
 
 @dataclass
@@ -103,7 +104,10 @@ def read_prompts(args: SamplingArguments) -> list[dict]:
         if "{label}" not in args.caption_template:
             raise UsageError(f"--caption_template '{args.caption_template}' has no {{label}}")
         return [
-            {"text": args.caption_template.format(label=name.replace("_", " ")), "label": name}
+            {
+                "text": args.caption_template.replace("{label}", name.replace("_", " ")),
+                "label": name,
+            }
             for name in args.class_names
         ]
     texts = args.prompts
@@ -115,6 +119,13 @@ def read_prompts(args: SamplingArguments) -> list[dict]:
     if not texts:
         raise UsageError("there are no prompts")
     return [{"text": text} for text in texts]
+
+
+def digests_of(adapter: Path) -> dict[str, str]:
+    """The SHA-256 of each of its weights, and of its statement, by name."""
+    paths = [*adapter.glob("*.safetensors"), *adapter.glob("unet/*.safetensors")]
+    paths += [adapter / "privacy.json"] if (adapter / "privacy.json").exists() else []
+    return {str(path.relative_to(adapter)): sha256_of(path) for path in sorted(paths)}
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
@@ -135,7 +146,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 
 def draw_folder(
     model: ModelArguments, sampling: SamplingArguments, folder: Path, state: PartialState
-) -> None:
+) -> Path | None:
     """Draw the images that `folder` does not hold yet, each process its share.
 
     They come from the pipeline of `model`, with `sampling.adapter`, of any kind, if it is named.
@@ -143,18 +154,23 @@ def draw_folder(
     Leaves one file an image, metadata.jsonl (columns file_name, text, and label for class names)
     and grid.png. Images are balanced over the prompts.
 
+    Returns:
+        The folder of the adapter, which was downloaded if it is on the Hub; None without one.
+
     Raises:
         UsageError: see `read_prompts`, `load_pipeline` and `load_adapter`; or the folder holds
-            something else, or other settings' images.
+            something else, or images of other settings or of an adapter that has changed.
     """
     prompts = read_prompts(sampling)
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
     if sampling.resolution is not None:
         check_resolution(pipeline, sampling.resolution)
-    if sampling.adapter is not None:
-        load_adapter(pipeline, sampling.adapter, sampling.adapter_revision)
-    settings = asdict(sampling) | asdict(model)
+    settings, adapter = asdict(sampling) | asdict(model), None
     del settings["batch_size"]  # it changes no image
+    if sampling.adapter is not None:
+        adapter = adapter_folder(sampling.adapter, sampling.adapter_revision)
+        load_adapter(pipeline, adapter)
+        settings["adapter_files"] = digests_of(adapter)
     on_main_process(lambda: claim_folder(folder, settings))
     use_dpm_solver(pipeline.to(state.device))
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
@@ -173,6 +189,7 @@ def draw_folder(
         shown = [Image.open(folder / f"{i:06}.png") for i in range(count)]
         image_grid(shown, columns).save(folder / "grid.png")
     state.wait_for_everyone()
+    return adapter
 
 
 def draw_missing(

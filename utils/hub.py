@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from utils.arguments import option
@@ -17,8 +18,14 @@ from utils.cards import PLACEHOLDER
 from utils.errors import UsageError
 from utils.verification import problems_of, read_source
 
-HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
+HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
 SAMPLE = re.compile(r"(\d{4}|grid)\.png")
+# What an earlier upload may have left, of a model or a synthetic set.
+OURS = re.compile(
+    r"data/train-.*\.parquet|samples/(\d{4}|grid)\.png|privacy\.json|grid\.png|unet/.*|"
+    r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
+    r"pytorch_lora_weights\.safetensors"
+)
 ATTEMPTS = 4
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states that trying again may cure
 
@@ -42,9 +49,7 @@ class RepositoryArguments:
 class HubArguments(RepositoryArguments):
     """Publishing on the Hugging Face Hub."""
 
-    hub_model_id: str | None = option(
-        "repository to publish in; default: the name of --output_dir", None
-    )
+    hub_model_id: str | None = option("model repository to publish in: USER/NAME", None)
 
 
 @dataclass
@@ -84,13 +89,13 @@ def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") ->
     return address.repo_id
 
 
-def files_to_publish(output_dir: Path) -> dict[str, Path]:
+def files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     """The files of a finished run that are published, by their path in the repository; no others.
 
     The weights that the statement accounts for, the statement, the card, and the samples.
 
     Raises:
-        UsageError: the run is not finished, or a file is missing.
+        UsageError: the run is not finished, or a file is missing or leads elsewhere.
     """
     statement = output_dir / "privacy.json"
     if not statement.is_file():
@@ -100,9 +105,13 @@ def files_to_publish(output_dir: Path) -> dict[str, Path]:
     if samples.is_dir():
         found = sorted(path.name for path in samples.iterdir() if SAMPLE.fullmatch(path.name))
         names += [f"samples/{name}" for name in found]
-    missing = [name for name in names if not (output_dir / name).is_file()]
-    if missing:
-        raise UsageError(f"{output_dir} lacks {', '.join(missing)}: the run is not finished")
+    for name in names:
+        path = output_dir / name
+        if not path.is_file():
+            raise UsageError(f"{output_dir} lacks {name}: the run is not finished")
+        inside = path.resolve() == output_dir.resolve() / name  # no link, no .., no absolute path
+        if not inside or Path(name).parts[0] == "private":
+            raise UsageError(f"{path} leads out of what is published: it is not uploaded")
     return {name: output_dir / name for name in names}
 
 
@@ -116,23 +125,23 @@ def publish_model(output_dir: Path, args: HubArguments) -> str:
     problems = problems_of(read_source(str(output_dir), None))
     if problems:
         raise UsageError(f"{output_dir} is not published: {'; '.join(problems)}")
-    repo_id = make_repo(args.hub_model_id or output_dir.resolve().name, args)
-    card = files["README.md"].read_text()
-    if PLACEHOLDER in card:
-        write_durably(files["README.md"], card.replace(PLACEHOLDER, repo_id))
-    finish = f"python push_to_hub.py --output_dir {output_dir} --hub_model_id {repo_id}"
-    return upload(repo_id, files, args, "model", finish)
+    repo_id = make_repo(args.hub_model_id, args)
+    card = files["README.md"].read_text(encoding="utf-8")
+    files["README.md"] = card.replace(PLACEHOLDER, repo_id).encode()
+    command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
+    return upload(repo_id, files, args, "model", shlex.join(map(str, command)))
 
 
 def upload(
     repo_id: str,
-    files: dict[str, Path],
+    files: dict[str, Path | bytes],
     args: RepositoryArguments,
     repo_type: str,
     finish: str,
     wait: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Upload `files`, {path in the repository: path here}, in one commit; returns its address.
+    """Upload `files`, {path in the repository: path here, or content}, in one commit, which also
+    removes what an earlier upload left beside them; returns its address.
 
     Doing it again is safe. A passing failure is tried again, a few times, ever later.
 
@@ -144,13 +153,15 @@ def upload(
     """
     api = HfApi(token=args.hub_token)
     for attempt in range(ATTEMPTS):
-        operations = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-            for name, path in files.items()
-        ]
         try:
-            if attempt == 0:
-                ModelCard.load(files["README.md"]).validate(repo_type=repo_type)
+            ModelCard(files["README.md"].decode()).validate(repo_type=repo_type)
+            there = api.list_repo_files(repo_id, repo_type=repo_type)
+            operations = [CommitOperationAdd(name, _content(own)) for name, own in files.items()]
+            operations += [
+                CommitOperationDelete(name)
+                for name in there
+                if OURS.fullmatch(name) and name not in files
+            ]
             return api.create_commit(
                 repo_id, operations, commit_message="Publish", repo_type=repo_type
             ).commit_url
@@ -164,14 +175,22 @@ def upload(
     raise AssertionError("unreachable")
 
 
-def _passes(error: Exception) -> bool:
+def _content(own: Path | bytes) -> str | bytes:
+    return own if isinstance(own, bytes) else str(own)
+
+
+def _passes(error: BaseException) -> bool:
     """Whether trying again may help."""
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code in PASSING
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload of weights
+        return _passes(error.__cause__)
     return isinstance(error, httpx2.TransportError)
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _why(error.__cause__)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError) and error.response is not None:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from utils.arguments import TrainingArguments
-from utils.data import PrivateSet, pixel_batches, to_unit_range
+from utils.checkpoints import sync_folder
+from utils.data import PERCENT, PrivateSet, pixel_batches, to_unit_range
 from utils.entropy import SecretRandomness
-from utils.errors import on_main_process
+from utils.errors import UsageError, on_main_process
+from utils.hub import write_durably
 from utils.pipelines import (
     denoising_loss,
     encode_text,
@@ -104,10 +107,18 @@ class EncodedUnits:
         return self.order[self.first[units, None] + places]
 
     def text_of(self, pipeline: DiffusionPipeline, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the U-Net is told of the captions of `rows` [n], by name (`encode_text`)."""
-        if self.text is None:
-            return encode_text(pipeline, self.tokens[rows].long(), self.resolution)
-        return {name: told[self.caption_rows[rows]] for name, told in self.text.items()}
+        """What the U-Net is told of the captions of `rows` [n], by name (`encode_text`).
+
+        A frozen encoder works in fp32 also under autocast, as it does where captions are embedded
+        once: else one more distinct caption would change everyone's loss by its rounding.
+        """
+        if self.text is not None:
+            return {name: told[self.caption_rows[rows]] for name, told in self.text.items()}
+        ids = self.tokens[rows].long()
+        if trains_text(pipeline):
+            return encode_text(pipeline, ids, self.resolution)
+        with torch.autocast(pipeline.device.type, enabled=False):
+            return encode_text(pipeline, ids, self.resolution)
 
 
 @torch.no_grad()
@@ -117,46 +128,51 @@ def encode_units(
     resolution: int,
     folder: Path,
     random_flip: bool = False,
-) -> EncodedUnits:
-    """Encode every image once (its latent mean; both ways with flips), and every caption.
+) -> tuple[EncodedUnits, Path]:
+    """Encode every image once (its latent mean; both ways with flips), and every caption; returns
+    also the folder that was made.
 
     The files are made in `folder`/KEY, mode 0700, by all processes together, unless they are there
     from an earlier run on the same images, captions, autoencoder, resolution and flips. Beside them
     about.json says how many captions were longer than the text encoder reads, which is private.
 
     Raises:
-        UsageError: they cannot be written.
+        UsageError: they cannot be written, or the images changed since they were checked.
     """
     shapes = _shapes(pipeline, private_set, resolution, random_flip)
     wanted = [shapes, _digest(pipeline, private_set, resolution)]
-    key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    with _locked(folder, key):
-        if not on_main_process((folder / key).exists):
-            _encode_into(pipeline, private_set, resolution, folder, key, shapes)
-    latents, tokens = (
-        torch.from_file(str(folder / key / name), size=int(np.prod(shape)), dtype=dtype).view(shape)
-        for (name, shape), dtype in zip(shapes.items(), (torch.float32, torch.int32), strict=True)
-    )
+    made = folder / hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    with _locked(made):
+        if not on_main_process(made.exists):
+            _encode_into(made, pipeline, private_set, resolution, shapes)
+        latents, tokens = (_mapped(made / name, shape) for name, shape in shapes.items())
     text, caption_rows = None, None
     if not trains_text(pipeline):
         text, caption_rows = _few_captions(pipeline, tokens, resolution)
     units = rows_by_unit(private_set.unit_of_row)
-    return EncodedUnits(resolution, latents, tokens, text, caption_rows, *units)
+    return EncodedUnits(resolution, latents, tokens, text, caption_rows, *units), made
+
+
+def _mapped(path: Path, shape: list[int]) -> torch.Tensor:
+    """A file as a tensor, of which only what is used is read."""
+    dtype = torch.float32 if path.suffix == ".f32" else torch.int32
+    return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
 
 
 @contextmanager
-def _locked(folder: Path, key: str) -> Iterator[None]:
-    """Only one run at a time makes the files of `key`; others wait, and find them made."""
-    lock = FileLock(folder / f"{key}.lock")
+def _locked(made: Path) -> Iterator[None]:
+    """Only one run at a time makes or deletes these files; others wait."""
+    lock = FileLock(made.with_suffix(".lock"))
 
     def acquire() -> None:
-        with disk_errors_told(folder):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with disk_errors_told(made.parent):
+            made.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock.acquire()
 
     on_main_process(acquire)
     try:
         yield
+        PartialState().wait_for_everyone()
     finally:
         lock.release()
 
@@ -173,7 +189,7 @@ def _shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: boo
 
 def _digest(pipeline, private_set: PrivateSet, resolution: int) -> str:
     """Of all that the files depend on, but for their shapes."""
-    digest = hashlib.sha256(f"{ENCODING} {private_set.digest} {resolution}".encode())
+    digest = hashlib.sha256(f"{ENCODING} {resolution}".encode() + private_set.digests.tobytes())
     for caption in private_set.captions:
         digest.update(hashlib.sha256(caption.encode(errors="surrogatepass")).digest())
     for name, tensor in sorted(pipeline.vae.state_dict().items()):
@@ -187,58 +203,92 @@ def _digest(pipeline, private_set: PrivateSet, resolution: int) -> str:
     return digest.hexdigest()
 
 
-def _encode_into(pipeline, private_set, resolution, folder: Path, key: str, shapes: dict) -> None:
-    """Make the files of `key`: each process a run of rows; they appear when they are whole."""
+def _encode_into(made: Path, pipeline, private_set, resolution: int, shapes: dict) -> None:
+    """Make the files of the folder `made`: each process a run of rows; it appears when it is whole.
+
+    Raises:
+        UsageError: on every process, if any cannot read or write.
+    """
     state = PartialState()
-    name = [f"{key}-{uuid.uuid4().hex}"]
-    aside = folder / broadcast_object_list(name)[0]
+    aside = made.with_name(broadcast_object_list([f"{made.name}-{uuid.uuid4().hex}"])[0])
 
     def start() -> None:
-        with disk_errors_told(folder):
-            for half in folder.glob(f"{key}-*"):  # of a run that was killed
+        with disk_errors_told(made.parent):
+            for half in made.parent.glob(f"{made.name}-*"):  # of a run that was killed
                 shutil.rmtree(half)
             aside.mkdir(mode=0o700)
-            for file, shape in shapes.items():
-                with open(aside / file, "wb") as empty:
-                    empty.truncate(4 * int(np.prod(shape)))
+            for name, shape in shapes.items():
+                with open(aside / name, "wb") as empty:
+                    empty.truncate(4 * math.prod(shape))
 
     on_main_process(start)
-    rows = len(private_set.rows)
+    rows, cut, mistake = len(private_set.rows), 0, None
     bounds = [rows * r // state.num_processes for r in range(state.num_processes + 1)]
     first, last = bounds[state.process_index : state.process_index + 2]
-    own = private_set.rows.select(range(first, last))
-    captions = private_set.captions
+    try:
+        cut = _encode_rows(aside, pipeline, private_set, (first, last), resolution, shapes)
+    except UsageError as error:
+        mistake = str(error)
+    answers = gather_object([(cut, mistake)])
+    mistakes = [mistake for _, mistake in answers if mistake is not None]
+    if mistakes:
+        raise UsageError(mistakes[0])
+
+    def finish() -> None:
+        cut = sum(cut for cut, _ in answers)
+        about = {"rows": rows, "captions_cut": cut, "tokens": shapes["tokens.i32"][-1]}
+        with disk_errors_told(made.parent):
+            write_durably(aside / "about.json", json.dumps(about) + "\n")
+            sync_folder(aside)
+            os.replace(aside, made)
+            sync_folder(made.parent)
+
+    on_main_process(finish)
+
+
+def _encode_rows(
+    folder: Path,
+    pipeline: DiffusionPipeline,
+    private_set: PrivateSet,
+    span: tuple[int, int],
+    resolution: int,
+    shapes: dict,
+) -> int:
+    """Write the rows first ... last - 1 to the files; returns how many captions were cut.
+
+    Raises:
+        UsageError: the disk does not take them, or see `pixel_batches`.
+    """
+    first, last = span
+    own, digests = private_set.rows.select(range(first, last)), private_set.digests[first:last]
     flips, batch_size, cut = shapes["latents.f32"][1] == 2, 64, 0
-    batches = pixel_batches(own, private_set.image_column, resolution, batch_size)
+    batches = pixel_batches(own, private_set.image_column, resolution, batch_size, digests)
+    shown = PartialState().is_main_process
+    bar = tqdm(
+        total=len(own), desc="encoding images", bar_format=PERCENT, leave=False, disable=not shown
+    )
     with (
-        disk_errors_told(folder),
-        open(aside / "latents.f32", "r+b") as latents,
-        open(aside / "tokens.i32", "r+b") as tokens,
-        tqdm(
-            total=len(own), desc="encoding images", unit="image", leave=False,
-            disable=not state.is_main_process,
-        ) as bar,
-    ):  # fmt: skip
-        latents.seek(first * 4 * int(np.prod(shapes["latents.f32"][1:])))
-        tokens.seek(first * 4 * int(np.prod(shapes["tokens.i32"][1:])))
+        disk_errors_told(folder.parent),
+        open(folder / "latents.f32", "r+b") as latents,
+        open(folder / "tokens.i32", "r+b") as tokens,
+        bar,
+    ):
+        latents.seek(first * 4 * math.prod(shapes["latents.f32"][1:]))
+        tokens.seek(first * 4 * math.prod(shapes["tokens.i32"][1:]))
         for pixels in batches:
             images = to_unit_range(pixels.to(pipeline.device))
             views = [images, images.flip(-1)] if flips else [images]
             encoded = torch.stack([encode_images(pipeline, view) for view in views], 1)
             latents.write(encoded.float().cpu().numpy().tobytes())
-            words = captions[first : first + len(pixels)]
+            words = private_set.captions[first : first + len(pixels)]
             tokens.write(tokenize(pipeline, words).int().numpy().tobytes())
             cut += count_cut(pipeline, words)
             first += len(pixels)
             bar.update(len(pixels))
-    cut = sum(gather_object([cut]))
-
-    def finish() -> None:
-        about = {"rows": rows, "captions_cut": cut, "tokens": shapes["tokens.i32"][-1]}
-        (aside / "about.json").write_text(json.dumps(about) + "\n")
-        os.replace(aside, folder / key)
-
-    on_main_process(finish)
+        for file in (latents, tokens):
+            file.flush()
+            os.fsync(file.fileno())
+    return cut
 
 
 def latents_folder(training: TrainingArguments) -> Path:
@@ -247,11 +297,29 @@ def latents_folder(training: TrainingArguments) -> Path:
     return private_folder(training.output_dir) / "latents"
 
 
-def discard_copies(training: TrainingArguments) -> None:
-    """Delete what was made of the private images: the latents, and what `datasets` cached."""
-    for made in latents_folder(training).glob("*/about.json"):  # not what is being made
-        shutil.rmtree(made.parent)
-    shutil.rmtree(private_folder(training.output_dir) / "cache", ignore_errors=True)
+def discard_copies(output_dir: Path, made: Path | None) -> None:
+    """Delete what a run made of its private images: its latents, and what `datasets` cached.
+
+    Raises:
+        UsageError: they cannot be deleted; on every process.
+    """
+
+    def discard() -> None:
+        for folder in (output_dir, output_dir / "selection"):
+            shutil.rmtree(private_folder(folder) / "cache", ignore_errors=True)
+        if made is not None and made.exists():
+            aside = made.with_name(f"{made.name}-discarded")
+            os.replace(made, aside)
+            shutil.rmtree(aside)
+
+    def told() -> None:
+        try:
+            discard()
+        except OSError as error:
+            raise UsageError(f"--discard_latents: {error}; delete them by hand") from error
+
+    with _locked(made) if made is not None else nullcontext():
+        on_main_process(told)
 
 
 def count_cut(pipeline: DiffusionPipeline, captions: list[str]) -> int:
@@ -292,20 +360,21 @@ def private_losses(
     training: TrainingArguments,
     draws: int,
     randomness: SecretRandomness,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Encode the private set; returns what gives units, by index [U], their losses [U].
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Path]:
+    """Encode the private set; returns what gives units, by index [U], their losses [U]; and the
+    folder of the encoded images.
 
     Raises:
-        UsageError: the latents cannot be written.
+        UsageError: see `encode_units`.
     """
     folder = latents_folder(training)
-    units = encode_units(pipeline, private_set, resolution, folder, training.random_flip)
+    units, made = encode_units(pipeline, private_set, resolution, folder, training.random_flip)
     objective = Objective(draws, training.timestep_sampling, training.snr_gamma)
 
     def losses_of(indices: torch.Tensor) -> torch.Tensor:
         return unit_losses(pipeline, units, indices, objective, randomness)
 
-    return losses_of
+    return losses_of, made
 
 
 def rows_by_unit(unit_of_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import difflib
 import re
 from pathlib import Path
 
+import httpx2
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -18,6 +19,7 @@ from torch import nn
 
 from utils.errors import UsageError
 from utils.loda import load_loda
+from utils.verification import PUBLISHED
 
 # peft matches by suffix: "to_out.0" is the Linear inside the ModuleList `to_out`.
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -26,7 +28,6 @@ DEFAULT_TARGETS = ATTENTION_TARGETS + PROJECTION_TARGETS
 ALL_TARGETS = [*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 NO_SAFETY_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
-ADAPTER_FILES = ["*.json", "*.safetensors", "unet/*"]
 ADAPTER_PARTS = ["unet", "adapter_config.json", "pytorch_lora_weights.safetensors"]
 
 
@@ -63,26 +64,36 @@ def parts_of(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [pipeline.unet, *encoders, pipeline.vae]
 
 
-def load_adapter(pipeline: DiffusionPipeline, adapter: str, revision: str | None = None) -> None:
-    """Load what a training script published, from a folder or the Hub, whichever kind it is: LoRA,
-    LoDA, or a whole fine-tuned U-Net.
+def adapter_folder(adapter: str, revision: str | None = None) -> Path:
+    """The folder of what a training script published; what is on the Hub is downloaded, all of one
+    commit.
 
     Raises:
-        UsageError: it is not there, it is none of these, or it does not fit this model.
+        UsageError: there is no such folder or Hub id.
+    """
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    try:
+        return Path(snapshot_download(adapter, revision=revision, allow_patterns=PUBLISHED))
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise UsageError(f"--adapter '{adapter}' is no folder or Hub id: {error}") from error
+
+
+def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Load what a training script published, whichever kind it is: LoRA, LoDA, or a whole
+    fine-tuned U-Net.
+
+    Raises:
+        UsageError: it is none of these, or it does not fit this model.
     """
     try:
-        folder = Path(adapter)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(adapter, revision=revision, allow_patterns=ADAPTER_FILES)
-            )
         parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
         if not parts:
             raise ValueError("it holds no LoRA, no LoDA and no unet/")
         for name in parts:
             _load_part(pipeline, name, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot load the adapter '{adapter}' into this model: {error}") from error
+        raise UsageError(f"cannot load the adapter '{folder}' into this model: {error}") from error
 
 
 def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:

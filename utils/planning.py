@@ -65,7 +65,7 @@ def private_set_of(rows: Dataset, data: DataArguments) -> PrivateSet:
         UsageError: see `readable_rows`, `captions_of` and `units_of`; or the processes read
             different data.
     """
-    good, digest = on_main_process(
+    good, digests = on_main_process(
         lambda: readable_rows(rows, data.image_column, data.strict_images)
     )
     skipped = len(rows) - len(good)
@@ -77,7 +77,7 @@ def private_set_of(rows: Dataset, data: DataArguments) -> PrivateSet:
         content.update(repr(caption).encode())
     if len(set(gather_object([content.hexdigest()]))) > 1:  # compared in memory, and forgotten
         raise UsageError("the processes read different data: give all of them the same")
-    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped, digest)
+    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped, digests)
 
 
 def describe(

@@ -1,5 +1,6 @@
 """What a training script publishes beside its weights: the card, samples, and the repository."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,18 +13,19 @@ from utils.generation import generate, image_grid, use_dpm_solver
 from utils.hub import PublishArguments, make_repo
 
 
-def repository_for(
-    hub: PublishArguments, privacy: PrivacyArguments, training: TrainingArguments
-) -> str:
-    """Make the repository before anything is spent; returns its full name.
+def check_repository(hub: PublishArguments, privacy: PrivacyArguments) -> None:
+    """With `--push_to_hub`, make the repository before anything is spent, or find that it is there.
 
     Raises:
-        UsageError: see `make_repo`; or what will be made must not be published.
+        UsageError: see `make_repo`; or it was not named, or the result must not be published.
     """
+    if not hub.push_to_hub or privacy.dry_run:
+        return
     if privacy.debug_noise_seed is not None:
         raise UsageError("--debug_noise_seed makes what is NOT PRIVATE: --push_to_hub is refused")
-    name = hub.hub_model_id or Path(training.output_dir).resolve().name
-    return on_main_process(lambda: make_repo(name, hub))
+    if hub.hub_model_id is None:
+        raise UsageError("--push_to_hub needs --hub_model_id, the repository to publish in")
+    on_main_process(lambda: make_repo(hub.hub_model_id, hub))
 
 
 def setup_of(
@@ -55,7 +57,8 @@ def setup_of(
 def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments, resolution: int) -> None:
     """Draw images of the trained model into samples/, balanced over the prompts, and a grid."""
     folder = Path(training.output_dir) / "samples"
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+    folder.mkdir()
     prompts, count = training.validation_prompt, training.num_validation_images
     use_dpm_solver(pipeline)
     images = []

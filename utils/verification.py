@@ -1,10 +1,14 @@
 """Does a privacy statement hold? Recompute it, and compare it with the files and the ledger."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
+import yaml
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.accounting import REPLACE_ONE, pld_epsilon, prv_epsilon
 from utils.checkpoints import path_of, read_about, sha256_of, steps_on_disk
@@ -12,7 +16,10 @@ from utils.errors import UsageError
 from utils.ledger import CHECKPOINT, WEIGHTS, Ledger, charged_events, charged_steps
 
 PLD_TOLERANCE, PRV_TOLERANCE = 1e-3, 0.02  # versions of the accountants may differ this much
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
+# What a repository may hold beside the files of its statement.
+HARMLESS = re.compile(r"privacy\.json|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png")
 PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", "README.md"]
 
 
@@ -23,7 +30,7 @@ class Source:
     folder: Path | None
     statement: dict | None
     ledger: Ledger | None
-    names: tuple[str, ...] = ()  # of all files there are, downloaded or not
+    extras: tuple[str, ...] = ()  # files there that the statement must account for
 
     def delta(self) -> float:
         if self.statement is not None:
@@ -47,15 +54,13 @@ def read_source(name: str, revision: str | None) -> Source:
         return Source(None, None, Ledger(path))
     if path.suffix == ".json" and path.is_file():
         return Source(None, _read_json(path), None)
-    if not path.is_dir():
-        try:
-            names = HfApi().list_repo_files(name, revision=revision)
-            path = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"'{name}' is no file, folder or Hub id: {error}") from error
-    else:
+    if path.is_dir():
         found = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
         names = [str(p) for p in found if "private" not in p.parts]
+        extras = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+    else:
+        path, names = _from_hub(name, revision)
+        extras = [name for name in names if not HARMLESS.fullmatch(name)]
     statement, ledger = path / "privacy.json", path / "private" / "ledger.jsonl"
     if not statement.exists() and not ledger.exists():
         raise UsageError(f"{name} holds no privacy.json and no ledger")
@@ -63,8 +68,27 @@ def read_source(name: str, revision: str | None) -> Source:
         path,
         _read_json(statement) if statement.exists() else None,
         Ledger(ledger) if ledger.exists() else None,
-        tuple(names),
+        tuple(extras),
     )
+
+
+def _from_hub(name: str, revision: str | None) -> tuple[Path, list[str]]:
+    """One commit: what is needed of it, downloaded, and the names of all its files.
+
+    Offline, what was downloaded before is all that is known.
+    """
+    try:
+        try:
+            information = HfApi().model_info(name, revision=revision)
+            revision, names = information.sha, [file.rfilename for file in information.siblings]
+        except (OfflineModeIsEnabled, httpx2.TransportError):
+            names = None
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED))
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        raise UsageError(f"'{name}' is no file, folder or Hub id: {error}") from error
+    if names is None:
+        names = [str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()]
+    return path, names
 
 
 def _read_json(path: Path) -> dict:
@@ -118,6 +142,8 @@ def problems_of_statement(statement: dict) -> list[str]:
         return [f"the statement lacks {', '.join(sorted(missing))}"]
     units, delta = statement["num_units"], statement["delta"]
     problems = []
+    if not isinstance(units, int) or units < 1:
+        return [f"the number of units is {units}"]
     if not 0 < delta < 1 / units:
         problems.append(f"delta {delta:g} is not below 1/N = {1 / units:.3g}")
     problems += _recomputed(statement["events"], delta, statement["epsilon"], "the statement")
@@ -163,9 +189,9 @@ def problems_of_files(statement: dict, source: Source) -> list[str]:
             problems.append(f"{name} is missing")
         elif sha256_of(folder / name) != digest:
             problems.append(f"{name} is not the file that was paid for")
-    for name in source.names:
-        if name.endswith(WEIGHT_SUFFIXES) and name not in statement["files"]:
-            problems.append(f"{name} holds weights that the statement does not account for")
+    for name in source.extras:
+        if name not in statement["files"]:
+            problems.append(f"{name}: the statement does not account for it")
     return problems
 
 
@@ -175,11 +201,13 @@ def problems_of_card(statement: dict | None, folder: Path) -> list[str]:
     if statement is None or not card.is_file():
         return []
     try:
-        results = ModelCard.load(card).data.eval_results or []
-    except (ValueError, KeyError, TypeError) as error:
+        loaded = ModelCard.load(card)
+        results = loaded.data.eval_results or []
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return [f"the front matter of README.md cannot be read: {error}"]
-    shown = [result.metric_value for result in results if result.metric_type == "epsilon"]
     stated = statement["epsilon"]["add_or_remove_one"]
+    shown = [result.metric_value for result in results if result.metric_type == "epsilon"]
+    shown += [float(value) for value in re.findall(r"\*\*epsilon = ([\d.]+\d)", loaded.text)]
     return [
         f"README.md says epsilon {value}, the statement {stated:.4f}"
         for value in shown
