@@ -96,7 +96,9 @@ def together(processes: int, script: Path, *arguments) -> subprocess.Popen:
     # Not `accelerate launch --cpu`, which starts one process whatever it is told.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", processes, script, *arguments]
-    environment = quiet_environment() | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = quiet_environment() | {"PYTHONPATH": str(ROOT)}
+    if Path(script).parent != ROOT:  # the repository's scripts see to it themselves
+        environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
         list(map(str, command)), env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 
@@ -24,7 +25,12 @@ def on_main_process(work: Callable[[], object]) -> object:
     """Run `work` on the main process; every process gets its result, or its `UsageError`.
 
     Every process must call it: without it, the others would wait for a main process that stopped.
+
+    Raises:
+        UsageError: that of `work`; or several processes were started that do not know each other.
     """
+    if _world_size() > 1 and PartialState().num_processes == 1:
+        raise UsageError("several processes were started, but they do not know of each other")
     answer = [None, None]
     if _rank() == 0:
         try:
@@ -43,6 +49,8 @@ def run_script(main: Callable[[], None]) -> None:
     Exit code 2 for a `UsageError`; 128 + signal for a clean stop; 1 if another process was lost.
     """
     where = f" (process {_rank()})" if _rank() else ""
+    if _world_size() > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or torchrun's would not find together
     try:
         main()
     except UsageError as error:
@@ -65,12 +73,15 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _lost_a_process(error: RuntimeError) -> bool:
     signs = ("connection closed", "connection reset", "broken pipe", "timed out")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     from_network = isinstance(error, torch.distributed.DistError) or any(
         sign in str(error).lower() for sign in signs
     )
-    return several and from_network
+    return _world_size() > 1 and from_network
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
