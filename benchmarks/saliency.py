@@ -40,8 +40,20 @@ DIGITS = ROOT / "runs" / "digits" / "private"
 CLASSES = ["--caption_template", "the digit {label}", "--class_names", *"0123456789"]
 
 
-def row(mechanism: str, ratio: float, scope: str = "all", clipping: str = "flat") -> dict:
-    return {"mechanism": mechanism, "ratio": ratio, "scope": scope, "clipping": clipping}
+def row(
+    mechanism: str,
+    ratio: float,
+    scope: str = "all",
+    clipping: str = "flat",
+    normalise: str = "none",
+) -> dict:
+    return {
+        "mechanism": mechanism,
+        "ratio": ratio,
+        "scope": scope,
+        "clipping": clipping,
+        "normalise": normalise,
+    }
 
 
 ROWS = {
@@ -55,6 +67,7 @@ ROWS = {
         row("every", 1.0, clipping="per_layer"),
         row("squared_norm", 0.3, clipping="per_layer"),
         row("layer", 0.3),
+        row("squared_norm", 0.3, normalise="per_parameter"),
     ],
     "mnist": [row("every", 1.0), row("squared_norm", 0.3), row("random", 0.3)],
 }
@@ -91,6 +104,7 @@ def chosen(args, settings: dict, epsilon: float, seed: int) -> list:
         *("--config", ROOT / "examples" / args.set / "dp_lora.yaml", *recipe),
         *("--pretrained_model_name_or_path", BASE, "--target_epsilon", epsilon, "--seed", seed),
         *("--select_saliency", "--scope", settings["scope"], "--clipping", settings["clipping"]),
+        *("--normalise", settings["normalise"]),
         *("--num_validation_images", 0, *selection),
         *("--latents_dir", ROOT / "runs" / "saliency_latents"),
     ]
@@ -156,14 +170,14 @@ def print_table(results: list[dict]) -> None:
         ways = [tuple(settings.values()) for settings in ROWS[name]]
         ways += [tuple(settings.values()) for settings in RATIOS if name == "digits"]
         print(f"\n{name}: accuracy in %, mean and standard deviation over seeds\n")
-        print("| selected by | kept | scope | clipping |", end="")
+        print("| selected by | kept | scope | clipping | normalised |", end="")
         print("".join(f" epsilon {epsilon:g} |" for epsilon in epsilons))
-        print("| --- " * (4 + len(epsilons)) + "|")
+        print("| --- " * (5 + len(epsilons)) + "|")
         for way in ways:
             cells = [groups.get((name, epsilon, *way), []) for epsilon in epsilons]
             shown = [f"{mean(c):.1f} +- {pstdev(c):.1f} ({len(c)})" if c else "-" for c in cells]
-            mechanism, ratio, scope, clipping = way
-            print(f"| {mechanism} | {ratio:.0%} | {scope} | {clipping} | {' | '.join(shown)} |")
+            mechanism, ratio, *rest = way
+            print(f"| {' | '.join([mechanism, f'{ratio:.0%}', *rest, *shown])} |")
 
 
 def draw(results: list[dict]) -> None:
@@ -174,11 +188,13 @@ def draw(results: list[dict]) -> None:
     for axis, (name, epsilon) in zip(axes[0], panels, strict=True):
         here = {k[2:]: v for k, v in groups.items() if k[:2] == (name, epsilon)}
         ranked = {k: v for k, v in here.items() if k[0] in ("every", "squared_norm")}
-        for scope, clipping in sorted({k[2:] for k in ranked}):
-            curve = sorted((k[1], v) for k, v in ranked.items() if k[2:] == (scope, clipping))
+        for rest in sorted({k[2:] for k in ranked}):
+            curve = sorted((k[1], v) for k, v in ranked.items() if k[2:] == rest)
+            scope, clipping, normalise = rest
             label = f"squared norm, {scope}, {clipping} clipping"
+            label += ", by parameter" if normalise == "per_parameter" else ""
             _points(axis, curve, label, "-", "o")
-        for (mechanism, ratio, _, _), values in here.items():
+        for (mechanism, ratio, *_), values in here.items():
             if mechanism in ("voting", "layer", "random"):
                 marker = {"voting": "s", "layer": "^", "random": "x"}[mechanism]
                 _points(axis, [(ratio, values)], mechanism, "none", marker)
