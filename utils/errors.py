@@ -3,10 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+
+PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
 
 
 class UsageError(ValueError):
@@ -50,7 +53,8 @@ def run_script(main: Callable[[], None]) -> None:
     """
     where = f" (process {_rank()})" if _rank() else ""
     if _world_size() > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or torchrun's would not find together
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for Accelerator; and for PartialState:
+        PartialState(cpu=True, timeout=PATIENCE)  # else each would think that it is alone
     try:
         main()
     except UsageError as error:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from utils.arguments import DataArguments, ModelArguments, PrivacyArguments, Tra
 from utils.cards import Facts, model_card
 from utils.checkpoints import StopRequest
 from utils.entropy import SecretRandomness, secret_randomness
-from utils.errors import Stopped, UsageError, on_main_process
+from utils.errors import PATIENCE, Stopped, UsageError, on_main_process
 from utils.hub import PublishArguments, publish_model, write_durably
 from utils.latents import discard_copies, private_losses
 from utils.optimizers import make_optimizer
@@ -40,8 +39,6 @@ from utils.runs import Run, claim_output_dir, disk_errors_told, private_folder
 from utils.training import TrainingState, UnitLosses, checksum, private_steps
 
 ARGUMENTS = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, PublishArguments)
-
-PATIENCE = timedelta(hours=6)  # of processes that wait for the main one to check or encode images
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def load_pipeline(name_or_path: str, revision: str | None = None) -> DiffusionPi
             name_or_path, revision=revision, dtype=torch.float32, **checker
         )
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
     for part in parts_of(pipeline):
         part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
