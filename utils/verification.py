@@ -85,7 +85,8 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, list[str]]:
             names = None
         path = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED))
     except (OSError, ValueError, httpx2.HTTPError) as error:
-        raise UsageError(f"'{name}' is no file, folder or Hub id: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"'{name}' is no file, folder or Hub id: {reason}") from error
     if names is None:
         names = [str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()]
     return path, names
