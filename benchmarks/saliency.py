@@ -77,6 +77,8 @@ RATIOS = [row("squared_norm", 0.1), row("squared_norm", 0.6)]  # digits, first s
 # Marker of a mechanism, and how far aside it is drawn: all are at 30 %.
 ASIDE = {"voting": ("s", -0.025), "layer": ("^", 0.025), "random": ("x", 0.05)}
 
+COLOURS: dict[str, int] = {}
+
 
 def call(script: str, *arguments) -> str:
     """Run a script of the repository in this process; returns what it printed."""
@@ -186,9 +188,11 @@ def print_table(results: list[dict]) -> None:
 def draw(results: list[dict]) -> None:
     groups = grouped(results)
     panels = sorted({key[:2] for key in groups})
-    size = (5 * len(panels), 5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, epsilon) in zip(axes[0], panels, strict=True):
+    size = (10, 4.5 * -(-len(panels) // 2))
+    figure, axes = plt.subplots(
+        -(-len(panels) // 2), 2, figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, (name, epsilon) in zip(axes.flat, panels, strict=False):
         here = {k[2:]: v for k, v in groups.items() if k[:2] == (name, epsilon)}
         ranked = {k: v for k, v in here.items() if k[0] in ("every", "squared_norm")}
         for rest in sorted({k[2:] for k in ranked}):
@@ -203,17 +207,22 @@ def draw(results: list[dict]) -> None:
                 _points(axis, [(ratio + aside, values)], mechanism, "none", marker)
         axis.set(xlabel="share of matrices kept", ylabel="accuracy, %")
         axis.set(title=f"{name}, epsilon {epsilon:g}", xlim=(0, 1.05))
-    names = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    names = {}
+    for axis in axes.flat:
+        names |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(names.values(), names, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
     plt.close(figure)
 
 
 def _points(axis, curve: list[tuple], label: str, line: str, marker: str) -> None:
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds; a label has one colour in all panels."""
+    colour = f"C{COLOURS.setdefault(label, len(COLOURS))}"
     ratios, values = zip(*curve, strict=True)
     means, spreads = [mean(v) for v in values], [pstdev(v) for v in values]
-    axis.errorbar(ratios, means, spreads, ls=line, marker=marker, capsize=3, label=label)
+    axis.errorbar(
+        ratios, means, spreads, ls=line, marker=marker, capsize=3, label=label, color=colour
+    )
 
 
 def main():
