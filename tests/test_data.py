@@ -11,18 +11,6 @@ from utils.latents import Objective, encode_units, unit_losses
 from utils.pipelines import snr_weights
 
 
-def test_image_folder_saved_dataset_and_parquet_are_read_alike(image_folder, tmp_path):
-    rows = load_rows(None, None, str(image_folder), "train", tmp_path / "cache")
-    rows.save_to_disk(tmp_path / "saved")
-    (tmp_path / "parquet").mkdir()
-    rows.to_parquet(tmp_path / "parquet" / "train.parquet")
-    for name in ("saved", "parquet"):
-        again = load_rows(str(tmp_path / name), None, None, "train", tmp_path / "cache")
-        assert again["label"] == rows["label"] and len(again) == 40
-    captions = captions_of(rows, None, "label", "the digit {label}")
-    assert captions[0] == "the digit 0" and captions[-1] == "the digit 3"
-
-
 def test_images_are_resized_and_cropped_to_rgb():
     pixels = pixels_of(PILImage.new("L", (40, 20), 7), 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and (pixels == 7).all()

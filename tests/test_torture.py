@@ -219,6 +219,8 @@ def test_every_way_to_name_a_set(image_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "parquet" / "grid.png")  # as published sets have
     data = DataArguments(dataset_name=str(tmp_path / "parquet"))
     assert len(rows_of(data, tmp_path / "c")) == len(rows)
+    captions = captions_of(rows, None, "label", "the digit {label}")
+    assert captions[0] == "the digit 0" and captions[-1] == "the digit 3"
     folder = DataArguments(dataset_name=str(image_folder), max_train_samples=7)
     assert len(rows_of(folder, tmp_path / "c")) == 7
 
