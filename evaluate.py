@@ -1,13 +1,15 @@
-"""How good is a synthetic set? Train a classifier on it, test it on real labelled images.
+"""Are synthetic images good, useful, and does any of them give someone away?
 
-    python evaluate.py --synthetic runs/digits/private_images \\
-        --test_data_dir runs/digits/private --output_file runs/digits/metrics/private.json
+    # fidelity and utility, against held-out real images
+    python evaluate.py --synthetic runs/digits/synthetic --test_data_dir runs/digits/private
 
-    # a published set; on a Hub dataset
-    python evaluate.py --synthetic user/synthetic-scans --test_dataset_name user/scans
+    # memorisation too: what the adapter was trained on, against what it never saw
+    python evaluate.py --synthetic runs/digits/synthetic --test_data_dir runs/digits/private \\
+        --private_data_dir runs/digits/private
 
-    # on a Hub dataset, or a folder of parquet files
-    python evaluate.py --synthetic images --test_dataset_name ylecun/mnist --test_split test
+    # a published set; on a Hub dataset; in a table and a plot with other runs
+    python evaluate.py --synthetic user/synthetic-scans --test_dataset_name user/scans \\
+        --compare runs/other/metrics.json
 
     # an adapter of any kind: its images are drawn into --synthetic first
     python evaluate.py --pretrained_model_name_or_path examples/digits/base \\
@@ -15,49 +17,92 @@
         --caption_template "the digit {label}" --num_images 1000 \\
         --synthetic runs/digits/loda_images --test_data_dir runs/digits/private
 
-Writes metrics.json: for each metric its mean over classifier seeds, their spread (standard
-deviation), and whether the epsilon of the adapter covers it. Accuracy reads the real test images,
-so it is not covered: publish it only if those images may be used that way.
+Writes metrics.json, report.html beside it, and pictures of the closest private images into private/
+beside them. What read private images says so (covered_by_epsilon: false): publish it only if those
+images may be used that way.
 """
 
-import json
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from statistics import mean, pstdev
-from tempfile import TemporaryDirectory
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset
+# This script shares its name with the library that its metric modules use: look for that first.
+sys.path.sort(key=lambda entry: Path(entry).resolve() == Path(__file__).resolve().parent)
 
-from utils.arguments import ModelArguments, option, parse
-from utils.classifiers import accuracy, train_classifier
-from utils.data import keep_readable, labels_of, load_rows, pixel_batches, to_unit_range
-from utils.errors import UsageError, run_script
-from utils.generation import SamplingArguments, draw_folder
+import json  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from tempfile import TemporaryDirectory  # noqa: E402
 
-METRICS = ["accuracy"]
+import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from utils.arguments import ModelArguments, option, parse  # noqa: E402
+from utils.classifiers import CLASSIFIERS  # noqa: E402
+from utils.data import keep_readable, labels_of, load_rows, pixel_batches  # noqa: E402
+from utils.errors import UsageError, run_script  # noqa: E402
+from utils.features import ExtractorArguments, build_extractor, extract  # noqa: E402
+from utils.fidelity import NEIGHBOURS, fidelity  # noqa: E402
+from utils.generation import SamplingArguments, draw_folder, prepare_drawing  # noqa: E402
+from utils.hub import write_durably  # noqa: E402
+from utils.memorisation import compare, entries_of, save_pairs  # noqa: E402
+from utils.report import Page, grid_of, number_of, read_runs, write_report  # noqa: E402
+from utils.synthetic_sets import privacy_of  # noqa: E402
+from utils.utility import LabelledImages, downstream_accuracy  # noqa: E402
+
+METRICS = ["fidelity", "utility", "memorisation"]
 
 
 @dataclass
 class EvaluateArguments:
-    """The two sets, and the classifier."""
+    """The sets, and what is asked of them."""
 
     synthetic: str = option("synthetic set: a folder that sample.py left, or a Hub id")
     synthetic_revision: str | None = option("revision of a synthetic set on the Hub", None)
-    metrics: list[str] = option(f"which metrics; there are: {', '.join(METRICS)}", METRICS)
-    test_dataset_name: str | None = option("real images: Hub id or folder of parquet files", None)
-    test_data_dir: str | None = option("real images: image folder, instead", None)
-    test_split: str = option("split of the real images", "test")
-    image_column: str = option("column of the images, in both sets", "image")
-    label_column: str = option("column of the labels, in both sets", "label")
-    evaluation_resolution: int = option("both sets are resized to this many pixels", 32)
-    classifier_seeds: int = option("classifiers trained, each with another seed", 3)
+    test_dataset_name: str | None = option(
+        "real images that nothing was trained on: Hub id or folder of parquet files", None
+    )
+    test_data_dir: str | None = option("the same: image folder, instead", None)
+    test_split: str = option("split of those", "test")
+    test_is_public: bool = option("those may be shown, and numbers about them published", False)
+    private_dataset_name: str | None = option(
+        "what the adapter was trained on, for memorisation: Hub id or folder of parquet files", None
+    )
+    private_data_dir: str | None = option("the same: image folder, instead", None)
+    private_split: str = option("split of those", "train")
+    image_column: str = option("column of the images, in all sets", "image")
+    label_column: str = option("column of the labels, for utility", "label")
+    metrics: list[str] | None = option(
+        f"which of {', '.join(METRICS)}; default: all that the sets allow", None
+    )
+    evaluation_resolution: int = option("classifiers and neighbours see this many pixels", 32)
+    classifiers: list[str] = option(f"any of {', '.join(CLASSIFIERS)}", ["cnn"])
+    classifier_seeds: int = option("classifiers trained of each, each with another seed", 3)
     classifier_steps: int = option("optimizer steps of a classifier, 128 images each", 600)
+    train_on_real: bool = option(
+        "for reference, also train the classifiers on the private images", False
+    )
+    compare: list[str] | None = option("metrics.json of other runs, for the report", None)
     output_file: str | None = option(
         "default: metrics.json in the synthetic folder, or here for a set of the Hub", None
     )
+
+    def __post_init__(self):
+        for name, known in (("metrics", METRICS), ("classifiers", list(CLASSIFIERS))):
+            unknown = sorted(set(getattr(self, name) or []) - set(known))
+            if unknown:
+                there = ", ".join(known)
+                raise UsageError(f"--{name} {' '.join(unknown)}: unknown; there are: {there}")
+        if self.classifier_seeds < 1 or self.classifier_steps < 1 or not self.classifiers:
+            raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
+        if not self.has_private and (self.train_on_real or "memorisation" in (self.metrics or [])):
+            raise UsageError(
+                "memorisation and --train_on_real need the images that the adapter was trained on: "
+                "give --private_dataset_name or --private_data_dir"
+            )
+
+    @property
+    def has_private(self) -> bool:
+        return self.private_dataset_name is not None or self.private_data_dir is not None
 
 
 @dataclass
@@ -70,73 +115,110 @@ class DrawFirst(ModelArguments):
     )
 
 
-def load_labelled(rows: Dataset, args: EvaluateArguments) -> tuple[torch.Tensor, list[str]]:
-    """Images in [-1, 1], [N, 3, R, R], and their class names."""
-    rows, _ = keep_readable(rows, args.image_column)
-    labels = labels_of(rows, args.label_column)
-    batches = pixel_batches(rows, args.image_column, args.evaluation_resolution, 256)
-    return to_unit_range(torch.cat(list(batches))), list(labels)
+def load_sets(args: EvaluateArguments, cache: str) -> dict[str, Dataset]:
+    """The readable rows of the synthetic, the real, and (if named) the private set."""
+    test = (args.test_dataset_name, None, args.test_data_dir, args.test_split, cache)
+    sets = {
+        "synthetic": load_rows(args.synthetic, None, None, "train", cache, args.synthetic_revision),
+        "real": load_rows(*test),
+    }
+    if args.has_private:
+        name, folder = args.private_dataset_name, args.private_data_dir
+        sets["private"] = load_rows(name, None, folder, args.private_split, cache)
+    return {name: keep_readable(rows, args.image_column)[0] for name, rows in sets.items()}
 
 
-def downstream_accuracy(synthetic, real, args: EvaluateArguments, state: PartialState) -> dict:
-    """Accuracy on `real` of classifiers trained on `synthetic`; both are (images, class names).
-
-    Each process trains its share of the classifiers.
+def chosen_metrics(args: EvaluateArguments, sets: dict[str, Dataset]) -> list[str]:
+    """What was asked for, or else all that is possible.
 
     Raises:
-        UsageError: the two sets have no class in common.
+        UsageError: it was asked for, and there are too few images.
     """
-    names = sorted(set(synthetic[1]) | set(real[1]))
-    index = {name: i for i, name in enumerate(names)}
-    train_labels = torch.tensor([index[name] for name in synthetic[1]])
-    test_labels = torch.tensor([index[name] for name in real[1]])
-    if not set(synthetic[1]) & set(real[1]):
-        raise UsageError("the two sets have no class in common: check --label_column")
-    values = []
-    for seed in range(state.process_index, args.classifier_seeds, state.num_processes):
-        model = train_classifier(
-            synthetic[0], train_labels, len(names), args.classifier_steps, seed, state.device
+    labelled = all(args.label_column in sets[name].column_names for name in ("synthetic", "real"))
+    many = min(map(len, sets.values())) > NEIGHBOURS
+    possible = {"fidelity": many, "utility": labelled, "memorisation": args.has_private and many}
+    if not many and {"fidelity", "memorisation"} & set(args.metrics or []):
+        raise UsageError(
+            f"fidelity and memorisation need more than {NEIGHBOURS} images in each set"
         )
-        values.append(accuracy(model, real[0], test_labels, state.device))
-    values = gather_object(values)
-    return {
-        "value": mean(values),
-        "std": pstdev(values),
-        "covered_by_epsilon": False,
-        "num_synthetic": len(train_labels),
-        "num_real": len(test_labels),
-        "classifier_seeds": args.classifier_seeds,
+    return args.metrics or [metric for metric in METRICS if possible[metric]]
+
+
+def look_at(sets: dict[str, Dataset], metrics: list[str], args, extractor, state: PartialState):
+    """What the metrics see of each set: through the extractor, and as pixels."""
+    reads_private = "memorisation" in metrics
+    seen, pixels = {}, {}
+    if "fidelity" in metrics or reads_private:
+        network = build_extractor(extractor, state.device)
+        for name, rows in sets.items():
+            if name != "private" or reads_private:
+                seen[name] = extract(rows, args.image_column, network, state, name)
+    for name, rows in sets.items():
+        if "utility" in metrics or reads_private:
+            batches = pixel_batches(rows, args.image_column, args.evaluation_resolution, 256)
+            pixels[name] = torch.cat(list(batches))
+    return seen, pixels
+
+
+def measure_utility(sets: dict[str, Dataset], pixels: dict, args, state) -> dict[str, dict]:
+    """Accuracy of classifiers trained on the synthetic, and perhaps on the private, images."""
+    images = {
+        name: LabelledImages(pixels[name], list(labels_of(rows, args.label_column)))
+        for name, rows in sets.items()
+        if name != "private" or args.train_on_real
     }
+    setting = (args.classifiers, args.classifier_steps, args.classifier_seeds, state)
+    entries = {}
+    for name, metric in (("synthetic", "accuracy"), ("private", "accuracy_of_real")):
+        if name in images:
+            covered = args.test_is_public and name == "synthetic"
+            counted = {"covered_by_epsilon": covered, f"num_{name}": len(images[name])}
+            found = downstream_accuracy(images[name], images["real"], *setting)
+            entries[metric] = {**found, **counted}
+    return entries
 
 
 def main():
-    args, model, sampling = parse(
-        EvaluateArguments, DrawFirst, SamplingArguments, description=__doc__
+    args, extractor, model, sampling = parse(
+        EvaluateArguments, ExtractorArguments, DrawFirst, SamplingArguments, description=__doc__
     )
-    unknown = sorted(set(args.metrics) - set(METRICS))
-    if unknown:
-        raise UsageError(f"unknown metric {', '.join(unknown)}; there are: {', '.join(METRICS)}")
-    if args.classifier_seeds < 1 or args.classifier_steps < 1:
-        raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
     state, folder = PartialState(), Path(args.synthetic)
+    runs = read_runs(args.compare or [])
     if model.pretrained_model_name_or_path is not None:
-        draw_folder(model, sampling, folder, state)
+        draw_folder(prepare_drawing(model, sampling, folder, state), sampling, folder, state)
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
-    with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
-        synthetic = load_rows(args.synthetic, None, None, "train", cache, args.synthetic_revision)
-        real = load_rows(args.test_dataset_name, None, args.test_data_dir, args.test_split, cache)
-        synthetic, real = load_labelled(synthetic, args), load_labelled(real, args)
-    results = {"accuracy": downstream_accuracy(synthetic, real, args, state)}
-
+    statement, results = privacy_of(args.synthetic, args.synthetic_revision)
     output = Path("metrics.json") if not folder.is_dir() else folder / "metrics.json"
-    if args.output_file is not None:
-        output = Path(args.output_file)
-    if state.is_main_process:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=2) + "\n")
-    for name, result in results.items():
-        state.print(f"{name}: {result['value']:.4f} +- {result['std']:.4f} ({output})")
+    output = output if args.output_file is None else Path(args.output_file)
+    with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
+        sets = load_sets(args, cache)
+        metrics = chosen_metrics(args, sets)
+        seen, pixels = look_at(sets, metrics, args, extractor, state)
+        if "utility" in metrics:
+            results |= measure_utility(sets, pixels, args, state)
+        if not state.is_main_process:
+            return
+        if "fidelity" in metrics:
+            results |= fidelity(seen["synthetic"], seen["real"], args.test_is_public)
+        spaces = []
+        if "memorisation" in metrics:
+            features = {name: rows.features for name, rows in seen.items()}
+            flat = {name: (images.flatten(1) / 255).numpy() for name, images in pixels.items()}
+            for space, rows in (("pixels", flat), ("features", features)):
+                spaces.append(compare(space, rows["synthetic"], rows["private"], rows["real"]))
+            results |= entries_of(spaces)
+            save_pairs(spaces, pixels["synthetic"], pixels["private"], output.parent)
+        sheets = [grid_of(sets["synthetic"], args.image_column)]
+        if args.test_is_public:
+            sheets.append(grid_of(sets["real"], args.image_column))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(output, json.dumps(results, indent=2) + "\n")
+    page = Page(folder.name, results, statement, sheets, spaces, runs)
+    write_report(page, output.with_name("report.html"))
+    for name, entry in results.items():
+        print(f"{name}: {number_of(entry)}")
+    print(f"{output} and {output.with_name('report.html')}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
+sys.path.sort(key=lambda entry: Path(entry).resolve() == ROOT)
+import evaluate  # noqa: E402, F401  the library, before pytest puts the script of its name first
 
 from utils.public_models import (  # noqa: E402
     assemble_pipeline,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,8 +129,8 @@ def digests_of(adapter: Path) -> dict[str, str]:
     return {str(path.relative_to(adapter)): sha256_of(path) for path in sorted(paths)}
 
 
-def claim_folder(folder: Path, settings: dict) -> None:
-    """Start or go on with a folder of images.
+def claim_folder(folder: Path, settings: dict, adapter: Path | None) -> None:
+    """Start or go on with a folder of images; it gets a copy of the adapter's statement.
 
     Raises:
         UsageError: it holds something else, or images made with other settings.
@@ -142,20 +143,29 @@ def claim_folder(folder: Path, settings: dict) -> None:
         raise UsageError(f"--output_dir {folder} already holds other files")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=2))
+    if adapter is not None and (adapter / "privacy.json").exists():
+        shutil.copyfile(adapter / "privacy.json", folder / "privacy.json")
 
 
-def draw_folder(
+@dataclass(frozen=True)
+class Drawing:
+    """All that drawing a folder of images needs; nothing was drawn yet.
+
+    Attributes:
+        pipeline: with the adapter, on its device. prompts: one entry a prompt (`read_prompts`).
+        adapter: the folder of the adapter, which was downloaded if it is on the Hub; or None.
+    """
+
+    pipeline: DiffusionPipeline
+    prompts: list[dict]
+    adapter: Path | None
+
+
+def prepare_drawing(
     model: ModelArguments, sampling: SamplingArguments, folder: Path, state: PartialState
-) -> Path | None:
-    """Draw the images that `folder` does not hold yet, each process its share.
-
-    They come from the pipeline of `model`, with `sampling.adapter`, of any kind, if it is named.
-
-    Leaves one file an image, metadata.jsonl (columns file_name, text, and label for class names)
-    and grid.png. Images are balanced over the prompts.
-
-    Returns:
-        The folder of the adapter, which was downloaded if it is on the Hub; None without one.
+) -> Drawing:
+    """Load the pipeline of `model`, with `sampling.adapter`, of any kind, if it is named; and claim
+    the folder. The adapter's statement goes into it.
 
     Raises:
         UsageError: see `read_prompts`, `load_pipeline` and `load_adapter`; or the folder holds
@@ -171,13 +181,24 @@ def draw_folder(
         adapter = adapter_folder(sampling.adapter, sampling.adapter_revision)
         load_adapter(pipeline, adapter)
         settings["adapter_files"] = digests_of(adapter)
-    on_main_process(lambda: claim_folder(folder, settings))
-    use_dpm_solver(pipeline.to(state.device))
+    on_main_process(lambda: claim_folder(folder, settings, adapter))
+    return Drawing(use_dpm_solver(pipeline.to(state.device)), prompts, adapter)
+
+
+def draw_folder(
+    drawing: Drawing, sampling: SamplingArguments, folder: Path, state: PartialState
+) -> None:
+    """Draw the images that `folder` does not hold yet, each process its share.
+
+    Leaves one file an image, metadata.jsonl (columns file_name, text, and label for class names)
+    and grid.png. Images are balanced over the prompts.
+    """
+    prompts = drawing.prompts
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
     missing = [i for i in range(len(entries)) if not (folder / f"{i:06}.png").exists()]
     state.wait_for_everyone()  # all have looked, before anyone draws
     share = missing[state.process_index :: state.num_processes]
-    draw_missing(pipeline, entries, share, sampling, folder)
+    draw_missing(drawing.pipeline, entries, share, sampling, folder)
     state.wait_for_everyone()
     if state.is_main_process:
         lines = [
@@ -189,7 +210,6 @@ def draw_folder(
         shown = [Image.open(folder / f"{i:06}.png") for i in range(count)]
         image_grid(shown, columns).save(folder / "grid.png")
     state.wait_for_everyone()
-    return adapter
 
 
 def draw_missing(

@@ -5,11 +5,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset, Features, Image, Value
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from utils.cards import Maker, dataset_card
 from utils.errors import UsageError
-from utils.hub import RepositoryArguments, make_repo, upload
+from utils.hub import HUB_ERRORS, RepositoryArguments, make_repo, upload
 from utils.verification import problems_of, read_source
 
 IMAGES_PER_SHARD, BYTES_PER_SHARD = 10_000, 2**28
@@ -75,3 +76,26 @@ def write_shards(folder: Path, output: Path) -> tuple[dict[str, Path | bytes], i
         Dataset.from_dict(rows, features=features).to_parquet(output / name)
         files[f"data/{name}"] = output / name
     return files, len(entries)
+
+
+def privacy_of(images: str, revision: str | None) -> tuple[dict | None, dict]:
+    """The privacy statement that came with a synthetic set, a folder or a Hub id, or None; and its
+    entry in metrics.json: epsilon for adding or removing one unit; 0 for the images of a public
+    model alone; nothing where it is not known."""
+    folder, known = Path(images), {"std": None, "covered_by_epsilon": True}
+    statement = None
+    if (folder / "privacy.json").is_file():
+        statement = json.loads((folder / "privacy.json").read_text())
+    elif not folder.is_dir():
+        try:
+            path = hf_hub_download(images, "privacy.json", repo_type="dataset", revision=revision)
+            statement = json.loads(Path(path).read_text())
+        except HUB_ERRORS:
+            pass  # not there, or not to be had: then nothing is promised
+    if statement is not None:
+        epsilon = statement["epsilon"]["add_or_remove_one"]
+        return statement, {"epsilon": {"value": epsilon, **known, "delta": statement["delta"]}}
+    record = folder / "sampling.json"
+    if record.is_file() and json.loads(record.read_text())["adapter"] is None:
+        return None, {"epsilon": {"value": 0.0, **known}}
+    return None, {}

@@ -1,0 +1,129 @@
+"""Whether synthetic images give private ones away: nearest neighbours, and copies.
+
+Everything here reads private images. Its numbers are not covered by any epsilon, and its pictures
+belong under `private/`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from utils.metrics.nearest_neighbor_ratio.nearest_neighbor_ratio import (
+    distances_to_both,
+    nearest,
+    ratio_of,
+)
+
+NEIGHBOURS, HALF = 50, 0.5  # Carlini et al. 2023, section 4.2
+COPY = (
+    f"nearer to one private image than {HALF} times the mean distance to its {NEIGHBOURS} nearest"
+)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What one space, pixels or features, says.
+
+    Attributes:
+        space: pixels or features.
+        to_private, to_others: distance of each synthetic image to its nearest private and nearest
+            held-out image, among as many of each, [N].
+        closeness: distance to the nearest of all private images over the mean distance to the
+            nearest fifty of them, [N]. nearest: the number of that image, [N].
+        control: closeness to the held-out images instead, [N].
+    """
+
+    space: str
+    to_private: np.ndarray
+    to_others: np.ndarray
+    closeness: np.ndarray
+    nearest: np.ndarray
+    control: np.ndarray
+
+    def copies(self) -> np.ndarray:
+        """The numbers of the synthetic images that are taken for copies of a private one."""
+        return np.flatnonzero(self.closeness < HALF)
+
+
+def compare(
+    space: str, synthetic: np.ndarray, private: np.ndarray, held_out: np.ndarray
+) -> Neighbours:
+    """Nearest neighbours of synthetic rows [N, d] among private [M, d] and held-out [H, d] ones."""
+    closeness, numbers = closeness_to(synthetic, private)
+    control, _ = closeness_to(synthetic, held_out)
+    both = distances_to_both(synthetic, private, held_out)
+    return Neighbours(space, *both, closeness, numbers, control)
+
+
+def closeness_to(synthetic: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance to the nearest row over the mean distance to the nearest fifty (or as many as there
+    are), and the number of the nearest: [N] twice."""
+    distances, numbers = nearest(synthetic, real, min(NEIGHBOURS, len(real)))
+    mean = np.maximum(distances.mean(1), np.finfo(np.float32).tiny)
+    return distances[:, 0] / mean, numbers[:, 0]
+
+
+def entries_of(spaces: list[Neighbours]) -> dict[str, dict]:
+    """The metrics by name, with what they were computed from."""
+    entries = {}
+    for found in spaces:
+        summary = ratio_of(found.to_private, found.to_others)
+        entries[f"nearest_neighbor_ratio_{found.space}"] = {
+            "value": summary.pop("nearest_neighbor_ratio"),
+            "std": None,
+            "covered_by_epsilon": False,
+            **summary,
+            "num_synthetic": len(found.closeness),
+        }
+    flagged = sorted(set().union(*(found.copies().tolist() for found in spaces)))
+    controls = {found.space: int((found.control < HALF).sum()) for found in spaces}
+    entries["copies"] = {
+        "value": len(flagged),
+        "std": None,
+        "covered_by_epsilon": False,
+        "criterion": COPY,
+        "by_space": {found.space: len(found.copies()) for found in spaces},
+        "by_the_same_criterion_of_held_out_images": controls,
+    }
+    return entries
+
+
+def save_pairs(spaces: list[Neighbours], synthetic, private, folder: Path) -> None:
+    """Write what shows private images into `folder`/private, mode 0700: the closest pairs as a
+    picture a space, and which rows are taken for copies of which.
+
+    Args:
+        synthetic, private: pixels, uint8 [N, 3, R, R] and [M, 3, R, R].
+    """
+    aside = folder / "private"
+    aside.mkdir(parents=True, exist_ok=True)
+    aside.chmod(0o700)
+    copies = {}
+    for found in spaces:
+        closest_pairs(found, synthetic, private).save(aside / f"closest_{found.space}.png")
+        copies[found.space] = [
+            {
+                "synthetic_row": int(row),
+                "private_row": int(found.nearest[row]),
+                "closeness": float(found.closeness[row]),
+            }
+            for row in found.copies()
+        ]
+    (aside / "copies.json").write_text(json.dumps(copies, indent=2) + "\n")
+
+
+def closest_pairs(found: Neighbours, synthetic, private, count: int = 20) -> Image.Image:
+    """The pairs that look most like copies, synthetic above private, each with its closeness."""
+    order = np.argsort(found.closeness)[:count]
+    side, margin = 64, 14
+    sheet = Image.new("RGB", (side * len(order), 2 * side + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, index in enumerate(order):
+        pen.text((column * side + 4, 1), f"{found.closeness[index]:.2f}", fill="black")
+        for row, pixels in enumerate((synthetic[index], private[found.nearest[index]])):
+            tile = Image.fromarray(np.asarray(pixels).transpose(1, 2, 0))
+            sheet.paste(tile.resize((side, side)), (column * side, margin + row * side))
+    return sheet
