@@ -17,11 +17,9 @@ runs/digits/private, which `make demo` or examples/digits/prepare_private.py wri
 """
 
 import argparse
-import contextlib
-import importlib
-import io
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -80,17 +78,10 @@ ASIDE = {"voting": ("s", -0.025), "layer": ("^", 0.025), "random": ("x", 0.05)}
 COLOURS: dict[str, int] = {}
 
 
-def call(script: str, *arguments) -> str:
-    """Run a script of the repository in this process; returns what it printed."""
-    module, before = importlib.import_module(script), sys.argv
-    sys.argv = [f"{script}.py", *map(str, arguments)]
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            module.main()
-    finally:
-        sys.argv = before
-    return shown.getvalue()
+def call(script: str, *arguments) -> None:
+    """Run a script of the repository."""
+    command = [sys.executable, ROOT / f"{script}.py", *arguments]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def chosen(args, settings: dict, epsilon: float, seed: int) -> list:
@@ -129,7 +120,8 @@ def measure(args, settings: dict, epsilon: float, seed: int) -> dict:
         "--pretrained_model_name_or_path", BASE, "--adapter", run / "adapter",
         *(("--num_images", 500, "--num_inference_steps", 8) if args.set == "digits" else
           ("--num_images", 10000, "--num_inference_steps", 6)),
-        "--batch_size", 100, "--classifier_steps", 300, "--classifier_seeds", 2,
+        "--batch_size", 100, "--metrics", "utility",
+        "--classifier_steps", 300, "--classifier_seeds", 2,
     )  # fmt: skip
     statement = json.loads((run / "adapter" / "privacy.json").read_text())
     saliency = json.loads((run / "adapter" / "selection" / "saliency.json").read_text())
@@ -235,7 +227,6 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="only show what there is")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))  # the repository's evaluate.py, not the library
     for seed in range(0 if args.table else args.seeds):
         for epsilon in args.epsilons:
             more = RATIOS if args.set == "digits" and seed == 0 else []

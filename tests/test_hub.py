@@ -270,9 +270,11 @@ def test_a_synthetic_set_is_published_pulled_and_evaluated(
     arguments += ["--test_data_dir", image_folder, "--test_split", "train"]
     arguments += ["--classifier_steps", 2, "--classifier_seeds", 1]
     output = tmp_path / "metrics.json"
-    run = on_hub("evaluate.py", *arguments, "--output_file", output)
+    run = on_hub("evaluate.py", *arguments, "--metrics", "utility", "--output_file", output)
     assert run.returncode == 0, run.stderr
-    assert read_json(output)["accuracy"]["num_synthetic"] == 8
+    metrics = read_json(output)
+    assert metrics["accuracy"]["num_synthetic"] == 8
+    assert metrics["epsilon"]["value"] == epsilon  # of the statement that came with the set
 
 
 def test_images_of_an_adapter_that_changed_are_not_published(

@@ -238,7 +238,10 @@ def test_sampling_and_evaluation_share_their_work(tiny_base, image_folder, tmp_p
         said = together(processes, ROOT / "evaluate.py", *arguments).communicate()
         assert (folder / "metrics.json").exists(), said
         names = sorted(path.name for path in folder.glob("*.png"))
-        results.append((names, read_json(folder / "metrics.json")["accuracy"]))
+        results.append((names, read_json(folder / "metrics.json")))
     (names, one), (same, two) = results
+    distances = [metrics["frechet_distance"]["value"] for metrics in (one, two)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-2)  # images differ by rounding
+    one, two = one["accuracy"], two["accuracy"]
     assert names == same and len(names) == 8
     assert one["value"] == pytest.approx(two["value"], abs=0.06) and two["classifier_seeds"] == 3

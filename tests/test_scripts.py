@@ -72,6 +72,7 @@ def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, t
         "train",
     ]
     arguments += ["--classifier_steps", 3, "--classifier_seeds", 2, "--evaluation_resolution", 16]
+    arguments += ["--metrics", "utility"]
     run = run_script("evaluate.py", *arguments, launch=True)
     assert run.returncode == 0, run.stderr
     metrics = read_json(folder / "metrics.json")["accuracy"]

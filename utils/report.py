@@ -215,8 +215,8 @@ def _memorisation(page: Page) -> str:
     if copies["value"]:
         said = f"{copies['value']} synthetic images look like copies of private ones."
     criterion = (
-        f"A copy is an image that is {copies['criterion']} private images, in pixels or in "
-        "features. The closest pairs are in private/, beside this page."
+        f"{copies['criterion'].capitalize()}, in pixels or in features. The closest pairs are in "
+        "private/, beside this page."
     )
     return (
         f"<h2>Do they give anyone away?</h2><p><strong>{said}</strong></p>"

@@ -26,6 +26,8 @@ PARTS = ["private", "adapter", "images_base", "images_private", "metrics.json", 
 SAMPLING = ["--caption_template", "the digit {label}", "--class_names", *"0123456789"]
 SAMPLING += ["--num_images", "1000", "--num_inference_steps", "12", "--batch_size", "100"]
 TESTING = [
+    "--metrics",
+    "utility",
     "--test_data_dir",
     RUN / "private",
     "--classifier_steps",
