@@ -2,11 +2,14 @@
 
     python push_to_hub.py --output_dir runs/scans --hub_model_id user/scans
     python push_to_hub.py --output_dir runs/scans --dry_run           # which files would leave?
+    python push_to_hub.py --output_dir runs/scans --hub_model_id user/scans \
+        --metrics_file runs/synthetic/metrics.json                    # with evaluate.py's figures
 
 Uploads the weights that privacy.json accounts for, privacy.json, the model card and the samples, in
 one commit; nothing else ever leaves the folder. First it verifies them, as `privacy_report.py
 verify` does: what does not verify, or is stamped NOT PRIVATE, is not published. Doing it again is
-safe.
+safe. Figures that read private images stay off the card unless --publish_private_metrics asks for
+them.
 """
 
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from pathlib import Path
 
 from utils.arguments import option, parse
 from utils.errors import UsageError, run_script
+from utils.evaluation_card import MetricsArguments
 from utils.hub import HubArguments, files_to_publish, publish_model
 
 
@@ -26,14 +30,14 @@ class PushArguments:
 
 
 def main():
-    push, hub = parse(PushArguments, HubArguments, description=__doc__)
+    push, hub, metrics = parse(PushArguments, HubArguments, MetricsArguments, description=__doc__)
     folder = Path(push.output_dir)
     if hub.hub_model_id is None and not push.dry_run:
         raise UsageError("give --hub_model_id, the repository to publish in")
     if push.dry_run:
         print("\n".join(files_to_publish(folder)))
     else:
-        print(f"published {publish_model(folder, hub)}")
+        print(f"published {publish_model(folder, hub, metrics)}")
 
 
 if __name__ == "__main__":

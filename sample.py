@@ -26,6 +26,7 @@ from accelerate import PartialState
 
 from utils.arguments import ModelArguments, option, parse
 from utils.errors import UsageError, on_main_process, run_script
+from utils.evaluation_card import MetricsArguments
 from utils.generation import SamplingArguments, draw_folder, prepare_drawing
 from utils.hub import RepositoryArguments, make_repo
 from utils.pipelines import adapter_folder
@@ -48,9 +49,8 @@ class PublishArguments(RepositoryArguments):
 
 
 def main():
-    output, model, sampling, hub = parse(
-        OutputArguments, ModelArguments, SamplingArguments, PublishArguments, description=__doc__
-    )
+    kinds = (OutputArguments, ModelArguments, SamplingArguments, PublishArguments, MetricsArguments)
+    output, model, sampling, hub, metrics = parse(*kinds, description=__doc__)
     state, folder = PartialState(), Path(output.output_dir)
     if hub.push_to_hub and hub.hub_dataset_id is None:
         raise UsageError("--push_to_hub needs --hub_dataset_id")
@@ -65,7 +65,7 @@ def main():
     if hub.push_to_hub and state.is_main_process:
         base, name = model.pretrained_model_name_or_path, hub.hub_dataset_id
         made_by = Maker(base, sampling.adapter, drawing.adapter and statement_of(drawing.adapter))
-        print(f"published {publish_images(folder, made_by, name, hub)}")
+        print(f"published {publish_images(folder, made_by, name, hub, metrics)}")
 
 
 if __name__ == "__main__":

@@ -400,3 +400,36 @@ def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
             upload("user/x", files, RepositoryArguments(), "model", "finish it", waits.append)
         assert len(calls) == tries
     assert waits == 2 * [1.0, 2.0, 4.0]
+
+
+def test_the_card_shows_private_metrics_only_if_told_to(hub, on_hub, finished, tmp_path):
+    """What read private images, and figures about other images than this adapter's, stay off it."""
+    epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
+    public = {"value": 3.25, "std": 0.1, "covered_by_epsilon": True, "num_synthetic": 1000}
+    private = {"value": 0.8765, "std": None, "covered_by_epsilon": False, "num_real": 360}
+    known = {"value": epsilon, "std": None, "covered_by_epsilon": True}
+    path = tmp_path / "metrics.json"
+
+    def push(metrics: dict, *more):
+        path.write_text(json.dumps(metrics))
+        name = ["--output_dir", finished, "--hub_model_id", "user/measured"]
+        return on_hub("push_to_hub.py", *name, "--metrics_file", path, *more)
+
+    def card() -> str:
+        return hub.repositories["model", "user/measured"].files()["README.md"].decode()
+
+    both = {"epsilon": known, "inception_score": public, "accuracy": private}
+    run = push(both)
+    assert run.returncode == 0, run.stderr
+    assert "3.25" in card() and "1000 synthetic" in card() and "0.8765" not in card()
+    run = push(both, "--publish_private_metrics")
+    assert run.returncode == 0, run.stderr
+    assert "0.8765" in card() and "published on purpose" in card()
+    assert card().index("## Evaluation") < card().index("## Training")
+
+    run = push({"epsilon": known, "accuracy": private})
+    assert run.returncode == 2 and "--publish_private_metrics" in run.stderr
+    run = push({"epsilon": known | {"value": epsilon / 2}, "inception_score": public})
+    assert run.returncode == 2 and "about images of epsilon" in run.stderr
+    run = push({"inception_score": 3})
+    assert run.returncode == 2 and "cannot be read" in run.stderr

@@ -142,8 +142,8 @@ def _front_matter(facts: Facts, statement: dict, is_folder: bool) -> str:
     return data.to_yaml()
 
 
-def plain_words(statement: dict) -> str:
-    """The guarantee for a reader who knows no differential privacy."""
+def plain_words(statement: dict, what: str = "this repository") -> str:
+    """The guarantee for a reader who knows no differential privacy and sees `what`."""
     if not statement["private"]:
         return f"**{statement['warning']}**"
     epsilon = statement["epsilon"]["add_or_remove_one"]
@@ -157,7 +157,7 @@ def plain_words(statement: dict) -> str:
             "large it promises little by itself, though known attacks fall far short of it."
         )
     return (
-        f"Nobody who sees this repository, whatever else they know, can tell with certainty "
+        f"Nobody who sees {what}, whatever else they know, can tell with certainty "
         f"whether any one {unit} was among the training data: its odds of having been there, as "
         f"they saw them before, change by a factor of at most e^epsilon = {shown}, "
         f"but for a chance of delta = {statement['delta']:g}.{weak}"

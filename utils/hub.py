@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from utils.arguments import option
 from utils.cards import PLACEHOLDER
 from utils.errors import UsageError
+from utils.evaluation_card import MetricsArguments, with_evaluation
 from utils.verification import problems_of, read_source
 
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
@@ -115,18 +116,23 @@ def files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     return {name: output_dir / name for name in names}
 
 
-def publish_model(output_dir: Path, args: HubArguments) -> str:
+def publish_model(
+    output_dir: Path, args: HubArguments, metrics: MetricsArguments | None = None
+) -> str:
     """Verify a finished run, and upload what it publishes; returns the address of the commit.
 
     Raises:
-        UsageError: it does not verify, or see `files_to_publish`, `make_repo` and `upload`.
+        UsageError: it does not verify, or see `files_to_publish`, `with_evaluation`, `make_repo`
+            and `upload`.
     """
     files = files_to_publish(output_dir)
-    problems = problems_of(read_source(str(output_dir), None))
+    source = read_source(str(output_dir), None)
+    problems = problems_of(source)
     if problems:
         raise UsageError(f"{output_dir} is not published: {'; '.join(problems)}")
-    repo_id = make_repo(args.hub_model_id, args)
     card = files["README.md"].read_text(encoding="utf-8")
+    card = with_evaluation(card, metrics or MetricsArguments(), source.statement)
+    repo_id = make_repo(args.hub_model_id, args)
     files["README.md"] = card.replace(PLACEHOLDER, repo_id).encode()
     command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
     return upload(repo_id, files, args, "model", shlex.join(map(str, command)))

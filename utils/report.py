@@ -104,7 +104,8 @@ def write_report(page: Page, path: Path) -> None:
 def _privacy(page: Page) -> str:
     epsilon, words = page.results.get("epsilon"), ""
     if page.statement is not None:
-        words = f"{_words(plain_words(page.statement))}{_words(privacy_paragraph(page.statement))}"
+        words = _words(plain_words(page.statement, "these images"))
+        words += _words(privacy_paragraph(page.statement))
     elif epsilon is not None:
         words = "<p>Drawn by the public model alone: no private image had a part in it.</p>"
     else:

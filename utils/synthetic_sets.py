@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from utils.cards import Maker, dataset_card
 from utils.errors import UsageError
+from utils.evaluation_card import MetricsArguments, with_evaluation
 from utils.hub import HUB_ERRORS, RepositoryArguments, make_repo, upload
 from utils.verification import problems_of, read_source
 
@@ -34,17 +35,20 @@ def statement_of(adapter: Path) -> dict:
     return source.statement
 
 
-def publish_images(folder: Path, made_by: Maker, name: str, args: RepositoryArguments) -> str:
+def publish_images(
+    folder: Path, made_by: Maker, name: str, args: RepositoryArguments, metrics: MetricsArguments
+) -> str:
     """Upload a folder of `draw_folder` as parquet shards, with a card and the adapter's statement;
     returns the address. Shards of an earlier set are replaced.
 
     Raises:
-        UsageError: see `make_repo` and `upload`.
+        UsageError: see `make_repo`, `with_evaluation` and `upload`.
     """
     repo_id = make_repo(name, args, "dataset")
     with TemporaryDirectory(dir=folder) as aside:
         files, count = write_shards(folder, Path(aside))
-        files["README.md"] = dataset_card(made_by, count, repo_id, args.hub_license).encode()
+        card = dataset_card(made_by, count, repo_id, args.hub_license)
+        files["README.md"] = with_evaluation(card, metrics, made_by.statement).encode()
         files["grid.png"] = folder / "grid.png"
         if made_by.statement is not None:
             files["privacy.json"] = (json.dumps(made_by.statement, indent=2) + "\n").encode()

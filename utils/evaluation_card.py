@@ -1,0 +1,73 @@
+"""What a card says about how good, useful and safe the images are."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.arguments import option
+from utils.errors import UsageError
+
+PLACE = "\n## Training\n"  # of a model card; that of a dataset ends with its evaluation
+
+
+@dataclass
+class MetricsArguments:
+    """What the card says about the images."""
+
+    metrics_file: str | None = option("metrics.json of evaluate.py, to show on the card", None)
+    publish_private_metrics: bool = option(
+        "show also what was computed from private images, which no epsilon covers", False
+    )
+
+
+def with_evaluation(card: str, args: MetricsArguments, statement: dict | None) -> str:
+    """The card with a section on `--metrics_file`, if one was named.
+
+    What read private images is left out unless `--publish_private_metrics` asks for it.
+
+    Raises:
+        UsageError: the file cannot be read, is about images of another epsilon, or holds nothing
+            that may be shown.
+    """
+    if args.metrics_file is None:
+        return card
+    try:
+        results = json.loads(Path(args.metrics_file).read_text())
+        epsilon = results.get("epsilon", {}).get("value")
+        shown = {
+            name: entry
+            for name, entry in results.items()
+            if name != "epsilon" and (entry["covered_by_epsilon"] or args.publish_private_metrics)
+        }
+        lines = [_line(name, entry) for name, entry in shown.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--metrics_file {args.metrics_file} cannot be read: {error!r}") from error
+    stated = statement["epsilon"]["add_or_remove_one"] if statement else 0.0
+    if epsilon != stated:
+        raise UsageError(
+            f"--metrics_file {args.metrics_file} is about images of epsilon {epsilon}, not {stated}"
+        )
+    if not shown:
+        raise UsageError(
+            f"all of {args.metrics_file} was computed from private images, which no epsilon "
+            "covers; add --publish_private_metrics if those people agreed to it"
+        )
+    section = "\n## Evaluation\n\n| metric | value | images | covered by epsilon |\n"
+    section += "| --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
+    if not all(entry["covered_by_epsilon"] for entry in shown.values()):
+        section += (
+            "\nWhat epsilon does not cover was computed from private images, and published on "
+            "purpose.\n"
+        )
+    if PLACE in card:
+        return card.replace(PLACE, section + PLACE, 1)
+    return card + section
+
+
+def _line(name: str, entry: dict) -> str:
+    spread = "" if entry["std"] is None else f" ± {entry['std']:.2g}"
+    counts = [f"{entry[key]} {key[4:]}" for key in entry if key.startswith("num_")]
+    extractor = f" ({entry['extractor']})" if "extractor" in entry else ""
+    covered = "yes" if entry["covered_by_epsilon"] else "no"
+    title = name.replace("_", " ") + extractor
+    return f"| {title} | {entry['value']:.4g}{spread} | {', '.join(counts)} | {covered} |"
