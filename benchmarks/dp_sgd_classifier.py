@@ -1,7 +1,7 @@
 """The baseline without a generator: a classifier trained on the private images by DP-SGD.
 
     python benchmarks/dp_sgd_classifier.py --dataset_name ylecun/mnist --target_epsilon 10 \\
-        --target_delta 1e-5
+        --target_delta 1e-5 --expected_batch_size 2048 --max_grad_norm 0.1
     python benchmarks/dp_sgd_classifier.py --dataset_name FOLDER --noise_multiplier 1.2 \\
         --target_delta 1e-5
 
@@ -45,7 +45,7 @@ class ClassifierArguments:
     test_split: str = option("split to test on, once", "test")
     label_column: str = option("column of the labels", "label")
     max_train_steps: int = option("private steps", 400)
-    learning_rate: float = option("of SGD with momentum 0.9", 2.0)
+    learning_rate: float = option("of SGD with momentum 0.9", 8.0)
     train_batch_size: int = option("images per forward pass", 512)
     seed: int = option("seed of the first weights", 0)
     json: bool = option("print the result as JSON", False)

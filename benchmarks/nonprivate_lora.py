@@ -5,8 +5,9 @@ trains one.
         --train_batch_size 64 --max_train_steps 900 --output_dir runs/mnist/nonprivate
 
 Every step loads, resizes and perhaps flips its images, encodes them and their captions, adds
-noise, and takes an AdamW step on the mean loss of a shuffled batch. What it leaves is loaded like any
-other adapter, and protects nobody: it has no privacy.json. What a recipe says on privacy is ignored.
+noise, and takes an AdamW step on the mean loss of a shuffled batch. What it leaves is loaded like
+any other adapter, and protects nobody: it has no privacy.json. What a recipe says about privacy is
+ignored.
 """
 
 import sys
