@@ -59,8 +59,8 @@ class MeanArguments:
     length_scale: float = option(
         "of the random features, in the distance between images in [-1, 1]", 20.0
     )
-    generator_steps: int = option("optimizer steps of the generator", 2000)
-    generator_batch: int = option("images per step", 200)
+    generator_steps: int = option("optimizer steps of the generator", 1000)
+    generator_batch: int = option("images per step", 100)
     learning_rate: float = option("of Adam", 1e-3)
     num_images: int = option("how many to draw, balanced over the classes", 10_000)
     seed: int = option("seed of the features and of the generator; never of the noise", 0)
