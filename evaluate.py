@@ -44,7 +44,7 @@ from utils.features import ExtractorArguments, build_extractor, extract  # noqa:
 from utils.fidelity import NEIGHBOURS, fidelity  # noqa: E402
 from utils.generation import SamplingArguments, draw_folder, prepare_drawing  # noqa: E402
 from utils.hub import write_durably  # noqa: E402
-from utils.memorisation import compare, entries_of, save_pairs  # noqa: E402
+from utils.memorisation import entries_of, save_pairs, spaces_of  # noqa: E402
 from utils.report import Page, grid_of, number_of, read_runs, write_report  # noqa: E402
 from utils.synthetic_sets import privacy_of  # noqa: E402
 from utils.utility import LabelledImages, downstream_accuracy  # noqa: E402
@@ -204,11 +204,9 @@ def main():
         spaces = []
         if "memorisation" in metrics:
             features = {name: rows.features for name, rows in seen.items()}
-            flat = {name: (images.flatten(1) / 255).numpy() for name, images in pixels.items()}
-            for space, rows in (("pixels", flat), ("features", features)):
-                spaces.append(compare(space, rows["synthetic"], rows["private"], rows["real"]))
+            spaces = spaces_of(pixels, features)
             results |= entries_of(spaces)
-            save_pairs(spaces, pixels["synthetic"], pixels["private"], output.parent)
+            save_pairs(spaces, pixels, output.parent)
         sheets = [grid_of(sets["synthetic"], args.image_column)]
         if args.test_is_public:
             sheets.append(grid_of(sets["real"], args.image_column))
@@ -218,6 +216,8 @@ def main():
     write_report(page, output.with_name("report.html"))
     for name, entry in results.items():
         print(f"{name}: {number_of(entry)}")
+    for warning in sorted({entry["warning"] for entry in results.values() if "warning" in entry}):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"{output} and {output.with_name('report.html')}")
 
 

@@ -8,21 +8,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-)
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tests.conftest import read_json, train_arguments, train_here
 from tests.hub_stand_in import hub_stand_in
 from utils.lora import LoraArguments, add_lora, save_lora
 from utils.pipelines import encode_text, load_adapter, load_pipeline, tokenize
 from utils.public_models import (
-    assemble_pipeline,
+    STABLE_DIFFUSION,
     build_autoencoder,
     build_scheduler,
+    build_stable_diffusion,
     build_text_encoder,
     build_tokenizer,
 )
@@ -152,69 +149,11 @@ def test_plain_diffusers_draws_the_same_from_the_hub(tiny_base, xl_base, tmp_pat
     assert np.abs(without - ours).max() > 1e-2
 
 
-STABLE_DIFFUSION = {
-    "1.5": ({"cross_attention_dim": 768}, {"layers": 12, "heads": 12, "act": "quick_gelu"}),
-    "2.1": (
-        {
-            "cross_attention_dim": 1024,
-            "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
-        },
-        {"layers": 23, "heads": 16, "act": "gelu"},
-    ),
-}
-
-
-def random_weights(kind, *configuration, **more):
-    """A model whose weights are drawn quickly: small, and ones where they scale a norm."""
-    with torch.device("meta"):
-        model = kind(*configuration, **more)
-    model = model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        if name.endswith("position_ids"):
-            tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
-        elif tensor.ndim == 1:
-            tensor.fill_(float("norm" in name and name.endswith("weight")))
-        else:
-            tensor.uniform_(-0.03, 0.03, generator=generator)
-    return model.to(torch.float16)
-
-
-def build_stable_diffusion(version: str):
-    """All sizes as published, with random weights; a tokenizer of few words stands for CLIP's."""
-    unet, text = STABLE_DIFFUSION[version]
-    tokenizer = build_tokenizer(WORDS, 600, 77)
-    width = unet["cross_attention_dim"]
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
-        num_hidden_layers=text["layers"], num_attention_heads=text["heads"],
-        hidden_act=text["act"], max_position_embeddings=77,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    vae = random_weights(
-        AutoencoderKL,
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    return assemble_pipeline(
-        vae,
-        random_weights(CLIPTextModel, config),
-        tokenizer,
-        random_weights(UNet2DConditionModel, sample_size=64, **unet),
-        build_scheduler("v_prediction" if version == "2.1" else "epsilon"),
-    )
-
-
 @pytest.mark.parametrize("version", STABLE_DIFFUSION)
 def test_stable_diffusion_trains_exports_and_reloads_at_full_size(version, image_folder, tmp_path):
     """860 million weights, at 64 pixels: about a minute, 6 GB of memory and 2 GB of disk."""
     base, output = tmp_path / "base", tmp_path / "run"
-    build_stable_diffusion(version).save_pretrained(base)
+    build_stable_diffusion(version, WORDS).save_pretrained(base)
     gc.collect()
     arguments = train_arguments(base, image_folder, output, "--resolution", 64, "--rank", 2)
     arguments += ["--expected_batch_size", 2, "--max_train_steps", 2]

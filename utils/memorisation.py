@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from utils.metrics.nearest_neighbor_ratio.nearest_neighbor_ratio import (
@@ -71,6 +72,16 @@ def compare(
     return Neighbours(space, *both, closeness, numbers, control)
 
 
+def spaces_of(pixels: dict[str, torch.Tensor], features: dict[str, np.ndarray]) -> list[Neighbours]:
+    """Compare in both spaces; each argument has the sets synthetic, private and real (held out):
+    pixels uint8 [N, 3, R, R], features [N, d]."""
+    flat = {name: (images.flatten(1) / 255).numpy() for name, images in pixels.items()}
+    return [
+        compare(space, rows["synthetic"], rows["private"], rows["real"])
+        for space, rows in (("pixels", flat), ("features", features))
+    ]
+
+
 def closeness_to(synthetic: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance to the nearest row over the mean distance to the nearest fifty (or as many as there
     are), and the number of the nearest: [N] twice."""
@@ -103,19 +114,16 @@ def entries_of(spaces: list[Neighbours]) -> dict[str, dict]:
     return entries
 
 
-def save_pairs(spaces: list[Neighbours], synthetic, private, folder: Path) -> None:
+def save_pairs(spaces: list[Neighbours], pixels: dict[str, torch.Tensor], folder: Path) -> None:
     """Write what shows private images into `folder`/private, mode 0700: the closest pairs as a
-    picture a space, and which rows are taken for copies of which.
-
-    Args:
-        synthetic, private: pixels, uint8 [N, 3, R, R] and [M, 3, R, R].
-    """
+    picture a space, and which rows are taken for copies of which."""
     aside = folder / "private"
-    aside.mkdir(parents=True, exist_ok=True)
+    aside.mkdir(0o700, parents=True, exist_ok=True)
     aside.chmod(0o700)
     copies = {}
     for found in spaces:
-        closest_pairs(found, synthetic, private).save(aside / f"closest_{found.space}.png")
+        sheet = closest_pairs(found, pixels["synthetic"], pixels["private"])
+        sheet.save(aside / f"closest_{found.space}.png")
         copies[found.space] = [
             {
                 "synthetic_row": int(row),

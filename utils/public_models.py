@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
@@ -116,6 +117,65 @@ def assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDi
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+STABLE_DIFFUSION = {
+    "1.5": ({"cross_attention_dim": 768}, {"layers": 12, "heads": 12, "act": "quick_gelu"}),
+    "2.1": (
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        {"layers": 23, "heads": 16, "act": "gelu"},
+    ),
+}
+
+
+def random_weights(kind: type[nn.Module], *configuration, **more) -> nn.Module:
+    """A model in fp16 whose weights are drawn quickly: small, and ones where they scale a norm."""
+    with torch.device("meta"):
+        model = kind(*configuration, **more)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("position_ids"):
+            tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
+        elif tensor.ndim == 1:
+            tensor.fill_(float("norm" in name and name.endswith("weight")))
+        else:
+            tensor.uniform_(-0.03, 0.03, generator=generator)
+    return model.to(torch.float16)
+
+
+def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 or 2.1, all sizes as published, random weights in fp16: for tests and
+    timings. A tokenizer learned from a few captions stands for CLIP's."""
+    unet, text = STABLE_DIFFUSION[version]
+    tokenizer = build_tokenizer(captions, 600, 77)
+    width = unet["cross_attention_dim"]
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=text["layers"], num_attention_heads=text["heads"],
+        hidden_act=text["act"], max_position_embeddings=77,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    vae = random_weights(
+        AutoencoderKL,
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    return assemble_pipeline(
+        vae,
+        random_weights(CLIPTextModel, config),
+        tokenizer,
+        random_weights(UNet2DConditionModel, sample_size=64, **unet),
+        build_scheduler("v_prediction" if version == "2.1" else "epsilon"),
     )
 
 

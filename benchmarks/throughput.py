@@ -1,0 +1,298 @@
+"""Images per second of training, set-up aside: ours, an ordinary LoRA script, and Opacus.
+
+    python benchmarks/throughput.py                     # tiny: the digits model, a minute
+    python benchmarks/throughput.py --shape sd15        # Stable Diffusion 1.5, random weights
+    python benchmarks/throughput.py --json
+
+The same base, images, captions, micro-batch, precision and LoRA for all three:
+
+- ours: what train_dp_lora.py does in a step, on latents and text that were encoded once.
+- nonprivate_example: what the text-to-image LoRA example of diffusers does in a step
+  (benchmarks/nonprivate_lora.py): load, resize, encode image and caption, denoise, AdamW.
+- opacus: the same loop, with the per-sample gradients of Opacus' hooks, under its memory manager.
+
+Interleaved, medians of the rounds, after one that does not count; peak memory of each is that of a
+process of its own. First, ours and an ordinary loop take the same steps from the same draws,
+without noise and with a bound that clips nothing: their losses must be the same.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from datasets import Dataset, Features, Image, Value  # noqa: E402
+from opacus import PrivacyEngine  # noqa: E402
+from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
+from PIL import Image as PILImage  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from utils.accounting import PrivacyPlan  # noqa: E402
+from utils.data import PrivateSet, readable_rows  # noqa: E402
+from utils.dp_sgd import add_noise_once  # noqa: E402
+from utils.entropy import SecretRandomness  # noqa: E402
+from utils.latents import Objective, encode_units, unit_losses  # noqa: E402
+from utils.lora import LoraArguments, add_lora  # noqa: E402
+from utils.per_unit_gradients import PerUnitGradients  # noqa: E402
+from utils.pipelines import denoising_loss, load_pipeline  # noqa: E402
+from utils.public_models import build_stable_diffusion  # noqa: E402
+from utils.training import clipped_gradient_sum  # noqa: E402
+
+SHAPES = {
+    "tiny": {"resolution": 32, "micro_batch": 64, "steps": 4, "rounds": 9},
+    "sd15": {"resolution": 256, "micro_batch": 4, "steps": 1, "rounds": 3},
+}
+CAPTIONS = [f"the digit {i}" for i in range(10)]
+KINDS = ["ours", "nonprivate_example", "opacus"]
+
+
+def ordinary_script():
+    """benchmarks/nonprivate_lora.py as a module, found by its path: Opacus has a package of that
+    name."""
+    path = Path(__file__).with_name("nonprivate_lora.py")
+    spec = importlib.util.spec_from_file_location("nonprivate_lora", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_pipeline(shape: str):
+    torch.manual_seed(0)
+    if shape == "tiny":
+        pipeline = load_pipeline(str(ROOT / "examples" / "digits" / "base"))
+    else:
+        with TemporaryDirectory() as folder:
+            build_stable_diffusion("1.5", CAPTIONS).save_pretrained(folder)
+            pipeline = load_pipeline(folder)
+    add_lora(pipeline, LoraArguments(rank=4))
+    return pipeline
+
+
+def make_rows(count: int, side: int) -> Dataset:
+    """PNG images of noise, with captions."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    columns = {
+        "image": [PILImage.fromarray(image) for image in pixels],
+        "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(count)],
+    }
+    features = Features({"image": Image(), "text": Value("string")})
+    return Dataset.from_dict(columns, features=features)
+
+
+class Throughput:
+    """A shape's model and images, and a training step of each kind on as many images."""
+
+    def __init__(self, args):
+        self.args, self.size = args, args.micro_batch
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        self.rows = make_rows(8 * self.size, args.resolution)
+        self.device = self.accelerator.device
+        self.pipeline = build_pipeline(args.shape).to(self.device)
+        self.trained = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
+        plan = (len(self.rows), self.size, 1, 1.0, 1.0, 1, 1e-5)
+        self.plan, self.randomness = PrivacyPlan(*plan), SecretRandomness()
+        self.engine = PerUnitGradients(self.pipeline.unet)
+
+    def batches(self) -> DataLoader:
+        """The ordinary script's loader."""
+        script, pipeline = ordinary_script(), self.pipeline
+        captions = list(self.rows["text"])
+        images = script.Images(
+            self.rows, "image", captions, pipeline.tokenizer, self.args.resolution
+        )
+        return DataLoader(images, self.size, shuffle=True, drop_last=True)
+
+    def ours(self) -> Iterator[None]:
+        """Endless steps; what comes before the first is set-up."""
+        everyone = torch.arange(len(self.rows))
+        digests = readable_rows(self.rows, "image")[1]
+        captions = list(self.rows["text"])
+        private_set = PrivateSet(self.rows, "image", captions, everyone, 0, digests)
+        with TemporaryDirectory() as folder:
+            where = (self.args.resolution, Path(folder))
+            units, _ = encode_units(self.pipeline, private_set, *where)
+        self.pipeline.unet.eval()
+
+        def losses(indices: torch.Tensor) -> torch.Tensor:
+            return unit_losses(self.pipeline, units, indices, Objective(1), self.randomness)
+
+        while True:
+            batch = everyone[torch.randperm(len(everyone))[: self.size]]
+            self.private_step(losses, batch, self.plan)
+            yield
+
+    def private_step(self, losses: Callable, batch: torch.Tensor, plan: PrivacyPlan) -> None:
+        total = clipped_gradient_sum(self.accelerator, self.engine, losses, batch, plan, self.size)
+        self.engine.assign(add_noise_once(total, plan, self.randomness, self.accelerator))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def nonprivate_example(self) -> Iterator[None]:
+        loader, script = self.batches(), ordinary_script()
+        while True:
+            for pixels, ids in loader:
+                with self.accelerator.autocast():
+                    loss = script.loss_of(
+                        self.pipeline, pixels.to(self.device), ids.to(self.device)
+                    )
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                yield
+
+    def opacus(self) -> Iterator[None]:
+        script = ordinary_script()
+        self.pipeline.unet.train()  # Opacus passes over layers in eval mode
+        hooks, optimizer, loader = PrivacyEngine().make_private(
+            module=self.pipeline.unet,
+            optimizer=torch.optim.AdamW(self.trained, lr=1e-6),
+            data_loader=self.batches(),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+            wrap_model=False,
+        )
+        try:
+            with BatchMemoryManager(
+                data_loader=loader, max_physical_batch_size=self.size, optimizer=optimizer
+            ) as batches:
+                while True:
+                    for pixels, ids in batches:
+                        with self.accelerator.autocast():
+                            loss = script.loss_of(
+                                self.pipeline, pixels.to(self.device), ids.to(self.device)
+                            )
+                        loss.backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        yield
+        finally:
+            hooks.cleanup()
+
+    def losses_of_both(self, steps: int = 5) -> tuple[float, float]:
+        """The loss after `steps` steps on the same draws: an ordinary loop's, and ours without
+        noise or clipping. The weights are then as they were."""
+        generator = torch.Generator().manual_seed(0)
+        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        side = self.args.resolution // self.pipeline.vae_scale_factor
+        width = unet.config.cross_attention_dim
+        latents, noise = torch.randn(2, self.size, 4, side, side, generator=generator)
+        words = torch.randn(self.size, 8, width, generator=generator)
+        timesteps = torch.randint(1000, (self.size,), generator=generator)
+        plan = PrivacyPlan(self.size, self.size, 1, 0.0, 1e9, 1, 1e-5)
+
+        def losses(units: torch.Tensor) -> torch.Tensor:
+            inputs = (latents[units], words[units], noise[units], timesteps[units])
+            return denoising_loss(unet, scheduler, *(own.to(self.device) for own in inputs))
+
+        def ordinary() -> None:
+            with self.accelerator.autocast():
+                loss = losses(everyone).mean()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        everyone, found = torch.arange(self.size), []
+        before = [p.detach().clone() for p in self.trained]
+        for step in (ordinary, lambda: self.private_step(losses, everyone, plan)):
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+            for _ in range(steps):
+                step()
+            with torch.no_grad():
+                found.append(losses(everyone).mean().item())
+            for parameter, old in zip(self.trained, before, strict=True):
+                parameter.data.copy_(old)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
+        return found[0], found[1]
+
+
+def timed(args) -> dict[str, float]:
+    """Images per second of each kind."""
+    seconds = {}
+    bench = Throughput(args)
+    running = {kind: getattr(bench, kind)() for kind in KINDS[:2]}
+    other = Throughput(args)  # whose model carries Opacus' hooks
+    running["opacus"] = other.opacus()
+    for turn in range(args.rounds + 1):
+        order = KINDS[turn % 3 :] + KINDS[: turn % 3]
+        for kind in order:
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                next(running[kind])
+            if turn > 0:
+                seconds.setdefault(kind, []).append(time.perf_counter() - start)
+    images = args.steps * args.micro_batch
+    return {kind: images / median(seconds[kind]) for kind in KINDS}
+
+
+def peak_bytes(kind: str) -> int:
+    """Of a fresh process that does two steps of one kind."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak_of", kind]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(run.stdout.strip().splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--resolution", type=int, help="of the images, in pixels")
+    parser.add_argument("--micro_batch", type=int, help="images per forward pass")
+    parser.add_argument("--steps", type=int, help="per round")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--peak_of", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name, value in SHAPES[args.shape].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    warnings.filterwarnings("ignore")  # of Opacus
+    if args.peak_of:
+        steps = getattr(Throughput(args), args.peak_of)()
+        for _ in range(2):
+            next(steps)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    peaks = {kind: peak_bytes(kind) for kind in KINDS}  # while this process is small
+    ordinary, ours = Throughput(args).losses_of_both()
+    rates = timed(args)
+    result = {
+        "shape": args.shape,
+        "mixed_precision": args.mixed_precision,
+        "images_per_second": rates,
+        "ratio": {
+            "ours_over_nonprivate": rates["ours"] / rates["nonprivate_example"],
+            "ours_over_opacus": rates["ours"] / rates["opacus"],
+        },
+        "peak_bytes": peaks,
+        "loss_after_the_same_draws": {"ordinary": ordinary, "ours": ours},
+    }
+    for kind in KINDS:
+        ratio = rates[kind] / rates["nonprivate_example"]
+        shown = f"{rates[kind]:9.2f} images/s {ratio:6.2f} x {peaks[kind] / 2**20:8.0f} MiB"
+        print(f"{kind:20} {shown}")
+    print(f"loss after the same draws: ordinary {ordinary:.6f}, ours {ours:.6f}")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
