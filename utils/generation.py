@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -201,15 +202,17 @@ def draw_folder(
     draw_missing(drawing.pipeline, entries, share, sampling, folder)
     state.wait_for_everyone()
     if state.is_main_process:
-        lines = [
-            json.dumps({"file_name": f"{i:06}.png", **entry}) for i, entry in enumerate(entries)
-        ]
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-        columns = min(len(prompts), 10) if len(prompts) > 1 else 8
-        count = min(len(entries), 10 * columns)
-        shown = [Image.open(folder / f"{i:06}.png") for i in range(count)]
-        image_grid(shown, columns).save(folder / "grid.png")
+        write_index(folder, entries, min(len(prompts), 10) if len(prompts) > 1 else 8)
     state.wait_for_everyone()
+
+
+def write_index(folder: Path, entries: list[dict], columns: int) -> None:
+    """Write metadata.jsonl for the images of `entries`, and grid.png of the first of them."""
+    lines = [json.dumps({"file_name": f"{i:06}.png", **entry}) for i, entry in enumerate(entries)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    count = min(len(entries), 10 * columns)
+    shown = [Image.open(folder / f"{i:06}.png") for i in range(count)]
+    image_grid(shown, columns).save(folder / "grid.png")
 
 
 def draw_missing(
@@ -219,23 +222,37 @@ def draw_missing(
     sampling: SamplingArguments,
     folder: Path,
 ) -> None:
-    """Draw image i from entry i, for the given indices; an image file is whole or not there."""
+    """Draw image i from entry i, for the given indices; an image file is whole or not there.
+
+    Files are written while the next batch is drawn.
+    """
     shown = PartialState().is_local_main_process
     bar = tqdm(total=len(indices), desc="images", disable=not shown)
-    for start in range(0, len(indices), sampling.batch_size):
-        part = indices[start : start + sampling.batch_size]
-        images = generate(
-            pipeline,
-            [entries[i]["text"] for i in part],
-            part,
-            sampling.seed,
-            sampling.num_inference_steps,
-            sampling.guidance_scale,
-            sampling.resolution,
-        )
-        for index, image in zip(part, images, strict=True):
-            aside = folder / f"{index:06}.tmp"
-            image.save(aside, format="PNG")
-            aside.replace(folder / f"{index:06}.png")
-        bar.update(len(part))
+    with ThreadPoolExecutor(2) as pool:
+        writing = []
+        for start in range(0, len(indices), sampling.batch_size):
+            part = indices[start : start + sampling.batch_size]
+            images = generate(
+                pipeline,
+                [entries[i]["text"] for i in part],
+                part,
+                sampling.seed,
+                sampling.num_inference_steps,
+                sampling.guidance_scale,
+                sampling.resolution,
+            )
+            for written in writing:
+                written.result()
+            paths = [folder / f"{index:06}.png" for index in part]
+            writing = [pool.submit(save_whole, *pair) for pair in zip(images, paths, strict=True)]
+            bar.update(len(part))
+        for written in writing:
+            written.result()
     bar.close()
+
+
+def save_whole(image: Image.Image, path: Path) -> None:
+    """Write an image file that is either whole or not there."""
+    aside = path.with_suffix(".tmp")
+    image.save(aside, format="PNG")
+    aside.replace(path)

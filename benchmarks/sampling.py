@@ -1,0 +1,168 @@
+"""Images per second of sampling, and what fewer steps cost.
+
+    python benchmarks/sampling.py --json                        # speed: three ways at equal steps
+    python benchmarks/sampling.py --adapter runs/mnist/adapter \\
+        --test_dataset_name ylecun/mnist                        # quality: accuracy by solver, steps
+
+Speed, in images per second, interleaved, medians of the rounds: `loop` calls a plain diffusers
+pipeline once a prompt, `batched` once with all prompts, each saving its images; `ours` is what
+sample.py does. Quality: 50 steps of DDIM against fewer of DPM-Solver++, all with guidance, by the
+accuracy of classifiers trained on as many images of each; rows go to
+benchmarks/results/sampling.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+
+from utils.generation import (  # noqa: E402
+    SamplingArguments,
+    draw_missing,
+    use_dpm_solver,
+    write_index,
+)
+from utils.pipelines import load_adapter, load_pipeline  # noqa: E402
+from utils.public_models import build_stable_diffusion  # noqa: E402
+
+BASE = ROOT / "examples" / "digits" / "base"
+RESULTS = ROOT / "benchmarks" / "results" / "sampling.json"
+PROMPTS = [{"text": f"the digit {i}", "label": str(i)} for i in range(10)]
+SETTINGS = [("ddim", 50), ("dpm", 20), ("dpm", 12), ("dpm", 10), ("dpm", 8), ("dpm", 6)]
+SHAPES = {"tiny": {"images": 64, "rounds": 5}, "sd15": {"images": 2, "rounds": 2}}
+
+
+def build(shape: str, folder: Path) -> Path:
+    """The folder of a pipeline."""
+    if shape == "tiny":
+        return BASE
+    build_stable_diffusion("1.5", [entry["text"] for entry in PROMPTS]).save_pretrained(folder)
+    return folder
+
+
+def speed(args) -> dict[str, float]:
+    """Images per second of each way, saving included."""
+    settings = {"num_inference_steps": args.steps, "guidance_scale": 2.0}
+    with TemporaryDirectory() as folder:
+        base = build(args.shape, Path(folder) / "base")
+        plain = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+        use_dpm_solver(plain).set_progress_bar_config(disable=True)
+        ours = use_dpm_solver(load_pipeline(str(base)))
+        size = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
+        sampling = SamplingArguments(
+            num_inference_steps=args.steps, batch_size=args.images, resolution=args.resolution
+        )
+        count, out = args.images, Path(folder) / "images"
+        out.mkdir()
+        entries = [PROMPTS[i % 10] for i in range(count)]
+        texts = [entry["text"] for entry in entries]
+
+        def loop() -> None:
+            for index, text in enumerate(texts):
+                plain(text, **settings, **size).images[0].save(out / f"{index}.png")
+
+        def batched() -> None:
+            for index, image in enumerate(plain(texts, **settings, **size).images):
+                image.save(out / f"{index}.png")
+
+        ways = {
+            "loop": loop,
+            "batched": batched,
+            "ours": lambda: draw_missing(ours, entries, list(range(count)), sampling, out),
+        }
+        seconds = {name: [] for name in ways}
+        for turn in range(args.rounds + 1):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                if turn > 0:
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: count / median(values) for name, values in seconds.items()}
+
+
+def quality(args, name: str, steps: int) -> dict:
+    """Draw images with one solver, and train classifiers on them."""
+    pipeline = load_pipeline(str(BASE))
+    load_adapter(pipeline, Path(args.adapter))
+    if name == "ddim":
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    else:
+        use_dpm_solver(pipeline)
+    sampling = SamplingArguments(num_inference_steps=steps, batch_size=128)
+    entries = [PROMPTS[i % 10] for i in range(args.num_images)]
+    with TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        draw_missing(pipeline, entries, list(range(len(entries))), sampling, Path(folder))
+        seconds = time.perf_counter() - start
+        write_index(Path(folder), entries, 10)
+        command = [sys.executable, "evaluate.py", "--synthetic", folder, "--metrics", "utility"]
+        command += ["--test_dataset_name", args.test_dataset_name]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        accuracy = json.loads((Path(folder) / "metrics.json").read_text())["accuracy"]
+    return {
+        "solver": name,
+        "steps": steps,
+        "images": args.num_images,
+        "seconds": seconds,
+        "accuracy": accuracy["value"],
+        "accuracy_std": accuracy["std"],
+    }
+
+
+def print_quality(rows: list[dict]) -> None:
+    print("| solver | steps | images/s | times faster | accuracy, % |")
+    print("| --- | --- | --- | --- | --- |")
+    slowest = max(row["seconds"] / row["images"] for row in rows)
+    for row in rows:
+        each = row["seconds"] / row["images"]
+        accuracy = f"{100 * row['accuracy']:.1f} +- {100 * row['accuracy_std']:.1f}"
+        cells = [row["solver"], row["steps"], f"{1 / each:.1f}", f"{slowest / each:.1f}", accuracy]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--images", type=int, help="a round, for speed")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--resolution", type=int, help="for speed; default: the model's")
+    parser.add_argument("--steps", type=int, default=SamplingArguments.num_inference_steps)
+    parser.add_argument("--adapter", help="measure quality, with this adapter of the digits model")
+    parser.add_argument("--test_dataset_name", help="real images, for quality")
+    parser.add_argument("--num_images", type=int, default=3000, help="of each solver, for quality")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    for name, value in SHAPES[args.shape].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    torch.manual_seed(0)
+    if args.adapter is not None:
+        rows = []
+        for name, steps in SETTINGS:
+            rows.append(quality(args, name, steps))
+            print(json.dumps(rows[-1]), flush=True)
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        print_quality(rows)
+        return
+    rates = speed(args)
+    ratio = {f"ours_over_{name}": rates["ours"] / rates[name] for name in ("loop", "batched")}
+    for name, rate in rates.items():
+        print(f"{name:8} {rate:9.3f} images/s")
+    if args.json:
+        print(json.dumps({"shape": args.shape, "images_per_second": rates, "ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()
