@@ -5,8 +5,8 @@
 
 Counts the floating-point operations of one private LoRA step (forward, backward through the frozen
 weights, the adapter's per-unit gradients, clipping), and measures this machine's best matrix
-product and 3 x 3 convolution. The floor is the time that the operations would take at the speed of the best
-product; the profile says which operators take how much of the step.
+product and 3 x 3 convolution. The floor is the time that the operations would take at the speed of
+the best product; the profile says which operators take how much of the step.
 """
 
 import argparse
