@@ -83,7 +83,7 @@ class EvaluateArguments:
     )
     compare: list[str] | None = option("metrics.json of other runs, for the report", None)
     output_file: str | None = option(
-        "default: metrics.json in the synthetic folder, or here for a set of the Hub", None
+        "default: metrics.json in the folder that sample.py left, or else in runs/NAME", None
     )
 
     def __post_init__(self):
@@ -92,6 +92,8 @@ class EvaluateArguments:
             if unknown:
                 there = ", ".join(known)
                 raise UsageError(f"--{name} {' '.join(unknown)}: unknown; there are: {there}")
+        if self.has_private and self.test_source == self.private_source:
+            raise UsageError("the held-out images and the private ones are the same set")
         if self.classifier_seeds < 1 or self.classifier_steps < 1 or not self.classifiers:
             raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
         if not self.has_private and (self.train_on_real or "memorisation" in (self.metrics or [])):
@@ -103,6 +105,15 @@ class EvaluateArguments:
     @property
     def has_private(self) -> bool:
         return self.private_dataset_name is not None or self.private_data_dir is not None
+
+    @property
+    def test_source(self) -> tuple:
+        """Arguments of `load_rows`."""
+        return (self.test_dataset_name, None, self.test_data_dir, self.test_split)
+
+    @property
+    def private_source(self) -> tuple:
+        return (self.private_dataset_name, None, self.private_data_dir, self.private_split)
 
 
 @dataclass
@@ -117,14 +128,12 @@ class DrawFirst(ModelArguments):
 
 def load_sets(args: EvaluateArguments, cache: str) -> dict[str, Dataset]:
     """The readable rows of the synthetic, the real, and (if named) the private set."""
-    test = (args.test_dataset_name, None, args.test_data_dir, args.test_split, cache)
     sets = {
         "synthetic": load_rows(args.synthetic, None, None, "train", cache, args.synthetic_revision),
-        "real": load_rows(*test),
+        "real": load_rows(*args.test_source, cache),
     }
     if args.has_private:
-        name, folder = args.private_dataset_name, args.private_data_dir
-        sets["private"] = load_rows(name, None, folder, args.private_split, cache)
+        sets["private"] = load_rows(*args.private_source, cache)
     return {name: keep_readable(rows, args.image_column)[0] for name, rows in sets.items()}
 
 
@@ -160,7 +169,7 @@ def look_at(sets: dict[str, Dataset], metrics: list[str], args, extractor, state
     return seen, pixels
 
 
-def measure_utility(sets: dict[str, Dataset], pixels: dict, args, state) -> dict[str, dict]:
+def measure_utility(sets: dict[str, Dataset], pixels, args, covered, state) -> dict[str, dict]:
     """Accuracy of classifiers trained on the synthetic, and perhaps on the private, images."""
     images = {
         name: LabelledImages(pixels[name], list(labels_of(rows, args.label_column)))
@@ -171,8 +180,8 @@ def measure_utility(sets: dict[str, Dataset], pixels: dict, args, state) -> dict
     entries = {}
     for name, metric in (("synthetic", "accuracy"), ("private", "accuracy_of_real")):
         if name in images:
-            covered = args.test_is_public and name == "synthetic"
-            counted = {"covered_by_epsilon": covered, f"num_{name}": len(images[name])}
+            counted = {"covered_by_epsilon": covered and name == "synthetic"}
+            counted[f"num_{name}"] = len(images[name])
             found = downstream_accuracy(images[name], images["real"], *setting)
             entries[metric] = {**found, **counted}
     return entries
@@ -189,36 +198,38 @@ def main():
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     statement, results = privacy_of(args.synthetic, args.synthetic_revision)
-    output = Path("metrics.json") if not folder.is_dir() else folder / "metrics.json"
+    ours = (folder / "metadata.jsonl").is_file()  # any other folder would take it for its own
+    output = (folder if ours else Path("runs") / folder.name) / "metrics.json"
     output = output if args.output_file is None else Path(args.output_file)
+    known = results.get("epsilon", {}).get("value") is not None
     with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
         sets = load_sets(args, cache)
         metrics = chosen_metrics(args, sets)
         seen, pixels = look_at(sets, metrics, args, extractor, state)
         if "utility" in metrics:
-            results |= measure_utility(sets, pixels, args, state)
+            results |= measure_utility(sets, pixels, args, known and args.test_is_public, state)
         if not state.is_main_process:
             return
         if "fidelity" in metrics:
-            results |= fidelity(seen["synthetic"], seen["real"], args.test_is_public)
+            results |= fidelity(seen["synthetic"], seen["real"], known, args.test_is_public)
         spaces = []
         if "memorisation" in metrics:
             features = {name: rows.features for name, rows in seen.items()}
             spaces = spaces_of(pixels, features)
             results |= entries_of(spaces)
             save_pairs(spaces, pixels, output.parent)
-        sheets = [grid_of(sets["synthetic"], args.image_column)]
-        if args.test_is_public:
-            sheets.append(grid_of(sets["real"], args.image_column))
+        shown = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
+        sheets = {name: grid_of(sets[name], args.image_column) for name in shown}
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, json.dumps(results, indent=2) + "\n")
     page = Page(folder.name, results, statement, sheets, spaces, runs)
-    write_report(page, output.with_name("report.html"))
+    report = output.with_name("report.html" if output.stem == "metrics" else f"{output.stem}.html")
+    write_report(page, report)
     for name, entry in results.items():
         print(f"{name}: {number_of(entry)}")
     for warning in sorted({entry["warning"] for entry in results.values() if "warning" in entry}):
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{output} and {output.with_name('report.html')}")
+    print(f"{output} and {report}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from accelerate import PartialState
 
 from utils.arguments import ModelArguments, option, parse
 from utils.errors import UsageError, on_main_process, run_script
-from utils.evaluation_card import MetricsArguments
+from utils.evaluation_card import MetricsArguments, evaluation_section
 from utils.generation import SamplingArguments, draw_folder, prepare_drawing
 from utils.hub import RepositoryArguments, make_repo
 from utils.pipelines import adapter_folder
@@ -54,18 +54,21 @@ def main():
     state, folder = PartialState(), Path(output.output_dir)
     if hub.push_to_hub and hub.hub_dataset_id is None:
         raise UsageError("--push_to_hub needs --hub_dataset_id")
-    if hub.push_to_hub and sampling.adapter is not None:
-        found = adapter_folder(sampling.adapter, sampling.adapter_revision)
-        on_main_process(lambda: statement_of(found))
-    drawing = prepare_drawing(model, sampling, folder, state)
+    statement = section = None
     if hub.push_to_hub:  # refused now, if ever
+        if sampling.adapter is not None:
+            found = adapter_folder(sampling.adapter, sampling.adapter_revision)
+            statement = on_main_process(lambda: statement_of(found))
+        section = on_main_process(lambda: evaluation_section(metrics, statement))
+    drawing = prepare_drawing(model, sampling, folder, state)
+    if hub.push_to_hub:
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
     draw_folder(drawing, sampling, folder, state)
     state.print(f"{sampling.num_images} images, metadata.jsonl and grid.png in {folder}")
     if hub.push_to_hub and state.is_main_process:
         base, name = model.pretrained_model_name_or_path, hub.hub_dataset_id
         made_by = Maker(base, sampling.adapter, drawing.adapter and statement_of(drawing.adapter))
-        print(f"published {publish_images(folder, made_by, name, hub, metrics)}")
+        print(f"published {publish_images(folder, made_by, name, hub, section)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The baseline without a generator: a classifier trained on the private images by DP-SGD.
 
     python benchmarks/dp_sgd_classifier.py --dataset_name ylecun/mnist --target_epsilon 10 \\
-        --target_delta 1e-5 --expected_batch_size 2048 --max_grad_norm 0.1
+        --target_delta 1e-5
     python benchmarks/dp_sgd_classifier.py --dataset_name FOLDER --noise_multiplier 1.2 \\
         --target_delta 1e-5
 
 The network is the small convolutional one with tanh of Papernot et al. 2021 (table 3), which DP-SGD
 trains better than ReLU; sampling, per-unit gradients, clipping, noise and accounting are those of
-the training scripts. Whoever needs only this classifier, and no images, should train it so.
+the training scripts. Whoever needs only this classifier, and no images, should train it so. It is
+a baseline: the run is in no ledger.
 """
 
 import json
@@ -28,8 +29,8 @@ from torch import nn  # noqa: E402
 from utils.accounting import account, make_plan  # noqa: E402
 from utils.arguments import PrivacyArguments, option, parse  # noqa: E402
 from utils.data import keep_readable, labels_of, load_rows, pixel_batches  # noqa: E402
-from utils.entropy import secret_randomness  # noqa: E402
-from utils.errors import run_script  # noqa: E402
+from utils.entropy import SecretRandomness  # noqa: E402
+from utils.errors import UsageError, run_script  # noqa: E402
 from utils.per_unit_gradients import PerUnitGradients  # noqa: E402
 from utils.training import TrainingState, private_steps  # noqa: E402
 
@@ -41,6 +42,11 @@ class ClassifierArguments:
     """The images, and how long to train."""
 
     dataset_name: str = option("Hub id or folder of parquet files, with splits train and test")
+    target_epsilon: float | None = option("budget; the noise is calibrated to it", None)
+    noise_multiplier: float | None = option("sigma, instead of --target_epsilon", None)
+    target_delta: float = option("delta of the budget, below 1/N")
+    expected_batch_size: int = option("B, expected images in a Poisson batch", 2048)
+    max_grad_norm: float = option("C, the clipping bound on one image's gradient", 0.1)
     train_split: str = option("split of the private images", "train")
     test_split: str = option("split to test on, once", "test")
     label_column: str = option("column of the labels", "label")
@@ -71,18 +77,29 @@ def load(args: ClassifierArguments, split: str, cache: str) -> tuple[torch.Tenso
     """Grey images [N, 1, 28, 28] around zero, and their class names."""
     rows = keep_readable(load_rows(args.dataset_name, None, None, split, cache), "image")[0]
     pixels = torch.cat(list(pixel_batches(rows, "image", SIDE, 256)))
-    return pixels[:, :1].float() / 127.5 - 1, list(labels_of(rows, args.label_column))
+    return pixels.float().mean(1, keepdim=True) / 127.5 - 1, list(
+        labels_of(rows, args.label_column)
+    )
 
 
 def main():
-    args, privacy = parse(ClassifierArguments, PrivacyArguments, description=__doc__)
+    (args,) = parse(ClassifierArguments, description=__doc__)
     start = time.perf_counter()
     accelerator = Accelerator()
     with TemporaryDirectory() as cache:
         images, labels = load(args, args.train_split, cache)
         test_images, test_labels = load(args, args.test_split, cache)
     names = sorted(set(test_labels))  # public: which classes there are
+    if not set(labels) <= set(names):
+        raise UsageError("the private images have a class that the test images lack")
     wanted = torch.tensor([names.index(label) for label in labels])
+    privacy = PrivacyArguments(
+        target_epsilon=args.target_epsilon,
+        noise_multiplier=args.noise_multiplier,
+        target_delta=args.target_delta,
+        expected_batch_size=args.expected_batch_size,
+        max_grad_norm=args.max_grad_norm,
+    )
     plan = make_plan(len(images), privacy, args.max_train_steps)
     spent = account(plan.events(), plan.delta)
 
@@ -97,8 +114,8 @@ def main():
         return F.cross_entropy(logits, wanted[units].to(accelerator.device), reduction="none")
 
     state = TrainingState(engine, optimizer, schedule)
-    randomness = secret_randomness(privacy)
-    for _ in private_steps(accelerator, state, losses, plan, randomness, args.train_batch_size):
+    source = SecretRandomness()
+    for _ in private_steps(accelerator, state, losses, plan, source, args.train_batch_size):
         pass
     with torch.no_grad():
         predicted = [

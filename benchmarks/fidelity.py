@@ -41,8 +41,8 @@ SHOWN = ["frechet_distance", "kernel_distance", "precision", "recall", "density"
 class BenchmarkArguments:
     """The sets."""
 
-    name: str = option("what to call the real set")
-    dataset_name: str = option("real images, with splits train and test: Hub id or folder")
+    name: str = option("what to call the real set", "mnist")
+    dataset_name: str = option("real images, with splits train and test", "ylecun/mnist")
     private: str | None = option("images of a private adapter", None)
     public: str | None = option("images of the public model", None)
     against: str | None = option("instead of all those: one set, its training split", None)
@@ -105,7 +105,7 @@ def main():
             for name, images in sets_of(args, cache).items():
                 start = time.perf_counter()
                 seen = extract(first(images, args.num_images), "image", network, state, name)
-                metrics = fidelity(seen, held_out, covered=True)
+                metrics = fidelity(seen, held_out, known=True, public=True)
                 rows.append(
                     {
                         "set": args.name,

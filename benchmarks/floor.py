@@ -10,12 +10,13 @@ the best product; the profile says which operators take how much of the step.
 """
 
 import argparse
-import importlib.util
 import json
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
 def throughput_module():
     """benchmarks/throughput.py, found by its path: Opacus has a package of that name."""
-    path = Path(__file__).with_name("throughput.py")
-    spec = importlib.util.spec_from_file_location("throughput", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("throughput.py"))))
 
 
 def seconds_of(work: Callable[[], object], rounds: int = 7) -> float:

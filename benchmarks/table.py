@@ -91,8 +91,7 @@ def row_of_generator(method: str, dataset: str) -> dict:
 
 def row_of_dp_sgd_classifier(dataset: str, seeds: int = 3) -> dict:
     """Each seed is a run of its own, with the whole budget."""
-    where = ["--dataset_name", dataset, *BUDGET, "--expected_batch_size", 2048]
-    where += ["--max_grad_norm", 0.1, "--json"]
+    where = ["--dataset_name", dataset, *BUDGET, "--json"]
     runs = [
         json.loads(call("benchmarks/dp_sgd_classifier.py", *where, "--seed", s).splitlines()[-1])
         for s in range(seeds)

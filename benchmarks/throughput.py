@@ -17,9 +17,9 @@ without noise and with a bound that clips nothing: their losses must be the same
 """
 
 import argparse
-import importlib.util
 import json
 import resource
+import runpy
 import subprocess
 import sys
 import time
@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -63,11 +64,7 @@ KINDS = ["ours", "nonprivate_example", "opacus"]
 def ordinary_script():
     """benchmarks/nonprivate_lora.py as a module, found by its path: Opacus has a package of that
     name."""
-    path = Path(__file__).with_name("nonprivate_lora.py")
-    spec = importlib.util.spec_from_file_location("nonprivate_lora", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("nonprivate_lora.py"))))
 
 
 def build_pipeline(shape: str):

@@ -1,7 +1,8 @@
 """The baselines of benchmarks/ keep the promises that they are compared by."""
 
-import importlib.util
 import json
+import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,7 @@ from utils.entropy import SecretRandomness
 
 def benchmark(name: str):
     """A module of benchmarks/, by its path: Opacus installs a package of that name."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")))
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +118,13 @@ def test_the_dp_sgd_classifier_learns_and_says_what_it_spent(run_script, parquet
     event = {"mechanism": "poisson_subsampled_gaussian", "noise_multiplier": 0.5}
     expected = pld_epsilon([{**event, "sampling_rate": 0.5, "steps": 12}], 1e-3)
     assert result["epsilon"]["add_or_remove_one"] == pytest.approx(expected, abs=1e-9)
-    assert 0.5 <= result["accuracy"] <= 1 and result["trainable_parameters"] > 20_000
+    assert result["accuracy"] > 0.9 and result["trainable_parameters"] > 20_000
 
 
 def test_the_ceiling_trains_and_claims_no_privacy(run_script, tiny_base, image_folder, tmp_path):
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", image_folder]
     arguments += ["--label_column", "label", "--caption_template", "the digit {label}"]
-    arguments += ["--train_batch_size", 8, "--max_train_steps", 3]
+    arguments += ["--train_batch_size", 8, "--max_train_steps", 3, "--lr_scheduler", "cosine"]
     run = run_script("benchmarks/nonprivate_lora.py", *arguments, "--output_dir", tmp_path / "run")
     assert run.returncode == 0, run.stderr
     assert "NOT PRIVATE" in run.stdout

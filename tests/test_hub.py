@@ -404,10 +404,12 @@ def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
 
 def test_the_card_shows_private_metrics_only_if_told_to(hub, on_hub, finished, tmp_path):
     """What read private images, and figures about other images than this adapter's, stay off it."""
-    epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
+    statement = read_json(finished / "privacy.json")
+    epsilon = statement["epsilon"]["add_or_remove_one"]
     public = {"value": 3.25, "std": 0.1, "covered_by_epsilon": True, "num_synthetic": 1000}
     private = {"value": 0.8765, "std": None, "covered_by_epsilon": False, "num_real": 360}
     known = {"value": epsilon, "std": None, "covered_by_epsilon": True}
+    known["weights"] = statement["files"]
     path = tmp_path / "metrics.json"
 
     def push(metrics: dict, *more):
@@ -429,7 +431,8 @@ def test_the_card_shows_private_metrics_only_if_told_to(hub, on_hub, finished, t
 
     run = push({"epsilon": known, "accuracy": private})
     assert run.returncode == 2 and "--publish_private_metrics" in run.stderr
-    run = push({"epsilon": known | {"value": epsilon / 2}, "inception_score": public})
-    assert run.returncode == 2 and "about images of epsilon" in run.stderr
+    for changed in ({"value": epsilon / 2}, {"weights": {"pytorch_lora_weights.safetensors": ""}}):
+        run = push({"epsilon": known | changed, "inception_score": public})
+        assert run.returncode == 2 and "images of other weights" in run.stderr
     run = push({"inception_score": 3})
     assert run.returncode == 2 and "cannot be read" in run.stderr

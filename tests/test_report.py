@@ -30,7 +30,7 @@ def results(epsilon: float | None = 9.98) -> dict:
     about = {"extractor": "inception", "extractor_weights": "0" * 64, "resize": "to 299 pixels"}
     synthetic = Seen(features[:40] + 0.3, np.log(generator.dirichlet(np.ones(5), 40)), about)
     entries = {"epsilon": {"value": epsilon, "std": None, "covered_by_epsilon": True}}
-    entries |= fidelity(synthetic, Seen(features[40:], None, about), covered=False)
+    entries |= fidelity(synthetic, Seen(features[40:], None, about), known=True, public=False)
     entries["accuracy"] = {
         "value": 0.912,
         "std": 0.004,
@@ -38,7 +38,7 @@ def results(epsilon: float | None = 9.98) -> dict:
         "networks": {"cnn": {"value": 0.912, "std": 0.004}},
         "per_class": {name: 0.85 + 0.01 * i for i, name in enumerate(CLASSES)},
         "class_names": CLASSES,
-        "confusion": (np.eye(10, dtype=int) * 90 + 1).tolist(),
+        "confusion": (np.eye(10) * 0.9 + 0.01).tolist(),
         "num_real": 1000,
         "classifier_seeds": 3,
     }
@@ -50,7 +50,8 @@ def report(tmp_path_factory):
     """A page with everything on it."""
     generator = np.random.default_rng(0)
     spaces = [compare("pixels", *generator.normal(size=(3, 60, 12)).astype(np.float32))]
-    sheets = [Image.new("RGB", (320, 192), colour) for colour in ("navy", "maroon")]
+    colours = {"synthetic": "navy", "real": "maroon"}
+    sheets = {name: Image.new("RGB", (320, 192), colour) for name, colour in colours.items()}
     runs = [("public model", results(0.0)), ("a < b", results(1.0)), ("no statement", {})]
     everything = results() | entries_of(spaces)
     path = tmp_path_factory.mktemp("report") / "report.html"
@@ -78,7 +79,9 @@ def test_it_says_what_was_spent_and_marks_what_is_not_covered(report):
 
 def test_without_anything_private_there_is_no_mark(tmp_path):
     entries = {name: e | {"covered_by_epsilon": True} for name, e in results().items()}
-    write_report(Page("x", entries, None, [Image.new("RGB", (9, 9))]), tmp_path / "r.html")
+    write_report(
+        Page("x", entries, None, {"synthetic": Image.new("RGB", (9, 9))}), tmp_path / "r.html"
+    )
     text = (tmp_path / "r.html").read_text()
     assert "read private images" not in text and "No epsilon covers" not in text
 
@@ -155,7 +158,7 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(report, width, dark):
 def test_runs_to_compare_are_named_and_checked(tmp_path):
     (tmp_path / "first").mkdir()
     for path in (tmp_path / "first" / "metrics.json", tmp_path / "second.json"):
-        path.write_text('{"accuracy": {"value": 1}}')
+        path.write_text('{"accuracy": {"value": 1, "std": null}}')
     (tmp_path / "list.json").write_text("[1]")
     paths = [str(tmp_path / "first" / "metrics.json"), str(tmp_path / "second.json")]
     assert [name for name, _ in read_runs(paths)] == ["first", "second"]

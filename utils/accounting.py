@@ -39,7 +39,7 @@ class PrivacyPlan:
         delta: the delta at which epsilon is quoted.
         clipping: how a unit's gradient is bounded (`dp_sgd.clip_scales`).
         unit_column: the column whose value tells units apart; None if each row is a unit.
-        purpose: what the mechanism is for, `training` or `selection`.
+        purpose: what the mechanism is for: `training`, `selection`, or `mean embedding`.
         prior: events of the ledger that this one builds on, and composes with.
         builds_on: the runs of those events.
     """
@@ -81,7 +81,7 @@ class PrivacyPlan:
     def event(self, steps: int | None = None) -> dict:
         """The mechanism as an entry of `events` in the privacy statement."""
         bound = {"clipping": self.clipping, "max_grad_norm": self.max_grad_norm}
-        if self.purpose == "selection":
+        if self.purpose != "training":
             bound = {"sensitivity": self.sensitivity}
         return {
             "mechanism": "poisson_subsampled_gaussian",

@@ -20,20 +20,21 @@ class MetricsArguments:
     )
 
 
-def with_evaluation(card: str, args: MetricsArguments, statement: dict | None) -> str:
-    """The card with a section on `--metrics_file`, if one was named.
+def evaluation_section(args: MetricsArguments, statement: dict | None) -> str:
+    """A card's section on `--metrics_file`; nothing if none was named.
 
     What read private images is left out unless `--publish_private_metrics` asks for it.
 
     Raises:
-        UsageError: the file cannot be read, is about images of another epsilon, or holds nothing
+        UsageError: the file cannot be read, is about images of other weights, or holds nothing
             that may be shown.
     """
     if args.metrics_file is None:
-        return card
+        return ""
     try:
         results = json.loads(Path(args.metrics_file).read_text())
-        epsilon = results.get("epsilon", {}).get("value")
+        about = results.get("epsilon", {})
+        drawn_by = (about.get("value"), about.get("weights"))
         shown = {
             name: entry
             for name, entry in results.items()
@@ -42,11 +43,11 @@ def with_evaluation(card: str, args: MetricsArguments, statement: dict | None) -
         lines = [_line(name, entry) for name, entry in shown.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--metrics_file {args.metrics_file} cannot be read: {error!r}") from error
-    stated = statement["epsilon"]["add_or_remove_one"] if statement else 0.0
-    if epsilon != stated:
-        raise UsageError(
-            f"--metrics_file {args.metrics_file} is about images of epsilon {epsilon}, not {stated}"
-        )
+    own = (0.0, None)
+    if statement is not None:
+        own = (statement["epsilon"]["add_or_remove_one"], statement["files"])
+    if drawn_by != own:
+        raise UsageError(f"--metrics_file {args.metrics_file} is about images of other weights")
     if not shown:
         raise UsageError(
             f"all of {args.metrics_file} was computed from private images, which no epsilon "
@@ -59,9 +60,12 @@ def with_evaluation(card: str, args: MetricsArguments, statement: dict | None) -
             "\nWhat epsilon does not cover was computed from private images, and published on "
             "purpose.\n"
         )
-    if PLACE in card:
-        return card.replace(PLACE, section + PLACE, 1)
-    return card + section
+    return section
+
+
+def with_section(card: str, section: str) -> str:
+    """The card with an `evaluation_section` in its place."""
+    return card.replace(PLACE, section + PLACE, 1) if PLACE in card else card + section
 
 
 def _line(name: str, entry: dict) -> str:

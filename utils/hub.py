@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from utils.arguments import option
 from utils.cards import PLACEHOLDER
 from utils.errors import UsageError
-from utils.evaluation_card import MetricsArguments, with_evaluation
+from utils.evaluation_card import MetricsArguments, evaluation_section, with_section
 from utils.verification import problems_of, read_source
 
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
@@ -122,7 +122,7 @@ def publish_model(
     """Verify a finished run, and upload what it publishes; returns the address of the commit.
 
     Raises:
-        UsageError: it does not verify, or see `files_to_publish`, `with_evaluation`, `make_repo`
+        UsageError: it does not verify, or see `files_to_publish`, `evaluation_section`, `make_repo`
             and `upload`.
     """
     files = files_to_publish(output_dir)
@@ -130,8 +130,8 @@ def publish_model(
     problems = problems_of(source)
     if problems:
         raise UsageError(f"{output_dir} is not published: {'; '.join(problems)}")
-    card = files["README.md"].read_text(encoding="utf-8")
-    card = with_evaluation(card, metrics or MetricsArguments(), source.statement)
+    section = evaluation_section(metrics or MetricsArguments(), source.statement)
+    card = with_section(files["README.md"].read_text(encoding="utf-8"), section)
     repo_id = make_repo(args.hub_model_id, args)
     files["README.md"] = card.replace(PLACEHOLDER, repo_id).encode()
     command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]

@@ -39,7 +39,7 @@ class Page:
     Attributes:
         title: name of the synthetic set. results: what metrics.json holds.
         statement: of the adapter that drew it, if any.
-        sheets: of synthetic images; and of real ones, only where those may be shown.
+        sheets: of images that may be shown, by set: synthetic, real.
         spaces: nearest neighbours, if they were measured.
         runs: other runs to compare with, (name, results).
     """
@@ -47,7 +47,7 @@ class Page:
     title: str
     results: dict
     statement: dict | None
-    sheets: list[Image.Image]
+    sheets: dict[str, Image.Image]
     spaces: list[Neighbours] = field(default_factory=list)
     runs: list[tuple[str, dict]] = field(default_factory=list)
 
@@ -64,7 +64,8 @@ def read_runs(paths: list[str]) -> list[tuple[str, dict]]:
             results = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UsageError(f"--compare {path} cannot be read: {error}") from error
-        if not isinstance(results, dict) or not all(isinstance(v, dict) for v in results.values()):
+        entries = results.values() if isinstance(results, dict) else [None]
+        if not all(isinstance(e, dict) and {"value", "std"} <= set(e) for e in entries):
             raise UsageError(f"--compare {path} is not a metrics.json of this script")
         runs.append((path.resolve().parent.name if path.stem == "metrics" else path.stem, results))
     return runs
@@ -107,9 +108,15 @@ def _privacy(page: Page) -> str:
         words = _words(plain_words(page.statement, "these images"))
         words += _words(privacy_paragraph(page.statement))
     elif epsilon is not None:
-        words = "<p>Drawn by the public model alone: no private image had a part in it.</p>"
+        words = (
+            "<p>No adapter was used. Whatever the model's training data were, this page promises "
+            "nothing about them.</p>"
+        )
     else:
-        words = "<p>No privacy statement came with these images: nothing is promised.</p>"
+        words = (
+            "<p>No privacy statement came with these images: nothing is promised, and they are not "
+            "shown.</p>"
+        )
     numbers = ""
     if epsilon is not None and epsilon["value"] is not None:
         cells = [("epsilon", f"{epsilon['value']:.3g}")]
@@ -122,9 +129,9 @@ def _privacy(page: Page) -> str:
     note = ""
     if private:
         note = (
-            '<p class="private">Figures marked "read private images" '
-            "were computed from real images that are not public. No epsilon covers them: do not "
-            "publish them unless those people agreed to it.</p>"
+            '<p class="private">Figures under "read private images" were computed from images that '
+            "are not public, and so was what follows from them. No epsilon covers them: do not "
+            "publish them, or this page, unless those people agreed to it.</p>"
         )
     return f'<section class="card" aria-label="Privacy">{numbers}{words}{note}</section>'
 
@@ -138,8 +145,8 @@ def _words(markdown: str) -> str:
 
 
 def _fidelity(page: Page) -> str:
-    captions = ("Synthetic images", "Real images, held out")
-    sheets = [_figure(*pair) for pair in zip(page.sheets, captions, strict=False)]
+    captions = {"synthetic": "Synthetic images", "real": "Real images, held out"}
+    sheets = [_figure(image, captions[name]) for name, image in page.sheets.items()]
     rows, about = [], None
     for name, (title, meaning) in FIDELITY.items():
         if (entry := page.results.get(name)) is not None:
@@ -167,8 +174,8 @@ def _utility(results: dict) -> str:
     networks = ", ".join(accuracy["networks"])
     caption = (
         f"Accuracy on {accuracy['num_real']} held-out real images of {networks}, "
-        f"{accuracy['classifier_seeds']} seeds each; the weights that are kept were picked on "
-        "synthetic images."
+        f"{accuracy['classifier_seeds']} seeds each; the weights that are kept were picked on a "
+        "tenth of the images that they were trained on."
     )
     bars = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="number">{value:.1%}</td>'
@@ -187,12 +194,10 @@ def _confusion(accuracy: dict) -> str:
     names = [escape(name) for name in accuracy["class_names"]]
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     lines = []
-    for name, counts in zip(names, accuracy["confusion"], strict=True):
-        total = sum(counts) or 1
+    for name, shares in zip(names, accuracy["confusion"], strict=True):
         cells = "".join(
-            f'<td style="background:rgb(var(--mark) / {0.75 * count / total:.2f})">'
-            f"{100 * count / total:.0f}</td>"
-            for count in counts
+            f'<td style="background:rgb(var(--mark) / {0.75 * share:.2f})">{100 * share:.0f}</td>'
+            for share in shares
         )
         lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     return (
@@ -212,7 +217,7 @@ def _memorisation(page: Page) -> str:
         meaning = f"<div class='soft'>1 is alike; {share} (standard error "
         meaning += f"{entry['standard_error']:.1%})</div>"
         rows.append((f"distance to private over held-out images, {found.space}{meaning}", entry))
-    said = "No synthetic image is a copy of a private one."
+    said = "No synthetic image was found to be a copy of a private one."
     if copies["value"]:
         said = f"{copies['value']} synthetic images look like copies of private ones."
     criterion = (
@@ -247,7 +252,11 @@ def _comparison(page: Page) -> str:
     )
     plots = ""
     for metric, label in (("accuracy", "accuracy"), ("frechet_distance", "Fréchet distance")):
-        known = [run for run in runs if "epsilon" in run[1] and metric in run[1]]
+        known = [
+            run
+            for run in runs
+            if metric in run[1] and number_of(run[1].get("epsilon")) != "unknown"
+        ]
         if len(known) > 1:
             plots += f"<figure>{trade_off(known, metric, label)}</figure>"
     return (

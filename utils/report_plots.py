@@ -30,9 +30,8 @@ BLUE, ORANGE = "#3987e5", "#d97706"
 
 
 def trade_off(runs: list[tuple[str, dict]], metric: str, label: str) -> str:
-    """One metric against epsilon, a point a run, runs without a known epsilon as lines."""
+    """One metric against epsilon, a point a run."""
     points = [(results["epsilon"]["value"], name, results[metric]) for name, results in runs]
-    points = [point for point in points if point[0] is not None]
     points.sort(key=lambda point: point[0])
     levels = sorted({epsilon for epsilon, _, _ in points})
     with plt.rc_context(STYLE | {"svg.hashsalt": metric}):

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from utils.cards import Maker, dataset_card
 from utils.errors import UsageError
-from utils.evaluation_card import MetricsArguments, with_evaluation
+from utils.evaluation_card import with_section
 from utils.hub import HUB_ERRORS, RepositoryArguments, make_repo, upload
-from utils.verification import problems_of, read_source
+from utils.verification import problems_of, problems_of_statement, read_source
 
 IMAGES_PER_SHARD, BYTES_PER_SHARD = 10_000, 2**28
 
@@ -36,19 +36,19 @@ def statement_of(adapter: Path) -> dict:
 
 
 def publish_images(
-    folder: Path, made_by: Maker, name: str, args: RepositoryArguments, metrics: MetricsArguments
+    folder: Path, made_by: Maker, name: str, args: RepositoryArguments, section: str = ""
 ) -> str:
     """Upload a folder of `draw_folder` as parquet shards, with a card and the adapter's statement;
-    returns the address. Shards of an earlier set are replaced.
+    returns the address. Shards of an earlier set are replaced. `section` goes on the card.
 
     Raises:
-        UsageError: see `make_repo`, `with_evaluation` and `upload`.
+        UsageError: see `make_repo` and `upload`.
     """
     repo_id = make_repo(name, args, "dataset")
     with TemporaryDirectory(dir=folder) as aside:
         files, count = write_shards(folder, Path(aside))
         card = dataset_card(made_by, count, repo_id, args.hub_license)
-        files["README.md"] = with_evaluation(card, metrics, made_by.statement).encode()
+        files["README.md"] = with_section(card, section).encode()
         files["grid.png"] = folder / "grid.png"
         if made_by.statement is not None:
             files["privacy.json"] = (json.dumps(made_by.statement, indent=2) + "\n").encode()
@@ -85,7 +85,11 @@ def write_shards(folder: Path, output: Path) -> tuple[dict[str, Path | bytes], i
 def privacy_of(images: str, revision: str | None) -> tuple[dict | None, dict]:
     """The privacy statement that came with a synthetic set, a folder or a Hub id, or None; and its
     entry in metrics.json: epsilon for adding or removing one unit; 0 for the images of a public
-    model alone; nothing where it is not known."""
+    model alone; nothing where it is not known.
+
+    Raises:
+        UsageError: the statement does not hold.
+    """
     folder, known = Path(images), {"std": None, "covered_by_epsilon": True}
     statement = None
     if (folder / "privacy.json").is_file():
@@ -97,8 +101,13 @@ def privacy_of(images: str, revision: str | None) -> tuple[dict | None, dict]:
         except HUB_ERRORS:
             pass  # not there, or not to be had: then nothing is promised
     if statement is not None:
-        epsilon = statement["epsilon"]["add_or_remove_one"]
-        return statement, {"epsilon": {"value": epsilon, **known, "delta": statement["delta"]}}
+        problems = problems_of_statement(statement) if statement["private"] else []
+        if problems:
+            raise UsageError(f"the privacy.json of {images} does not hold: {'; '.join(problems)}")
+        entry = {"value": statement["epsilon"]["add_or_remove_one"], **known}
+        return statement, {
+            "epsilon": entry | {"delta": statement["delta"], "weights": statement["files"]}
+        }
     record = folder / "sampling.json"
     if record.is_file() and json.loads(record.read_text())["adapter"] is None:
         return None, {"epsilon": {"value": 0.0, **known}}

@@ -66,7 +66,8 @@ def downstream_accuracy(
             name: (confusion[i, i] / counts[i]).item() for name, i in number.items() if counts[i]
         },
         "class_names": names,
-        "confusion": confusion.tolist(),  # [real class][predicted], over all classifiers
+        # [real class][predicted]: shares of the class, over all classifiers
+        "confusion": (confusion / counts[:, None].clamp_min(1)).tolist(),
         "num_real": len(tested_on),
         "classifier_steps": steps,
         "classifier_seeds": seeds,

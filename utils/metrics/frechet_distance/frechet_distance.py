@@ -39,7 +39,7 @@ def frechet_distance(predictions: np.ndarray, references: np.ndarray, block: int
     """
     if min(len(predictions), len(references)) < 2:
         raise ValueError("a Frechet distance needs at least two images in each set")
-    metric = FrechetInceptionDistance(feature=Precomputed(predictions.shape[1]))
+    metric = FrechetInceptionDistance(Precomputed(predictions.shape[1]), sync_on_compute=False)
     for features, is_real in ((references, True), (predictions, False)):
         for start in range(0, len(features), block):
             part = np.asarray(features[start : start + block], np.float64)

@@ -28,9 +28,10 @@ def kernel_distance(
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """The unbiased squared MMD under the kernel (x.y / d + 1)^3, float64: mean and standard
-    deviation over `subsets` random subsets of `subset_size` rows (at most all of them).
+    deviation over `subsets` random subsets of `subset_size` rows (at most all of them: where a
+    subset is everything there is no deviation, None).
 
     Args:
         predictions, references: features of the synthetic and the real images, [N, d] and [M, d].
@@ -43,13 +44,14 @@ def kernel_distance(
     subset_size = min(subset_size, len(predictions), len(references))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps what it is given
-        metric = KernelInceptionDistance(nn.Identity(), subsets, subset_size)
+        metric = KernelInceptionDistance(nn.Identity(), subsets, subset_size, sync_on_compute=False)
     metric.update(torch.from_numpy(np.asarray(references, np.float64)), real=True)
     metric.update(torch.from_numpy(np.asarray(predictions, np.float64)), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean, spread = metric.compute()
-    return mean.item(), spread.item()
+    everything = subset_size == len(predictions) == len(references)
+    return mean.item(), None if everything else spread.item()
 
 
 class KernelDistance(evaluate.Metric):
