@@ -41,7 +41,8 @@ from utils.fine_tuning import (
     training_resolution,
 )
 from utils.hub import write_durably
-from utils.latents import discard_copies, private_losses
+from utils.latent_files import discard_copies
+from utils.latents import private_losses
 from utils.lora import LoraArguments
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import load_pipeline

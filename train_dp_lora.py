@@ -37,7 +37,7 @@ from utils.arguments import (
 from utils.checkpoints import differences, steps_on_disk
 from utils.errors import UsageError, on_main_process, run_script
 from utils.fine_tuning import ARGUMENTS, Method, run_method
-from utils.latents import latents_folder
+from utils.latent_files import latents_folder
 from utils.lora import LoraArguments, add_lora, save_lora
 from utils.publishing import check_repository
 from utils.runs import LEDGER_NAME, claim_output_dir, private_folder

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tests.conftest import build_tiny_pipeline, train_arguments, train_here
-from utils import latents
+from utils import latent_files, latents
 from utils.data import PrivateSet, load_rows, readable_rows
 from utils.entropy import SecretRandomness
 from utils.errors import UsageError
-from utils.latents import Objective, encode_images, encode_units, unit_losses
+from utils.latent_files import encode_images
+from utils.latents import Objective, encode_units, unit_losses
 
 
 def tiny_set(image_folder, folder, captions=None, first: int = 0) -> PrivateSet:
@@ -33,14 +34,14 @@ def made_in(folder) -> list:
 def test_one_run_at_a_time_makes_them(pipeline, image_folder, tmp_path):
     """A second run waits for the first, and finds them made."""
     private_set, folder, calls = tiny_set(image_folder, tmp_path), tmp_path / "latents", []
-    whole = latents.pixel_batches
+    whole = latent_files.pixel_batches
 
     def slow(*arguments):
         calls.append(1)
         time.sleep(0.5)
         return whole(*arguments)
 
-    with mock.patch.object(latents, "pixel_batches", slow):
+    with mock.patch.object(latent_files, "pixel_batches", slow):
         runs = [
             threading.Thread(target=encode_units, args=(pipeline, private_set, 16, folder))
             for _ in range(2)
@@ -62,8 +63,8 @@ def pipeline():
 def test_latents_are_the_autoencoders_as_they_are_and_mirrored(pipeline, image_folder, tmp_path):
     private_set = tiny_set(image_folder, tmp_path)
     units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents", random_flip=True)
-    pixels = next(latents.pixel_batches(private_set.rows, "image", 16, 40))
-    images = latents.to_unit_range(pixels)
+    pixels = next(latent_files.pixel_batches(private_set.rows, "image", 16, 40))
+    images = latent_files.to_unit_range(pixels)
     with torch.no_grad():
         for flip, view in enumerate((images, images.flip(-1))):
             expected = encode_images(pipeline, view)
@@ -97,8 +98,8 @@ def test_they_are_made_again_only_if_something_changed(
     if spoil:
         next(pipeline.vae.parameters()).data[0] += 1
     calls = []
-    whole = latents.pixel_batches
-    monkeypatch.setattr(latents, "pixel_batches", lambda *a: calls.append(a) or whole(*a))
+    whole = latent_files.pixel_batches
+    monkeypatch.setattr(latent_files, "pixel_batches", lambda *a: calls.append(a) or whole(*a))
     private_set = tiny_set(image_folder, tmp_path, **changes)
     again, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
     assert len(calls) == (change != "nothing")
@@ -115,7 +116,7 @@ def test_what_a_killed_run_left_half_made_is_not_used(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "encode_images", killed)
+        patch.setattr(latent_files, "encode_images", killed)
         with pytest.raises(KeyboardInterrupt):
             encode_units(pipeline, private_set, 16, folder)
     half = made_in(folder)
@@ -178,7 +179,7 @@ def test_only_ones_own_latents_are_discarded(pipeline, image_folder, tmp_path):
     _, own = encode_units(pipeline, tiny_set(image_folder, tmp_path, first=1), 16, folder)
     for run in ("run", "run/selection"):
         (tmp_path / run / "private" / "cache").mkdir(parents=True)
-    latents.discard_copies(tmp_path / "run", own)
+    latent_files.discard_copies(tmp_path / "run", own)
     assert made_in(folder) == [other]
     assert not list((tmp_path / "run").rglob("cache"))
 
@@ -188,7 +189,7 @@ def test_runs_share_a_folder_and_discard_it(tiny_base, image_folder, tmp_path, m
     first = train_arguments(tiny_base, image_folder, tmp_path / "first", *shared)
     assert "saved the weights" in train_here(first)
     assert not (tmp_path / "first" / "private" / "latents").exists()
-    monkeypatch.setattr(latents, "pixel_batches", None)  # what would encode again
+    monkeypatch.setattr(latent_files, "pixel_batches", None)  # what would encode again
     more = [*shared, "--learning_rate", 1e-4, "--discard_latents"]
     second = train_arguments(tiny_base, image_folder, tmp_path / "second", *more)
     assert "saved the weights" in train_here(second)

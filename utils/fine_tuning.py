@@ -20,7 +20,8 @@ from utils.checkpoints import StopRequest
 from utils.entropy import SecretRandomness, secret_randomness
 from utils.errors import PATIENCE, Stopped, UsageError, on_main_process
 from utils.hub import PublishArguments, publish_model, write_durably
-from utils.latents import discard_copies, private_losses
+from utils.latent_files import discard_copies
+from utils.latents import private_losses
 from utils.optimizers import make_optimizer
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import (
