@@ -219,7 +219,8 @@ def main():
             results |= entries_of(spaces)
             save_pairs(spaces, pixels, output.parent)
         shown = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
-        sheets = {name: grid_of(sets[name], args.image_column) for name in shown}
+        columns = (args.image_column, args.label_column)
+        sheets = {name: grid_of(sets[name], *columns) for name in shown}
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, json.dumps(results, indent=2) + "\n")
     page = Page(folder.name, results, statement, sheets, spaces, runs)

@@ -71,9 +71,9 @@ def test_it_needs_no_network_and_runs_no_script(report):
 def test_it_says_what_was_spent_and_marks_what_is_not_covered(report):
     text = report.read_text()
     assert "9.98" in text and "odds" in text and "1e-05" in text
-    marks = text.count("read private images</div>")
+    marks = text.count("not covered by epsilon</div>")
     assert marks == 6 + 1 + 1  # fidelity but for the inception score, accuracy, and neighbours
-    assert "No epsilon covers them" in text
+    assert "Do not publish them" in text
     assert "class &lt;0&gt; &amp; co" in text and "class <0>" not in text
 
 
@@ -83,7 +83,7 @@ def test_without_anything_private_there_is_no_mark(tmp_path):
         Page("x", entries, None, {"synthetic": Image.new("RGB", (9, 9))}), tmp_path / "r.html"
     )
     text = (tmp_path / "r.html").read_text()
-    assert "read private images" not in text and "No epsilon covers" not in text
+    assert "not covered by epsilon" not in text and "not publish" not in text
 
 
 MEASURE = """<!doctype html>

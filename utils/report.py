@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
 
 from utils.cards import plain_words, privacy_paragraph
-from utils.data import pixel_batches
+from utils.data import labels_of, pixel_batches
 from utils.errors import UsageError
 from utils.generation import image_grid
 from utils.hub import write_durably
@@ -29,6 +30,7 @@ FIDELITY = {
     "density": ("density", "how thickly real images surround synthetic ones; 1 is alike"),
     "coverage": ("coverage", "share of real images with a synthetic one near"),
 }
+MARK = '<div class="private">not covered by epsilon</div>'
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -71,14 +73,26 @@ def read_runs(paths: list[str]) -> list[tuple[str, dict]]:
     return runs
 
 
-def grid_of(rows: Dataset, image_column: str, count: int = 60, largest: int = 128) -> Image.Image:
-    """The first images of a set as a sheet ten wide, none larger than `largest` pixels."""
-    few = rows.select(range(min(count, len(rows))))
+def grid_of(
+    rows: Dataset, image_column: str, label_column: str, count: int = 60, largest: int = 128
+) -> Image.Image:
+    """Some images of a set as a sheet, none larger than `largest` pixels: a column a class, if
+    there are at most ten, or else ten wide."""
+    chosen = np.arange(min(count, len(rows)))
+    columns = min(10, len(chosen))
+    if label_column in rows.column_names:
+        labels = np.array(list(labels_of(rows, label_column)))
+        classes = [np.flatnonzero(labels == name) for name in np.unique(labels)[:11]]
+        if len(classes) <= 10:
+            height = min(6, *map(len, classes))
+            chosen = np.stack([own[:height] for own in classes], 1).flatten()
+            columns = len(classes)
+    few = rows.select(chosen)
     first = few[0][image_column]
     side = min(largest, *first.size)
     pixels = torch.cat(list(pixel_batches(few, image_column, side, count)))
     tiles = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
-    return image_grid(tiles, min(10, len(tiles)))
+    return image_grid(tiles, columns)
 
 
 def write_report(page: Page, path: Path) -> None:
@@ -129,9 +143,9 @@ def _privacy(page: Page) -> str:
     note = ""
     if private:
         note = (
-            '<p class="private">Figures under "read private images" were computed from images that '
-            "are not public, and so was what follows from them. No epsilon covers them: do not "
-            "publish them, or this page, unless those people agreed to it.</p>"
+            '<p class="private">Figures marked "not covered by epsilon" were computed from images '
+            "that are not public, or of which nobody knows; and so was what follows from them. Do "
+            "not publish them, or this page, unless those people agreed to it.</p>"
         )
     return f'<section class="card" aria-label="Privacy">{numbers}{words}{note}</section>'
 
@@ -267,11 +281,13 @@ def _comparison(page: Page) -> str:
 
 
 def _table(caption: str, rows: list[tuple[str, dict]], percent: bool = False) -> str:
-    """Metrics, one a line, marked where they read private images."""
+    """Metrics, one a line, marked where no epsilon covers them."""
     lines = []
     for title, entry in rows:
         mark = (
-            "" if entry["covered_by_epsilon"] else '<div class="private">read private images</div>'
+            ""
+            if entry["covered_by_epsilon"]
+            else '<div class="private">not covered by epsilon</div>'
         )
         lines.append(
             f'<tr><th scope="row">{title}{mark}</th>'
