@@ -284,11 +284,7 @@ def _table(caption: str, rows: list[tuple[str, dict]], percent: bool = False) ->
     """Metrics, one a line, marked where no epsilon covers them."""
     lines = []
     for title, entry in rows:
-        mark = (
-            ""
-            if entry["covered_by_epsilon"]
-            else '<div class="private">not covered by epsilon</div>'
-        )
+        mark = "" if entry["covered_by_epsilon"] else MARK
         lines.append(
             f'<tr><th scope="row">{title}{mark}</th>'
             f'<td class="number">{number_of(entry, percent)}</td></tr>'
