@@ -26,6 +26,7 @@ from utils.pipelines import tokenize, tokenizers_of
 from utils.runs import disk_errors_told, private_folder
 
 ENCODING = 1  # raise it whenever images are read, resized or encoded otherwise
+PIXELS_AT_ONCE = 2**20  # that the autoencoder reads: four images of 512 pixels
 
 
 @torch.no_grad()
@@ -164,7 +165,8 @@ def _encode_span(
     """
     first, last = span
     own, digests = private_set.rows.select(range(first, last)), private_set.digests[first:last]
-    flips, batch_size, cut = shapes["latents.f32"][1] == 2, 64, 0
+    flips, cut = shapes["latents.f32"][1] == 2, 0
+    batch_size = max(1, min(64, PIXELS_AT_ONCE // resolution**2))
     batches = pixel_batches(own, private_set.image_column, resolution, batch_size, digests)
     shown = PartialState().is_main_process
     bar = tqdm(
