@@ -11,8 +11,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from tests.conftest import ROOT, read_json
+from tests.test_many_processes import together
 from utils.accounting import PrivacyPlan, pld_epsilon
 from utils.entropy import SecretRandomness
+from utils.verification import problems_of_statement
 
 
 def benchmark(name: str):
@@ -102,11 +104,22 @@ def test_mean_embeddings_leave_images_and_a_statement_that_can_be_recomputed(
     statement = read_json(output / "privacy.json")
     recomputed = pld_epsilon(statement["events"], 1e-3)
     assert recomputed == statement["epsilon"]["add_or_remove_one"] <= 5
+    assert problems_of_statement(statement) == []  # or evaluate.py would not believe it
     assert statement["events"][0]["sampling_rate"] == 1 and statement["events"][0]["steps"] == 1
     lines = [json.loads(line) for line in (output / "metadata.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == ["dark", "light"] * 3
     run = run_script("benchmarks/mean_embeddings.py", *arguments)
     assert run.returncode == 2 and "already holds files" in run.stderr
+
+
+def test_a_mean_embedding_of_several_processes_is_refused(parquet, tmp_path):
+    """Each would add the whole sum, and one image would move the release by several times C."""
+    arguments = ["--dataset_name", parquet, "--output_dir", tmp_path / "images"]
+    arguments += ["--target_epsilon", 5, "--target_delta", 1e-3]
+    run = together(2, ROOT / "benchmarks" / "mean_embeddings.py", *arguments)
+    said = run.communicate()
+    assert run.returncode != 0 and "one process only" in "".join(map(str, said))
+    assert not (tmp_path / "images").exists()
 
 
 def test_the_dp_sgd_classifier_learns_and_says_what_it_spent(run_script, parquet):

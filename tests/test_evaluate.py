@@ -13,10 +13,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.conftest import read_json
+from utils.accounting import PrivacyPlan, account, privacy_statement
 from utils.classifiers import CLASSIFIERS, Recipe, predictions_of, train_classifier
 from utils.errors import UsageError
 from utils.features import ExtractorArguments, build_extractor, extract
 from utils.memorisation import compare, entries_of
+from utils.synthetic_sets import privacy_of
 from utils.utility import LabelledImages, downstream_accuracy
 
 
@@ -159,6 +161,23 @@ def test_mistakes_get_a_sentence(run_script, folders, tmp_path, more, sentence):
     run = run_script("evaluate.py", *arguments, *more)
     assert run.returncode == 2 and sentence in run.stderr, run.stderr
     assert "Traceback" not in run.stderr and not (tmp_path / "metrics.json").exists()
+
+
+def test_a_statement_that_claims_too_little_is_not_believed(folders, tmp_path):
+    """The epsilon of a report is recomputed from the events, not read."""
+    plan = PrivacyPlan(1000, 100, 20, 1.0, 1.0, 1, 1e-5)
+    statement = privacy_statement(plan, plan.events(), account(plan.events(), 1e-5), True)
+    statement["files"] = {}
+    images = tmp_path / "images"
+    shutil.copytree(folders / "synthetic", images)
+    (images / "privacy.json").write_text(json.dumps(statement))
+    true = privacy_of(str(images), None)[1]["epsilon"]["value"]
+    assert true == statement["epsilon"]["add_or_remove_one"]
+    for relation in statement["epsilon"]:
+        statement["epsilon"][relation] /= 2
+    (images / "privacy.json").write_text(json.dumps(statement))
+    with pytest.raises(UsageError, match="does not hold"):
+        privacy_of(str(images), None)
 
 
 class InceptionStandIn(torch.nn.Module):

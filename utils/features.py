@@ -41,7 +41,7 @@ class Extractor:
     """A network whose features are compared.
 
     Attributes:
-        name: as it is reported. weights: the SHA-256 of its weights, or a Hub id.
+        name: as it is reported. weights: the SHA-256 of its weights.
         resolution: R, pixels that it reads.
     """
 

@@ -105,7 +105,7 @@ def entries_of(spaces: list[Neighbours]) -> dict[str, dict]:
             **summary,
             "num_synthetic": len(found.closeness),
         }
-    flagged = sorted(set().union(*(found.copies().tolist() for found in spaces)))
+    flagged = set().union(*(found.copies().tolist() for found in spaces))
     entries["copies"] = {
         "value": len(flagged),
         "std": None,
