@@ -115,7 +115,8 @@ def test_mean_embeddings_leave_images_and_a_statement_that_can_be_recomputed(
 def test_a_mean_embedding_of_several_processes_is_refused(parquet, tmp_path):
     """Each would add the whole sum, and one image would move the release by several times C."""
     arguments = ["--dataset_name", parquet, "--output_dir", tmp_path / "images"]
-    arguments += ["--target_epsilon", 5, "--target_delta", 1e-3]
+    arguments += ["--target_epsilon", 5, "--target_delta", 1e-3, "--features", "random"]
+    arguments += ["--generator_steps", 1, "--generator_batch", 2, "--num_images", 2]
     run = together(2, ROOT / "benchmarks" / "mean_embeddings.py", *arguments)
     said = run.communicate()
     assert run.returncode != 0 and "one process only" in "".join(map(str, said))
