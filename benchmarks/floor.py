@@ -70,7 +70,7 @@ def main():
     args = parser.parse_args()
     for name, value in throughput.SHAPES[args.shape].items():
         setattr(args, name, value)
-    bench = throughput.Throughput(args)
+    bench = throughput.Throughput(args, "ours")
     steps = bench.ours()
     next(steps)
     with FlopCounterMode(display=False) as counter:

@@ -37,6 +37,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from datasets import Dataset, Features, Image, Value  # noqa: E402
+from diffusers import StableDiffusionPipeline  # noqa: E402
 from opacus import PrivacyEngine  # noqa: E402
 from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
@@ -67,15 +68,26 @@ def ordinary_script():
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("nonprivate_lora.py"))))
 
 
-def build_pipeline(shape: str):
+def build_pipeline(shape: str, load: Callable):
+    """The pipeline of a shape, as `load` loads it from its folder, with a LoRA."""
     torch.manual_seed(0)
     if shape == "tiny":
-        pipeline = load_pipeline(str(ROOT / "examples" / "digits" / "base"))
+        pipeline = load(str(ROOT / "examples" / "digits" / "base"))
     else:
         with TemporaryDirectory() as folder:
             build_stable_diffusion("1.5", CAPTIONS).save_pretrained(folder)
-            pipeline = load_pipeline(folder)
+            pipeline = load(folder)
     add_lora(pipeline, LoraArguments(rank=4))
+    return pipeline
+
+
+def load_plainly(folder: str) -> StableDiffusionPipeline:
+    """A pipeline as the example of diffusers loads it: frozen."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, dtype=torch.float32, safety_checker=None
+    )
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
     return pipeline
 
 
@@ -93,12 +105,13 @@ def make_rows(count: int, side: int) -> Dataset:
 class Throughput:
     """A shape's model and images, and a training step of each kind on as many images."""
 
-    def __init__(self, args):
+    def __init__(self, args, kind: str):
         self.args, self.size = args, args.micro_batch
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         self.rows = make_rows(8 * self.size, args.resolution)
         self.device = self.accelerator.device
-        self.pipeline = build_pipeline(args.shape).to(self.device)
+        load = load_pipeline if kind == "ours" else load_plainly
+        self.pipeline = build_pipeline(args.shape, load).to(self.device)
         self.trained = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         plan = (len(self.rows), self.size, 1, 1.0, 1.0, 1, 1e-5)
@@ -182,9 +195,9 @@ class Throughput:
         finally:
             hooks.cleanup()
 
-    def losses_of_both(self, steps: int = 5) -> tuple[float, float]:
-        """The loss after `steps` steps on the same draws: an ordinary loop's, and ours without
-        noise or clipping. The weights are then as they were."""
+    def loss_after(self, private: bool, steps: int = 5) -> float:
+        """The loss after `steps` steps on the same draws: an ordinary loop's, or ours without
+        noise or clipping."""
         generator = torch.Generator().manual_seed(0)
         unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
         side = self.args.resolution // self.pipeline.vae_scale_factor
@@ -205,27 +218,18 @@ class Throughput:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        everyone, found = torch.arange(self.size), []
-        before = [p.detach().clone() for p in self.trained]
-        for step in (ordinary, lambda: self.private_step(losses, everyone, plan)):
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
-            for _ in range(steps):
-                step()
-            with torch.no_grad():
-                found.append(losses(everyone).mean().item())
-            for parameter, old in zip(self.trained, before, strict=True):
-                parameter.data.copy_(old)
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
-        return found[0], found[1]
+        everyone = torch.arange(self.size)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+        for _ in range(steps):
+            self.private_step(losses, everyone, plan) if private else ordinary()
+        with torch.no_grad():
+            return losses(everyone).mean().item()
 
 
 def timed(args) -> dict[str, float]:
     """Images per second of each kind."""
     seconds = {}
-    bench = Throughput(args)
-    running = {kind: getattr(bench, kind)() for kind in KINDS[:2]}
-    other = Throughput(args)  # whose model carries Opacus' hooks
-    running["opacus"] = other.opacus()
+    running = {kind: getattr(Throughput(args, kind), kind)() for kind in KINDS}
     for turn in range(args.rounds + 1):
         order = KINDS[turn % 3 :] + KINDS[: turn % 3]
         for kind in order:
@@ -263,13 +267,13 @@ def main():
             setattr(args, name, value)
     warnings.filterwarnings("ignore")  # of Opacus
     if args.peak_of:
-        steps = getattr(Throughput(args), args.peak_of)()
+        steps = getattr(Throughput(args, args.peak_of), args.peak_of)()
         for _ in range(2):
             next(steps)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     peaks = {kind: peak_bytes(kind) for kind in KINDS}  # while this process is small
-    ordinary, ours = Throughput(args).losses_of_both()
+    ordinary, ours = (Throughput(args, kind).loss_after(kind == "ours") for kind in KINDS[1::-1])
     rates = timed(args)
     result = {
         "shape": args.shape,

@@ -5,13 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from tests.conftest import build_tiny_pipeline
+from utils.errors import UsageError
+from utils.fast_linear import use_fast_linear
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import denoising_loss
 from utils.unit_leaves import squared_norms_of_products
+from utils.unit_lora import lora_layers
 
 
 def reference_rows(model, x, units):
@@ -141,6 +144,50 @@ def test_embeddings_equal_one_unit_autograd(units, draws, padding):
     torch.testing.assert_close(
         engine_rows(model, words, units), reference_rows(model, words, units), rtol=1e-4, atol=1e-6
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    units=st.integers(1, 4),
+    draws=st.integers(1, 3),
+    positions=st.integers(1, 5),
+    features=st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    rank=st.integers(1, 6),
+    kernel=st.sampled_from([0, 1, 3]),
+    frozen=st.sampled_from(["", "lora_A", "lora_B"]),
+)
+def test_lora_layers_equal_one_unit_autograd_through_peft(
+    units, draws, positions, features, rank, kernel, frozen
+):
+    torch.manual_seed(4)
+    middle = nn.Conv2d(*features, kernel) if kernel else nn.Linear(*features)
+    first = nn.Conv2d(5, features[0], 1) if kernel else nn.Linear(5, features[0])
+    last = nn.Conv2d(features[1], 4, 1) if kernel else nn.Linear(features[1], 4)
+    model = nn.Sequential(first, nn.Tanh(), middle, nn.Tanh(), last).requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=3, target_modules=["0", "2", "4"], init_lora_weights=False
+    )
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and (not frozen or frozen not in name))
+    assert len(lora_layers(model)) == (2 if kernel == 3 else 3)
+    shape = (5, positions + 2, 4) if kernel else (positions, 5)
+    x = torch.randn(units * draws, *shape)
+    engine = PerUnitGradients(model)
+    with pytest.raises(UsageError, match="no gradient"), engine.recording(1), torch.no_grad():
+        torch.testing.assert_close(model(x), peft_output(model, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        engine_rows(model, x, units), reference_rows(model, x, units), rtol=1e-3, atol=1e-5
+    )
+
+
+def peft_output(model, x):
+    """What the model gives outside of a recording, asked for within one."""
+    replaced = {m: vars(m).pop("forward") for m in model.modules() if "forward" in vars(m)}
+    y = model(x)
+    for module, forward in replaced.items():
+        module.forward = forward
+    return y
 
 
 def test_a_reused_layer_adds_up_both_uses():
@@ -290,4 +337,8 @@ def test_the_model_is_as_before_after_recording():
     model = nn.Sequential(nn.Linear(3, 2))
     engine_rows(model, torch.randn(2, 3), 2)
     assert "forward" not in vars(model[0])
+    use_fast_linear(model)
+    before = model[0].forward
+    engine_rows(model, torch.randn(2, 3), 2)
+    assert model[0].forward is before
     assert model[0].weight.grad is None

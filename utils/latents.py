@@ -12,7 +12,7 @@ from utils.arguments import TrainingArguments
 from utils.data import PrivateSet
 from utils.entropy import SecretRandomness
 from utils.latent_files import encode_rows, latents_folder
-from utils.pipelines import denoising_loss, encode_text, snr_weights, trains_text
+from utils.pipelines import denoising_loss, device_of, encode_text, snr_weights, trains_text
 
 FEW_CAPTIONS = 1000  # distinct ones; so many are embedded once, more are embedded when drawn
 
@@ -95,7 +95,7 @@ class EncodedUnits:
         ids = self.tokens[rows].long()
         if trains_text(pipeline):
             return encode_text(pipeline, ids, self.resolution)
-        with torch.autocast(pipeline.device.type, enabled=False):
+        with torch.autocast(device_of(pipeline).type, enabled=False):
             return encode_text(pipeline, ids, self.resolution)
 
 
@@ -189,7 +189,7 @@ def unit_losses(
     latents = units.latents[rows, flips]
     noise = randomness.normal(latents.shape)
     text = units.text_of(pipeline, rows)
-    device = pipeline.device
+    device = device_of(pipeline)
     latents, noise, timesteps = (t.to(device) for t in (latents, noise, timesteps))
     text = {name: told.to(device) for name, told in text.items()}
     losses = denoising_loss(pipeline.unet, scheduler, latents, text, noise, timesteps)

@@ -1,9 +1,9 @@
 """One backward pass -> the gradient of every privacy unit.
 
 While `PerUnitGradients.recording` is open, the forward pass of every trainable layer goes through
-an autograd function of ours (`utils/unit_leaves.py`) whose backward pass notes the weight gradient
-of each unit. Frozen layers cost nothing extra, there are no hooks to pair, and recomputed
-(checkpointed) or reused layers need no special care.
+an autograd function of ours (`utils/unit_leaves.py`; for LoRA, `utils/unit_lora.py`) whose backward
+pass notes the weight gradient of each unit. Frozen layers cost nothing extra, there are no hooks to
+pair, and recomputed (checkpointed) or reused layers need no special care.
 
 Shapes: U units, P trainable parameters in L tensors.
 """
@@ -25,6 +25,7 @@ from utils.unit_leaves import (
     squared_norms_of_products,
     sum_of_products,
 )
+from utils.unit_lora import lora_forward, lora_layers
 
 MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
 READS_DATA = ("eva", "corda", "lora_ga")  # adapter inits computed from the training data
@@ -57,7 +58,12 @@ class PerUnitGradients:
                     f"trainable parameter {name} is {parameter.dtype}; it must be fp32"
                 )
         _check_adapters(model)
-        self._leaves = _find_leaves(model)
+        leaves, loras = _find_leaves(model), lora_layers(model)
+        within = {part for layer in loras.values() for part in (layer.a, layer.b)}
+        self._forwards = {
+            leaf: partial(leaf_forward, leaf) for leaf in leaves if leaf not in within
+        }
+        self._forwards |= {m: partial(lora_forward, layer) for m, layer in loras.items()}
 
     @contextmanager
     def recording(self, num_units: int, norms_only: bool = False) -> Iterator["Recording"]:
@@ -70,13 +76,16 @@ class PerUnitGradients:
             UsageError: on leaving, if a trainable parameter received no gradient.
         """
         record = (NormRecording if norms_only else Recording)(self.parameters, num_units)
-        for leaf in self._leaves:
-            leaf.forward = partial(leaf_forward, leaf, record)
+        before = {module: vars(module).get("forward") for module in self._forwards}
+        for module, forward in self._forwards.items():
+            module.forward = partial(forward, record)
         try:
             yield record
         finally:
-            for leaf in self._leaves:
-                del leaf.forward
+            for module, forward in before.items():
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
         silent = [n for n, p in zip(self.names, self.parameters, strict=True) if not record.has(p)]
         if silent:
             raise UsageError(

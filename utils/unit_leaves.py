@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.errors import UsageError
+from utils.fast_linear import linear
 
 LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 
@@ -69,23 +70,37 @@ class _UnitLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, leaf, record):
         ctx.save_for_backward(x, weight)
         ctx.leaf, ctx.record = leaf, record
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
         leaf, record = ctx.leaf, ctx.record
-        grads = by_unit(grad_output, record.num_units)  # [U, T, out]
         if leaf.weight.requires_grad:
-            if product_is_smaller(grads.shape[1], *weight.shape):
-                inputs = by_unit(x, record.num_units).to(grads.dtype)
-                record.add_rows(leaf.weight, grads.transpose(1, 2) @ inputs)
-            else:
-                record.add_factors(leaf, x, grad_output)
+            note_products(record, leaf, x, grad_output)
         if leaf.bias is not None and leaf.bias.requires_grad:
+            grads = by_unit(grad_output, record.num_units)  # [U, T, out]
             record.add_rows(leaf.bias, grads.sum(1, dtype=torch.float32))
-        grad_x = grad_output @ weight.to(grad_output.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad_output, weight.t().to(grad_output.dtype))
         return grad_x, None, None, None, None
+
+
+def note_products(record, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+    """Tell `record` one use of a Linear, or of a Conv2d of one pixel, whose channels come last.
+
+    Args:
+        x: [R, ..., in]. grad_output: [R, ..., out].
+    """
+    grads = by_unit(grad_output, record.num_units)  # [U, T, out]
+    if product_is_smaller(grads.shape[1], *leaf.weight.shape[:2]):
+        inputs = by_unit(x, record.num_units).to(grads.dtype)
+        record.add_rows(leaf.weight, unit_products(inputs, grads))
+    elif type(leaf) is nn.Conv2d:
+        record.add_factors(leaf, x.movedim(-1, 1), grad_output.movedim(-1, 1))
+    else:
+        record.add_factors(leaf, x, grad_output)
 
 
 class _UnitConv2d(torch.autograd.Function):
@@ -197,10 +212,20 @@ def squared_norms_of_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Ten
     return squared.clamp_min(0) + 16 * torch.finfo(torch.float32).eps * largest
 
 
+def unit_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """G[u]^T X[u] for every unit: [U, T, in], [U, T, out] -> [U, out, in].
+
+    The narrower matrix goes first: MKL takes a quarter of the time then.
+    """
+    if x.shape[2] < grads.shape[2]:
+        return (x.transpose(1, 2) @ grads).transpose(1, 2)
+    return grads.transpose(1, 2) @ x
+
+
 def products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """G[u]^T X[u] for every unit: [U, size of the weight]."""
     if x.is_floating_point():
-        return (grads.transpose(1, 2) @ x).flatten(1)
+        return unit_products(x, grads).flatten(1)
     each = [sum_of_products(i[None], g[None], weight) for i, g in zip(x, grads, strict=True)]
     return torch.stack(each).flatten(1)
 

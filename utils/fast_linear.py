@@ -1,0 +1,53 @@
+"""Linear layers on a CPU: their products through oneDNN.
+
+PyTorch computes fp32 linear layers with MKL, which keeps to AVX2 on processors that are not
+Intel's; oneDNN, which it has for convolutions and bf16, uses what there is. The operator for it is
+the one that torch.compile calls. On a GPU, under autocast, or for thin matrices, nothing changes.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+THIN = 16  # a side below this gains nothing
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., in] times weight [out, in], plus bias: [..., out]; for use without autograd."""
+    if not _gains(x, weight):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def use_fast_linear(model: nn.Module) -> None:
+    """Let the plain Linear layers of `model` that stay frozen go through `linear`."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_forward, module)
+
+
+def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if layer.weight.requires_grad or not _gains(x, layer.weight):
+        return F.linear(x, layer.weight, layer.bias)
+    return _FrozenLinear.apply(x, layer.weight, layer.bias)
+
+
+def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not ONEDNN:
+        return False
+    return x.dtype == weight.dtype == torch.float32 and min(weight.shape) >= THIN
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (weight,) = ctx.saved_tensors
+        return linear(grad_output, weight.t()), None, None

@@ -1,0 +1,106 @@
+"""A LoRA layer as one autograd function: y = W x + b + s B A x, with the gradients of A and B by
+unit.
+
+What peft computes in five operations over full-size tensors takes two here, and an update in
+place: the adapter is added where the frozen product already lies, forward and backward.
+
+Source: Hu et al. 2021, section 4.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import nn
+
+from utils.fast_linear import linear
+from utils.unit_leaves import note_products
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The parts of a peft layer: a frozen Linear (or Conv2d of one pixel) and its one adapter."""
+
+    base: nn.Module
+    a: nn.Module
+    b: nn.Module
+    scaling: float
+
+    def features_last(self, x: torch.Tensor) -> torch.Tensor:
+        return x.movedim(1, -1) if type(self.base) is nn.Conv2d else x
+
+    def features_first(self, x: torch.Tensor) -> torch.Tensor:
+        return x.movedim(-1, 1) if type(self.base) is nn.Conv2d else x
+
+
+def lora_layers(model: nn.Module) -> dict[nn.Module, LoraLayer]:
+    """By module, the LoRA layers that `lora_forward` computes; the engine takes others leaf by
+    leaf."""
+    found = {m: _parts(m) for m in model.modules() if type(m) in (lora.Linear, lora.Conv2d)}
+    return {module: parts for module, parts in found.items() if parts is not None}
+
+
+def _parts(module: lora.Linear | lora.Conv2d) -> LoraLayer | None:
+    if len(module.active_adapters) != 1 or module.disable_adapters or module.merged:
+        return None
+    name = module.active_adapters[0]
+    if name not in module.lora_A or name in module.lora_variant:
+        return None
+    layer = LoraLayer(
+        module.get_base_layer(), module.lora_A[name], module.lora_B[name], module.scaling[name]
+    )
+    kinds = {type(part) for part in (layer.base, layer.a, layer.b)}
+    plain = kinds == {nn.Linear} or kinds == {nn.Conv2d} and _is_pixelwise(layer.base)
+    frozen = not any(parameter.requires_grad for parameter in layer.base.parameters())
+    without_bias = layer.a.bias is None and layer.b.bias is None
+    straight = isinstance(module.lora_dropout[name], nn.Identity)
+    return layer if plain and frozen and without_bias and straight else None
+
+
+def _is_pixelwise(conv: nn.Conv2d) -> bool:
+    sizes = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return sizes == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def lora_forward(layer: LoraLayer, record, x: torch.Tensor) -> torch.Tensor:
+    """What peft's layer gives for x, whose backward pass tells `record` each unit's gradients."""
+    weights = (layer.base.weight, layer.base.bias, layer.a.weight, layer.b.weight)
+    return _UnitLora.apply(x, *weights, layer, record)
+
+
+class _UnitLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, layer, record):
+        ctx.layer, ctx.record = layer, record
+        x = layer.features_last(x)
+        inner = layer.scaling * F.linear(x, a.flatten(1))
+        ctx.save_for_backward(x if a.requires_grad else None, inner, weight, a, b)
+        y = linear(x, weight.flatten(1), bias)
+        _add_product(y, inner, b.flatten(1))
+        return layer.features_first(y)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        layer, record = ctx.layer, ctx.record
+        x, inner, weight, a, b = ctx.saved_tensors
+        grad_output = layer.features_last(grad_output)
+        dtype = grad_output.dtype
+        grad_inner = layer.scaling * F.linear(grad_output, b.flatten(1).t().contiguous().to(dtype))
+        # Not the saved weights: under checkpointing those are copies.
+        if layer.b.weight.requires_grad:
+            note_products(record, layer.b, inner, grad_output)
+        if layer.a.weight.requires_grad:
+            note_products(record, layer.a, x, grad_inner)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad_output, weight.flatten(1).t().to(dtype))
+            _add_product(grad_x, grad_inner, a.flatten(1).t())
+            grad_x = layer.features_first(grad_x)
+        return grad_x, None, None, None, None, None, None
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add x [..., in] times weight [out, in] to `total` [..., out], where it lies."""
+    rows = total.view(-1, total.shape[-1])
+    rows.addmm_(x.reshape(-1, x.shape[-1]).to(total.dtype), weight.t().to(total.dtype))
