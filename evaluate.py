@@ -198,7 +198,8 @@ def main():
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     statement, results = privacy_of(args.synthetic, args.synthetic_revision)
-    ours = (folder / "metadata.jsonl").is_file()  # any other folder would take it for its own
+    # Any other folder would take it for its own.
+    ours = any((folder / name).is_file() for name in ("metadata.jsonl", "sampling.json"))
     output = (folder if ours else Path("runs") / folder.name) / "metrics.json"
     output = output if args.output_file is None else Path(args.output_file)
     known = results.get("epsilon", {}).get("value") is not None

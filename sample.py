@@ -14,7 +14,8 @@
         --push_to_hub --hub_dataset_id user/synthetic-scans
 
 Images are balanced over the prompts. The folder holds metadata.jsonl (columns file_name, text, and
-label for class names), which `datasets.load_dataset(FOLDER)` reads, and grid.png. Run the same
+label for class names), which `datasets.load_dataset(FOLDER)` reads, and grid.png; with
+`--output_format parquet`, which suits large sets, shards instead of single images. Run the same
 command again to go on after an interruption, or to publish the images. It never reads private data:
 sampling from an adapter costs no further privacy.
 """
@@ -64,7 +65,7 @@ def main():
     if hub.push_to_hub:
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
     draw_folder(drawing, sampling, folder, state)
-    state.print(f"{sampling.num_images} images, metadata.jsonl and grid.png in {folder}")
+    state.print(f"{sampling.num_images} images and grid.png in {folder}")
     if hub.push_to_hub and state.is_main_process:
         base, name = model.pretrained_model_name_or_path, hub.hub_dataset_id
         made_by = Maker(base, sampling.adapter, drawing.adapter and statement_of(drawing.adapter))

@@ -28,12 +28,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 
 from utils.generation import (  # noqa: E402
     SamplingArguments,
-    draw_missing,
+    draw_pieces,
     use_dpm_solver,
-    write_index,
+    write_metadata,
 )
 from utils.pipelines import load_adapter, load_pipeline  # noqa: E402
 from utils.public_models import build_stable_diffusion  # noqa: E402
+from utils.shards import image_pieces  # noqa: E402
 
 BASE = ROOT / "examples" / "digits" / "base"
 RESULTS = ROOT / "benchmarks" / "results" / "sampling.json"
@@ -78,7 +79,7 @@ def speed(args) -> dict[str, float]:
         ways = {
             "loop": loop,
             "batched": batched,
-            "ours": lambda: draw_missing(ours, entries, list(range(count)), sampling, out),
+            "ours": lambda: draw_pieces(ours, entries, image_pieces(count), sampling, out),
         }
         seconds = {name: [] for name in ways}
         for turn in range(args.rounds + 1):
@@ -102,9 +103,9 @@ def quality(args, name: str, steps: int) -> dict:
     entries = [PROMPTS[i % 10] for i in range(args.num_images)]
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
-        draw_missing(pipeline, entries, list(range(len(entries))), sampling, Path(folder))
+        draw_pieces(pipeline, entries, image_pieces(len(entries)), sampling, Path(folder))
         seconds = time.perf_counter() - start
-        write_index(Path(folder), entries, 10)
+        write_metadata(Path(folder), entries)
         command = [sys.executable, "evaluate.py", "--synthetic", folder, "--metrics", "utility"]
         command += ["--test_dataset_name", args.test_dataset_name]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -1,10 +1,13 @@
 """Batched text-to-image generation, over processes, into folders that `datasets` reads."""
 
+import io
 import json
 import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,7 +19,14 @@ from tqdm import tqdm
 from utils.arguments import ModelArguments, option
 from utils.checkpoints import sha256_of
 from utils.errors import UsageError, on_main_process
-from utils.pipelines import adapter_folder, check_resolution, load_adapter, load_pipeline
+from utils.pipelines import (
+    adapter_folder,
+    check_resolution,
+    device_of,
+    load_adapter,
+    load_pipeline,
+)
+from utils.shards import Piece, image_pieces, read_pieces, shard_pieces, write_piece
 
 
 @dataclass
@@ -34,6 +44,10 @@ class SamplingArguments:
     num_inference_steps: int = option("steps of DPM-Solver++", 20)
     guidance_scale: float = option("classifier-free guidance; 1 is none", 2.0)
     batch_size: int = option("images per batch", 64)
+    mixed_precision: str = option("precision of the whole model", "no", ["no", "bf16"])
+    output_format: str = option(
+        "png: a file an image; parquet: shards in data/, for large sets", "png", ["png", "parquet"]
+    )
     seed: int = option("image i starts from noise that depends on the seed and i alone", 0)
 
     def __post_init__(self):
@@ -66,9 +80,8 @@ def generate(
 
     The same image comes out whatever the batch it is drawn in (up to floating-point rounding).
     """
-    size = pipeline.unet.config.sample_size
-    if resolution is not None:
-        size = resolution // pipeline.vae_scale_factor
+    side = image_side(pipeline, resolution)
+    size = side // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     noise = [
         torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
@@ -78,10 +91,15 @@ def generate(
         prompts,
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
-        latents=torch.stack(noise).to(pipeline.device, pipeline.unet.dtype),
-        height=size * pipeline.vae_scale_factor,
-        width=size * pipeline.vae_scale_factor,
+        latents=torch.stack(noise).to(device_of(pipeline), pipeline.unet.dtype),
+        height=side,
+        width=side,
     ).images
+
+
+def image_side(pipeline: DiffusionPipeline, resolution: int | None) -> int:
+    """`resolution`, or what the model makes, in pixels."""
+    return resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def image_grid(images: list[Image.Image], columns: int) -> Image.Image:
@@ -183,7 +201,8 @@ def prepare_drawing(
         load_adapter(pipeline, adapter)
         settings["adapter_files"] = digests_of(adapter)
     on_main_process(lambda: claim_folder(folder, settings, adapter))
-    return Drawing(use_dpm_solver(pipeline.to(state.device)), prompts, adapter)
+    pipeline.to(state.device, torch.bfloat16 if sampling.mixed_precision == "bf16" else None)
+    return Drawing(use_dpm_solver(pipeline), prompts, adapter)
 
 
 def draw_folder(
@@ -191,45 +210,60 @@ def draw_folder(
 ) -> None:
     """Draw the images that `folder` does not hold yet, each process its share.
 
-    Leaves one file an image, metadata.jsonl (columns file_name, text, and label for class names)
-    and grid.png. Images are balanced over the prompts.
+    Leaves one file an image and metadata.jsonl, or shards, with the columns text, and label for
+    class names; and grid.png. Images are balanced over the prompts.
     """
-    prompts = drawing.prompts
+    prompts, pipeline = drawing.prompts, drawing.pipeline
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
-    missing = [i for i in range(len(entries)) if not (folder / f"{i:06}.png").exists()]
+    if sampling.output_format == "parquet":
+        pieces = shard_pieces(len(entries), image_side(pipeline, sampling.resolution))
+    else:
+        pieces = image_pieces(len(entries))
+    missing = [piece for piece in pieces if not (folder / piece.name).exists()]
     state.wait_for_everyone()  # all have looked, before anyone draws
     share = missing[state.process_index :: state.num_processes]
-    draw_missing(drawing.pipeline, entries, share, sampling, folder)
+    draw_pieces(pipeline, entries, share, sampling, folder)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_index(folder, entries, min(len(prompts), 10) if len(prompts) > 1 else 8)
+        if sampling.output_format == "png":
+            write_metadata(folder, entries)
+        save_grid(folder, pieces, min(len(prompts), 10) if len(prompts) > 1 else 8)
     state.wait_for_everyone()
 
 
-def write_index(folder: Path, entries: list[dict], columns: int) -> None:
-    """Write metadata.jsonl for the images of `entries`, and grid.png of the first of them."""
+def write_metadata(folder: Path, entries: list[dict]) -> None:
+    """metadata.jsonl, as `datasets` reads it, of a folder of images."""
     lines = [json.dumps({"file_name": f"{i:06}.png", **entry}) for i, entry in enumerate(entries)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    count = min(len(entries), 10 * columns)
-    shown = [Image.open(folder / f"{i:06}.png") for i in range(count)]
-    image_grid(shown, columns).save(folder / "grid.png")
 
 
-def draw_missing(
+def save_grid(folder: Path, pieces: list[Piece], columns: int) -> None:
+    """grid.png: the first images of a set, up to ten rows of them."""
+    shown = islice(read_pieces(folder, pieces), 10 * columns)
+    images = [Image.open(io.BytesIO(content)) for content in shown]
+    image_grid(images, columns).save(folder / "grid.png")
+
+
+def draw_pieces(
     pipeline: DiffusionPipeline,
     entries: list[dict],
-    indices: list[int],
+    pieces: list[Piece],
     sampling: SamplingArguments,
     folder: Path,
 ) -> None:
-    """Draw image i from entry i, for the given indices; an image file is whole or not there.
+    """Draw image i from entry i, for those of the given pieces; files are whole or not there.
 
-    Files are written while the next batch is drawn.
+    Images are compressed and written while the next batch is drawn.
     """
+    indices = [i for piece in pieces for i in piece.images]
     shown = PartialState().is_local_main_process
     bar = tqdm(total=len(indices), desc="images", disable=not shown)
+    waiting, pngs, writing = deque(pieces), {}, []
     with ThreadPoolExecutor(2) as pool:
-        writing = []
+
+        def write(piece: Piece, own: list[Future]) -> None:
+            write_piece(folder, piece, [png.result() for png in own], entries)
+
         for start in range(0, len(indices), sampling.batch_size):
             part = indices[start : start + sampling.batch_size]
             images = generate(
@@ -243,16 +277,18 @@ def draw_missing(
             )
             for written in writing:
                 written.result()
-            paths = [folder / f"{index:06}.png" for index in part]
-            writing = [pool.submit(save_whole, *pair) for pair in zip(images, paths, strict=True)]
+            pngs |= {i: pool.submit(png_of, image) for i, image in zip(part, images, strict=True)}
+            writing = []
+            while waiting and waiting[0].images[-1] in pngs:
+                piece = waiting.popleft()
+                writing.append(pool.submit(write, piece, [pngs.pop(i) for i in piece.images]))
             bar.update(len(part))
         for written in writing:
             written.result()
     bar.close()
 
 
-def save_whole(image: Image.Image, path: Path) -> None:
-    """Write an image file that is either whole or not there."""
-    aside = path.with_suffix(".tmp")
-    image.save(aside, format="PNG")
-    aside.replace(path)
+def png_of(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()

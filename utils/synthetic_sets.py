@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from datasets import Dataset, Features, Image, Value
+import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from tqdm import tqdm
 
 from utils.cards import Maker, dataset_card
 from utils.errors import UsageError
 from utils.evaluation_card import with_section
 from utils.hub import HUB_ERRORS, RepositoryArguments, make_repo, upload
+from utils.shards import shard_pieces, write_piece
 from utils.verification import problems_of, problems_of_statement, read_source
-
-IMAGES_PER_SHARD, BYTES_PER_SHARD = 10_000, 2**28
 
 
 def statement_of(adapter: Path) -> dict:
@@ -46,7 +46,7 @@ def publish_images(
     """
     repo_id = make_repo(name, args, "dataset")
     with TemporaryDirectory(dir=folder) as aside:
-        files, count = write_shards(folder, Path(aside))
+        files, count = shards_of(folder, Path(aside))
         card = dataset_card(made_by, count, repo_id, args.hub_license)
         files["README.md"] = with_section(card, section).encode()
         files["grid.png"] = folder / "grid.png"
@@ -56,29 +56,20 @@ def publish_images(
         return upload(repo_id, files, args, "dataset", finish)
 
 
-def write_shards(folder: Path, output: Path) -> tuple[dict[str, Path | bytes], int]:
-    """The images and their metadata as parquet files, {path in the repository: path here}; and how
-    many images there are."""
-    lines = (folder / "metadata.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    columns = [column for column in ("text", "label") if column in entries[0]]
-    features = Features({"image": Image(), **{column: Value("string") for column in columns}})
-    parts, size = [[]], 0
-    for entry in entries:
-        own = (folder / entry["file_name"]).stat().st_size
-        if len(parts[-1]) == IMAGES_PER_SHARD or (parts[-1] and size + own > BYTES_PER_SHARD):
-            parts.append([])
-            size = 0
-        parts[-1].append(entry)
-        size += own
+def shards_of(folder: Path, aside: Path) -> tuple[dict[str, Path | bytes], int]:
+    """The set as parquet files, {path in the repository: path here}, and how many images there are;
+    shards that are not there yet are written to `aside`."""
+    there = sorted((folder / "data").glob("train-*.parquet"))
+    if there:
+        files = {f"data/{path.name}": path for path in there}
+        return files, sum(pq.read_metadata(path).num_rows for path in there)
+    entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    resolution = max(Image.open(folder / entries[0]["file_name"]).size)
     files = {}
-    for shard, part in enumerate(tqdm(parts, "writing parquet files", leave=False)):
-        names = [entry["file_name"] for entry in part]
-        rows = {"image": [{"bytes": (folder / n).read_bytes(), "path": n} for n in names]}
-        rows |= {column: [entry[column] for entry in part] for column in columns}
-        name = f"train-{shard:05}-of-{len(parts):05}.parquet"
-        Dataset.from_dict(rows, features=features).to_parquet(output / name)
-        files[f"data/{name}"] = output / name
+    for piece in tqdm(shard_pieces(len(entries), resolution), "writing parquet files", leave=False):
+        pngs = [(folder / entries[i]["file_name"]).read_bytes() for i in piece.images]
+        write_piece(aside, piece, pngs, entries)
+        files[piece.name] = aside / piece.name
     return files, len(entries)
 
 
