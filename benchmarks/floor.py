@@ -12,8 +12,10 @@ the best product; the profile says which operators take how much of the step.
 import argparse
 import json
 import runpy
+import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -23,12 +25,24 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from utils.fast_linear import linear  # noqa: E402
+
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def throughput_module():
     """benchmarks/throughput.py, found by its path: Opacus has a package of that name."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("throughput.py"))))
+
+
+def linear_operations(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """Of the oneDNN product that fp32 linear layers go through, which PyTorch does not count."""
+    return 2 * prod(x_shape) * weight_shape[0]
+
+
+ONEDNN = {torch.ops.mkldnn._linear_pointwise: linear_operations}
 
 
 def seconds_of(work: Callable[[], object], rounds: int = 7) -> float:
@@ -47,7 +61,8 @@ def peaks(dtype: torch.dtype) -> dict[str, float]:
     products, convolutions = [], []
     for size in (512, 1024, 2048):
         a, b = torch.randn(2, size, size, dtype=dtype)
-        products.append(2 * size**3 / seconds_of(lambda a=a, b=b: a @ b))
+        for product in (torch.matmul, linear):  # MKL's, and where fp32 linear layers go
+            products.append(2 * size**3 / seconds_of(lambda f=product, a=a, b=b: f(a, b)))
     for channels, side, images in ((64, 32, 16), (128, 16, 32), (320, 32, 2)):
         x = torch.randn(images, channels, side, side, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -73,7 +88,7 @@ def main():
     bench = throughput.Throughput(args, "ours")
     steps = bench.ours()
     next(steps)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
         next(steps)
     operations = counter.get_total_flops()
     seconds = seconds_of(lambda: next(steps), 3 if args.shape == "sd15" else 9)

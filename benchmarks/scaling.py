@@ -259,7 +259,7 @@ def main():
     if args.seconds_of:
         case = Case(**json.loads(args.seconds_of))
         case.step()
-        print(case.seconds(least=1000))
+        case.accelerator.print(case.seconds(least=1000))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     whole = {"processes": processes, "start_up": start_up}

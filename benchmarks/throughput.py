@@ -38,6 +38,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from datasets import Dataset, Features, Image, Value  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers.training_utils import cast_training_params  # noqa: E402
 from opacus import PrivacyEngine  # noqa: E402
 from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
@@ -112,6 +113,9 @@ class Throughput:
         self.device = self.accelerator.device
         load = load_pipeline if kind == "ours" else load_plainly
         self.pipeline = build_pipeline(args.shape, load).to(self.device)
+        if kind != "ours" and args.mixed_precision == "bf16":  # the example halves what is frozen
+            self.pipeline.to(torch.bfloat16)
+            cast_training_params(self.pipeline.unet)
         self.trained = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         plan = (len(self.rows), self.size, 1, 1.0, 1.0, 1, 1e-5)

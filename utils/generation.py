@@ -43,7 +43,7 @@ class SamplingArguments:
     resolution: int | None = option("pixels; default: what the model makes", None)
     num_inference_steps: int = option("steps of DPM-Solver++", 20)
     guidance_scale: float = option("classifier-free guidance; 1 is none", 2.0)
-    batch_size: int = option("images per batch", 64)
+    batch_size: int = option("images per batch", 32)
     mixed_precision: str = option("precision of the whole model", "no", ["no", "bf16"])
     output_format: str = option(
         "png: a file an image; parquet: shards in data/, for large sets", "png", ["png", "parquet"]
