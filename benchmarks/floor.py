@@ -83,6 +83,7 @@ def main():
     parser.add_argument("--mixed_precision", choices=list(PRECISIONS), default="no")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
+    args.without = []
     for name, value in throughput.SHAPES[args.shape].items():
         setattr(args, name, value)
     bench = throughput.Throughput(args, "ours")

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                     # tiny: the digits model, a minute
     python benchmarks/throughput.py --shape sd15        # Stable Diffusion 1.5, random weights
+    python benchmarks/throughput.py --without fused_lora    # what each of our gains is worth
     python benchmarks/throughput.py --json
 
 The same base, images, captions, micro-batch, precision and LoRA for all three:
@@ -44,6 +45,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
 from PIL import Image as PILImage  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+from utils import fast_linear, per_unit_gradients  # noqa: E402
 from utils.accounting import PrivacyPlan  # noqa: E402
 from utils.data import PrivateSet, readable_rows  # noqa: E402
 from utils.dp_sgd import add_noise_once  # noqa: E402
@@ -61,6 +63,7 @@ SHAPES = {
 }
 CAPTIONS = [f"the digit {i}" for i in range(10)]
 KINDS = ["ours", "nonprivate_example", "opacus"]
+GAINS = ["channels_last", "fast_linear", "fused_lora"]
 
 
 def ordinary_script():
@@ -120,6 +123,12 @@ class Throughput:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         plan = (len(self.rows), self.size, 1, 1.0, 1.0, 1, 1e-5)
         self.plan, self.randomness = PrivacyPlan(*plan), SecretRandomness()
+        if "channels_last" in args.without:
+            self.pipeline.unet.to(memory_format=torch.contiguous_format)
+        if "fast_linear" in args.without:
+            fast_linear.ONEDNN = False
+        if "fused_lora" in args.without:
+            per_unit_gradients.lora_layers = lambda model: {}
         self.engine = PerUnitGradients(self.pipeline.unet)
 
     def batches(self) -> DataLoader:
@@ -263,6 +272,9 @@ def main():
     parser.add_argument("--steps", type=int, help="per round")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument(
+        "--without", nargs="+", choices=GAINS, default=[], help="leave these out of ours"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--peak_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from tests.conftest import read_json, train_arguments, train_here
 from tests.hub_stand_in import hub_stand_in
 from utils.lora import LoraArguments, add_lora, save_lora
-from utils.pipelines import encode_text, load_adapter, load_pipeline, tokenize
+from utils.pipelines import encode_text, load_pipeline, tokenize
 from utils.public_models import (
     STABLE_DIFFUSION,
     build_autoencoder,
@@ -163,7 +163,7 @@ def test_stable_diffusion_trains_exports_and_reloads_at_full_size(version, image
     gc.collect()
     pipeline = load_pipeline(str(base))
     shutil.rmtree(base)
-    load_adapter(pipeline, output)
+    pipeline.load_lora_weights(output)
     lora = {n: p for n, p in pipeline.unet.named_parameters() if "lora_B" in n}
     # q, k, v and out of two attentions in each of 16 transformers, and their two projections
     assert len(lora) == 16 * (2 * 4 + 2) and all(p.abs().max() > 0 for p in lora.values())

@@ -204,9 +204,10 @@ np.save(output, images)
 
 @pytest.mark.parametrize("alpha", [None, 1, 32])
 def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, alpha):
-    """In a process that cannot import this project, also with alpha unlike the rank."""
+    """In a process that cannot import this project, also with alpha unlike the rank; and so does
+    what sample.py loads, where the adapter is added to the weights."""
     from utils.lora import LoraArguments, add_lora, save_lora
-    from utils.pipelines import load_pipeline
+    from utils.pipelines import load_adapter, load_pipeline
 
     pipeline = load_pipeline(str(tiny_base))
     add_lora(pipeline, LoraArguments(rank=4, lora_alpha=alpha))
@@ -229,19 +230,24 @@ def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, 
     theirs = np.load(tmp_path / "images.npy")
     assert np.abs(theirs - ours).max() <= 1e-4
     assert np.abs(without - ours).max() > 1e-2
+    again = load_pipeline(str(tiny_base))
+    load_adapter(again, tmp_path / "adapter")
+    assert not any("lora" in name for name, _ in again.unet.named_modules())
+    merged = again(prompts, latents=latents, num_inference_steps=4, output_type="np").images
+    assert np.abs(merged - ours).max() <= 1e-4
 
 
 def test_a_frozen_a_stays_where_it_was_and_is_exported(tiny_base, tmp_path):
     from utils.lora import LoraArguments, add_lora, save_lora
     from utils.per_unit_gradients import PerUnitGradients
-    from utils.pipelines import load_adapter, load_pipeline
+    from utils.pipelines import load_pipeline
 
     pipeline = load_pipeline(str(tiny_base))
     add_lora(pipeline, LoraArguments(rank=4, freeze_lora_a=True))
     assert all("lora_B" in name for name in PerUnitGradients(pipeline.unet).names)
     save_lora(pipeline, tmp_path / "adapter")
     again = load_pipeline(str(tiny_base))
-    load_adapter(again, tmp_path / "adapter")
+    again.load_lora_weights(tmp_path / "adapter")
     before, after = (
         {n.split(".lora_A")[0]: p for n, p in unet.named_parameters() if ".lora_A." in n}
         for unet in (pipeline.unet, again.unet)

@@ -89,8 +89,8 @@ def adapter_folder(adapter: str, revision: str | None = None) -> Path:
 
 
 def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Load what a training script published, whichever kind it is: LoRA, LoDA, or a whole
-    fine-tuned U-Net.
+    """Load what a training script published, to draw with it, whichever kind it is: LoRA, which is
+    added to the weights; LoDA; or a whole fine-tuned U-Net.
 
     Raises:
         UsageError: it is none of these, or it does not fit this model.
@@ -115,6 +115,8 @@ def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
         load_loda(pipeline.unet, folder)
     else:
         pipeline.load_lora_weights(folder)
+        pipeline.fuse_lora()  # so that drawing with it costs no more than without
+        pipeline.unload_lora_weights()
 
 
 def trains_text(pipeline: DiffusionPipeline) -> bool:

@@ -20,12 +20,26 @@ from utils.unit_leaves import note_products
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The parts of a peft layer: a frozen Linear (or Conv2d of one pixel) and its one adapter."""
+    """A peft layer: a frozen Linear (or Conv2d of one pixel), and the one adapter beside it."""
 
-    base: nn.Module
-    a: nn.Module
-    b: nn.Module
-    scaling: float
+    module: lora.Linear | lora.Conv2d
+    name: str
+
+    @property
+    def base(self) -> nn.Module:
+        return self.module.get_base_layer()
+
+    @property
+    def a(self) -> nn.Module:
+        return self.module.lora_A[self.name]
+
+    @property
+    def b(self) -> nn.Module:
+        return self.module.lora_B[self.name]
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[self.name]
 
     def features_last(self, x: torch.Tensor) -> torch.Tensor:
         return x.movedim(1, -1) if type(self.base) is nn.Conv2d else x
@@ -47,9 +61,7 @@ def _parts(module: lora.Linear | lora.Conv2d) -> LoraLayer | None:
     name = module.active_adapters[0]
     if name not in module.lora_A or name in module.lora_variant:
         return None
-    layer = LoraLayer(
-        module.get_base_layer(), module.lora_A[name], module.lora_B[name], module.scaling[name]
-    )
+    layer = LoraLayer(module, name)
     kinds = {type(part) for part in (layer.base, layer.a, layer.b)}
     plain = kinds == {nn.Linear} or kinds == {nn.Conv2d} and _is_pixelwise(layer.base)
     frozen = not any(parameter.requires_grad for parameter in layer.base.parameters())
