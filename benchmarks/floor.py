@@ -15,13 +15,13 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from operations import COUNTED
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,14 +35,6 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 def throughput_module():
     """benchmarks/throughput.py, found by its path: Opacus has a package of that name."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("throughput.py"))))
-
-
-def linear_operations(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    """Of the oneDNN product that fp32 linear layers go through, which PyTorch does not count."""
-    return 2 * prod(x_shape) * weight_shape[0]
-
-
-ONEDNN = {torch.ops.mkldnn._linear_pointwise: linear_operations}
 
 
 def seconds_of(work: Callable[[], object], rounds: int = 7) -> float:
@@ -82,14 +74,14 @@ def main():
     parser.add_argument("--shape", choices=list(throughput.SHAPES), default="tiny")
     parser.add_argument("--mixed_precision", choices=list(PRECISIONS), default="no")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.set_defaults(without=[])
     args = parser.parse_args()
-    args.without = []
     for name, value in throughput.SHAPES[args.shape].items():
         setattr(args, name, value)
     bench = throughput.Throughput(args, "ours")
     steps = bench.ours()
     next(steps)
-    with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         next(steps)
     operations = counter.get_total_flops()
     seconds = seconds_of(lambda: next(steps), 3 if args.shape == "sd15" else 9)

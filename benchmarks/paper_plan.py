@@ -5,9 +5,10 @@
 
 Nothing is computed: the U-Net runs forward and backward through the engine on tensors without
 values, under bf16 autocast, and what it would do is counted: floating-point operations, the tensors
-kept for the backward pass, and the per-unit gradients. Two things are assumed, not counted: the
-speed of a GPU (`--peak_tflops`, an H100's dense bf16 by its data sheet) and the share of it that
-training reaches (`--utilisation`).
+kept for the backward pass, and the per-unit gradients. Assumed, not counted: the speed of a GPU
+(`--peak_tflops`, an H100's dense bf16 by its data sheet), the share of it that training reaches
+(`--utilisation`), and the wire's. Not in the memory: the autoencoder and the text encoder, and what
+a GPU's autocast keeps in fp32 for normalisation, which a CPU's keeps in bf16.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
+from operations import COUNTED  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -55,7 +57,7 @@ def counted(unet: UNet2DConditionModel, units: int, side: int) -> dict[str, int]
         return tensor
 
     latents, words = torch.randn(units, 4, side, side), torch.randn(units, 77, 768)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with counter, hooks, engine.recording(units) as record:
         with torch.autocast("cpu", torch.bfloat16):
@@ -79,7 +81,8 @@ def plan(args) -> dict[str, float]:
     fixed = one["kept"] - each["kept"]
     trained, micro, gpus = one["trained"], args.train_batch_size, args.gpus
     weights, optimizer = 4 * one["weights"], 3 * 4 * trained
-    memory = weights + optimizer + fixed + micro * (each["kept"] + each["gradients"])
+    kept = args.noise_multiplicity * each["kept"] + each["gradients"]  # of a unit
+    memory = weights + optimizer + fixed + micro * kept
     draws = args.expected_batch_size * args.noise_multiplicity
     speed = args.peak_tflops * 1e12 * args.utilisation / each["operations"]
     reduced = 2 * (gpus - 1) / gpus * 4 * trained  # a ring's share, sent by each
@@ -112,7 +115,7 @@ def main():
     parser.add_argument("--num_units", type=int, default=1_000_000, help="N")
     parser.add_argument("--expected_batch_size", type=int, default=4096, help="B")
     parser.add_argument("--noise_multiplicity", type=int, default=4, help="K")
-    parser.add_argument("--train_batch_size", type=int, default=16, help="draws in a forward pass")
+    parser.add_argument("--train_batch_size", type=int, default=4, help="units in a forward pass")
     parser.add_argument("--max_train_steps", type=int, default=1000)
     parser.add_argument("--peak_tflops", type=float, default=989, help="of a GPU; assumed")
     parser.add_argument("--utilisation", type=float, default=0.3, help="of the peak; assumed")
@@ -130,7 +133,7 @@ def main():
         "kept for the backward pass: copies of weights": gib["fixed_bytes"],
         "and for each draw": gib["bytes_per_draw"],
         "gradient of one unit": f"{found['gradient_bytes_per_unit'] / 2**20:.1f} MiB",
-        f"memory of a GPU at {args.train_batch_size} draws": gib["memory_bytes"],
+        f"memory of a GPU at {args.train_batch_size} units": gib["memory_bytes"],
         "sent by a GPU each step": f"{found['wire_bytes_per_step'] / 2**20:.1f} MiB",
         "seconds of a step: computing": f"{found['compute_seconds_per_step']:.2f}",
         "and sending": f"{found['wire_seconds_per_step']:.4f}",

@@ -161,7 +161,7 @@ def main():
     rates = speed(args)
     ratio = {f"ours_over_{name}": rates["ours"] / rates[name] for name in ("loop", "batched")}
     for name, rate in rates.items():
-        print(f"{name:8} {rate:9.3f} images/s")
+        print(f"{name:10} {rate:9.3f} images/s")
     if args.json:
         print(json.dumps({"shape": args.shape, "images_per_second": rates, "ratio": ratio}))
 

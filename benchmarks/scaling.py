@@ -151,13 +151,13 @@ def exponent(x: list[float], y: list[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def of_another_process(*arguments: str, processes: int = 0) -> float:
+def of_another_process(*arguments: str, world: int = 0) -> float:
     """What this script prints when run with `arguments`; perhaps as processes of one thread."""
     start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if world:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     one_thread = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment = os.environ | (one_thread if processes else {})
+    environment = os.environ | (one_thread if world else {})
     command = [*start, __file__, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(run.stdout.strip().splitlines()[-1])
@@ -173,7 +173,7 @@ def processes() -> dict:
     seconds = {1: [], 2: []}
     for _ in range(3):
         for count, own in seconds.items():
-            own.append(of_another_process("--seconds_of", setting, processes=count))
+            own.append(of_another_process("--seconds_of", setting, world=count))
     one, two = (median(own) for own in seconds.values())
     return {"seconds": {"1": one, "2": two}, "efficiency": one / two / 2}
 
@@ -198,19 +198,30 @@ def start_up() -> dict[str, float]:
     return seconds
 
 
+def short(value: int) -> str:
+    """1000000 as 1M."""
+    for size, letter in ((10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return str(value)
+
+
 def draw_lines(results: dict, path: Path) -> None:
     """A log-log line for each axis, with its exponent."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [axis for axis in AXES if axis in results]
-    figure, panels = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), squeeze=False)
+    shape = {"figsize": (3 * len(shown), 3.2), "squeeze": False, "sharey": True}
+    figure, panels = plt.subplots(1, len(shown), **shape)
     for axis, panel in zip(shown, panels[0], strict=True):
         row = results[axis]
         panel.loglog(row["values"], row["seconds"], "o-", color="#2a6f97")
         panel.set_xlabel(LABELS[axis])
-        panel.set_title(f"time ~ {row['exponent']:.2f}, memory ~ {row['memory_exponent']:.2f}")
-        panel.set_ylim(min(row["seconds"]) / 3, max(row["seconds"]) * 3)
+        panel.set_title(f"time exponent {row['exponent']:.2f}")
+        panel.set_xticks(row["values"], [short(value) for value in row["values"]])
+        panel.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("seconds of a private step")
     figure.tight_layout()
@@ -244,7 +255,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     everything = [*AXES, "processes", "start_up"]
-    parser.add_argument("--axes", nargs="+", choices=everything, default=everything)
+    parser.add_argument(
+        "--axes", nargs="*", choices=everything, default=everything, help="none: draw what is known"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)

@@ -37,6 +37,7 @@ from peft import LoraConfig
 from utils.accounting import PrivacyPlan
 from utils.dp_sgd import add_noise_once
 from utils.entropy import SecretRandomness, SecureRandomness
+from utils.fast_linear import use_fast_linear
 from utils.loda import LoDAConfig
 from utils.per_unit_gradients import PerUnitGradients
 from utils.pipelines import ALL_TARGETS, DEFAULT_TARGETS, denoising_loss, resolve_targets
@@ -53,9 +54,13 @@ KINDS += ["opacus_hooks", "opacus_ghost"]
 
 
 def build_unet(shape: str) -> UNet2DConditionModel:
+    """Laid out as `load_pipeline` does it, for every kind of step."""
     if shape == "tiny":
-        return UNet2DConditionModel.from_pretrained(ROOT / "examples" / "digits" / "base" / "unet")
-    return UNet2DConditionModel(cross_attention_dim=768)  # the defaults are Stable Diffusion 1's
+        unet = UNet2DConditionModel.from_pretrained(ROOT / "examples" / "digits" / "base" / "unet")
+    else:
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults: Stable Diffusion 1's
+    use_fast_linear(unet)
+    return unet.to(memory_format=torch.channels_last)
 
 
 class Bench:

@@ -25,7 +25,6 @@ BUDGET = ["--target_epsilon", 10, "--target_delta", DELTA]
 RECIPE = ["--config", "examples/mnist/dp_lora.yaml"]
 DRAW = ["--pretrained_model_name_or_path", "examples/digits/base", "--class_names", *"0123456789"]
 DRAW += ["--caption_template", "the digit {label}", "--num_images", 10_000]
-DRAW += ["--num_inference_steps", 8, "--batch_size", 128]
 METHODS = [
     *("public-model", "dp-merf", "dp-mepf", "dp-lora", "dp-sgd-classifier"),
     *("nonprivate-lora", "nonprivate-classifier"),

@@ -9,7 +9,9 @@ The same base, images, captions, micro-batch, precision and LoRA for all three:
 
 - ours: what train_dp_lora.py does in a step, on latents and text that were encoded once.
 - nonprivate_example: what the text-to-image LoRA example of diffusers does in a step
-  (benchmarks/nonprivate_lora.py): load, resize, encode image and caption, denoise, AdamW.
+  (the loss of benchmarks/nonprivate_lora.py): load, resize, encode image and caption, denoise,
+  AdamW; on a pipeline as diffusers loads it. `--without channels_last fast_linear` says how much of
+  our lead is in how we load it.
 - opacus: the same loop, with the per-sample gradients of Opacus' hooks, under its memory manager.
 
 Interleaved, medians of the rounds, after one that does not count; peak memory of each is that of a
@@ -235,7 +237,7 @@ class Throughput:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         for _ in range(steps):
             self.private_step(losses, everyone, plan) if private else ordinary()
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             return losses(everyone).mean().item()
 
 
@@ -294,6 +296,7 @@ def main():
     result = {
         "shape": args.shape,
         "mixed_precision": args.mixed_precision,
+        "without": args.without,
         "images_per_second": rates,
         "ratio": {
             "ours_over_nonprivate": rates["ours"] / rates["nonprivate_example"],

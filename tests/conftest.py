@@ -43,7 +43,7 @@ def train_arguments(base, images, output, *more):
     ]
 
 
-def build_tiny_pipeline(prediction_type: str = "v_prediction"):
+def build_tiny_pipeline(prediction_type: str = "v_prediction", channels: tuple = (8, 16)):
     """A StableDiffusionPipeline of about 100,000 random weights, for 16 x 16 images."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer([f"the digit {d}" for d in range(10)], 600, 8)
@@ -51,7 +51,7 @@ def build_tiny_pipeline(prediction_type: str = "v_prediction"):
         build_autoencoder((8, 16)),
         build_text_encoder(tokenizer, 16, 1),
         tokenizer,
-        build_unet(8, (8, 16), 16),
+        build_unet(8, channels, 16),
         build_scheduler(prediction_type),
     )
 

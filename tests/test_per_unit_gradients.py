@@ -12,7 +12,7 @@ from tests.conftest import build_tiny_pipeline
 from utils.errors import UsageError
 from utils.fast_linear import use_fast_linear
 from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import denoising_loss
+from utils.pipelines import denoising_loss, load_pipeline
 from utils.unit_leaves import squared_norms_of_products
 from utils.unit_lora import lora_layers
 
@@ -232,8 +232,8 @@ def test_cancelling_positions_cannot_hide_a_norm():
         assert (squared_norms_of_products(x, grads) >= exact * (1 - 1e-5)).all()
 
 
-def unet_of(trainable: str, checkpointing: bool = False):
-    pipeline = build_tiny_pipeline()
+def unet_of(trainable: str, checkpointing: bool = False, channels=(8, 16), pipeline=None):
+    pipeline = pipeline or build_tiny_pipeline(channels=channels)
     unet = pipeline.unet.requires_grad_(trainable == "all")
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -293,6 +293,32 @@ def test_a_unet_equals_one_unit_autograd(trainable, draws):
         rtol=1e-3,
         atol=1e-5,
     )
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """Wide enough for the products of its frozen layers to go through oneDNN."""
+    folder = tmp_path_factory.mktemp("wide")
+    build_tiny_pipeline(channels=(16, 32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_loaded_and_checkpointed_is_as_exact(wide_base, trainable, autocast):
+    """As the scripts run it: frozen layers through oneDNN, channels last, recomputed."""
+    exact = unet_reference_rows(*unet_of(trainable, channels=(16, 32)), 3, 2)
+    loaded = unet_of(trainable, True, pipeline=load_pipeline(str(wide_base)))
+    weight = loaded[0].conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and "forward" in vars(
+        loaded[0].time_embedding.linear_1
+    )
+    ours = unet_engine_rows(*loaded, 3, 2, autocast=autocast)
+    if not autocast:
+        return torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        ordinary = unet_reference_rows(*unet_of(trainable, channels=(16, 32)), 3, 2)
+    assert (ours - exact).norm() < 1.25 * (ordinary - exact).norm()
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)

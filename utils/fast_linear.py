@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 THIN = 16  # a side below this gains nothing
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -30,7 +31,8 @@ def use_fast_linear(model: nn.Module) -> None:
 
 
 def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if layer.weight.requires_grad or not _gains(x, layer.weight):
+    frozen = not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+    if not frozen or not _gains(x, layer.weight):
         return F.linear(x, layer.weight, layer.bias)
     return _FrozenLinear.apply(x, layer.weight, layer.bias)
 
@@ -48,6 +50,7 @@ class _FrozenLinear(torch.autograd.Function):
         return linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         (weight,) = ctx.saved_tensors
         return linear(grad_output, weight.t()), None, None

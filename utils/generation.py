@@ -28,6 +28,8 @@ from utils.pipelines import (
 )
 from utils.shards import Piece, image_pieces, read_pieces, shard_pieces, write_piece
 
+DEFAULT_STEPS = 8  # of DPM-Solver++; benchmarks/RESULTS.md has what 50 of DDIM would gain
+
 
 @dataclass
 class SamplingArguments:
@@ -41,7 +43,7 @@ class SamplingArguments:
     caption_template: str = option("prompt of a class name", "a photo of a {label}")
     num_images: int = option("how many images in all", 100)
     resolution: int | None = option("pixels; default: what the model makes", None)
-    num_inference_steps: int = option("steps of DPM-Solver++", 20)
+    num_inference_steps: int = option("steps of DPM-Solver++", DEFAULT_STEPS)
     guidance_scale: float = option("classifier-free guidance; 1 is none", 2.0)
     batch_size: int = option("images per batch", 32)
     mixed_precision: str = option("precision of the whole model", "no", ["no", "bf16"])
@@ -72,7 +74,7 @@ def generate(
     prompts: list[str],
     indices: list[int],
     seed: int,
-    num_steps: int = 20,
+    num_steps: int = DEFAULT_STEPS,
     guidance_scale: float = 2.0,
     resolution: int | None = None,
 ) -> list[Image.Image]:

@@ -97,7 +97,7 @@ class PerUnitGradients:
         """Set every parameter's `.grad` from one flat vector [P]."""
         parts = flat.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+            parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))
 
 
 class Recording:

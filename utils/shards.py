@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, Value
 
-IMAGES_PER_SHARD, BYTES_PER_SHARD = 10_000, 2**28
+IMAGES_PER_SHARD, BYTES_PER_SHARD = 1_000, 2**28
 
 
 class Piece(NamedTuple):

@@ -64,7 +64,8 @@ def shards_of(folder: Path, aside: Path) -> tuple[dict[str, Path | bytes], int]:
         files = {f"data/{path.name}": path for path in there}
         return files, sum(pq.read_metadata(path).num_rows for path in there)
     entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    resolution = max(Image.open(folder / entries[0]["file_name"]).size)
+    with Image.open(folder / entries[0]["file_name"]) as first:
+        resolution = max(first.size)
     files = {}
     for piece in tqdm(shard_pieces(len(entries), resolution), "writing parquet files", leave=False):
         pngs = [(folder / entries[i]["file_name"]).read_bytes() for i in piece.images]

@@ -12,6 +12,7 @@ positions of a unit, over all its draws.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from utils.errors import UsageError
 from utils.fast_linear import linear
@@ -73,6 +74,7 @@ class _UnitLinear(torch.autograd.Function):
         return linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
         leaf, record = ctx.leaf, ctx.record
@@ -111,6 +113,7 @@ class _UnitConv2d(torch.autograd.Function):
         return F.conv2d(x, weight, bias, leaf.stride, leaf.padding, leaf.dilation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
         leaf, record = ctx.leaf, ctx.record
@@ -144,6 +147,7 @@ class _UnitScale(torch.autograd.Function):
         return scaled.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
         # Not the saved weight: under checkpointing that is a copy.
@@ -166,6 +170,7 @@ class _UnitEmbedding(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         (ids,) = ctx.saved_tensors
         if ctx.leaf.padding_idx is not None:

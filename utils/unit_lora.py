@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from utils.errors import UsageError
 from utils.fast_linear import linear
 from utils.unit_leaves import note_products
 
@@ -62,6 +64,8 @@ def _parts(module: lora.Linear | lora.Conv2d) -> LoraLayer | None:
     if name not in module.lora_A or name in module.lora_variant:
         return None
     layer = LoraLayer(module, name)
+    if module.base_layer is not layer.base:  # another adapter lies between
+        return None
     kinds = {type(part) for part in (layer.base, layer.a, layer.b)}
     plain = kinds == {nn.Linear} or kinds == {nn.Conv2d} and _is_pixelwise(layer.base)
     frozen = not any(parameter.requires_grad for parameter in layer.base.parameters())
@@ -77,6 +81,8 @@ def _is_pixelwise(conv: nn.Conv2d) -> bool:
 
 def lora_forward(layer: LoraLayer, record, x: torch.Tensor) -> torch.Tensor:
     """What peft's layer gives for x, whose backward pass tells `record` each unit's gradients."""
+    if layer.module.merged:
+        raise UsageError("a LoRA was merged into the weights while it is being trained")
     weights = (layer.base.weight, layer.base.bias, layer.a.weight, layer.b.weight)
     return _UnitLora.apply(x, *weights, layer, record)
 
@@ -84,21 +90,22 @@ def lora_forward(layer: LoraLayer, record, x: torch.Tensor) -> torch.Tensor:
 class _UnitLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, layer, record):
-        ctx.layer, ctx.record = layer, record
+        ctx.layer, ctx.record, ctx.scaling = layer, record, layer.scaling
         x = layer.features_last(x)
-        inner = layer.scaling * F.linear(x, a.flatten(1))
+        inner = ctx.scaling * F.linear(x, a.flatten(1))
         ctx.save_for_backward(x if a.requires_grad else None, inner, weight, a, b)
         y = linear(x, weight.flatten(1), bias)
         _add_product(y, inner, b.flatten(1))
         return layer.features_first(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         layer, record = ctx.layer, ctx.record
         x, inner, weight, a, b = ctx.saved_tensors
         grad_output = layer.features_last(grad_output)
         dtype = grad_output.dtype
-        grad_inner = layer.scaling * F.linear(grad_output, b.flatten(1).t().contiguous().to(dtype))
+        grad_inner = ctx.scaling * F.linear(grad_output, b.flatten(1).t().contiguous().to(dtype))
         # Not the saved weights: under checkpointing those are copies.
         if layer.b.weight.requires_grad:
             note_products(record, layer.b, inner, grad_output)

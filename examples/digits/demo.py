@@ -24,7 +24,7 @@ BASE = Path("examples/digits/base")
 RUN = Path("runs/digits")
 PARTS = ["private", "adapter", "images_base", "images_private", "metrics.json", "before_after.png"]
 SAMPLING = ["--caption_template", "the digit {label}", "--class_names", *"0123456789"]
-SAMPLING += ["--num_images", "1000", "--num_inference_steps", "12", "--batch_size", "100"]
+SAMPLING += ["--num_images", "1000"]
 TESTING = [
     "--metrics",
     "utility",
