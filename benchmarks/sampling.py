@@ -39,7 +39,7 @@ from utils.shards import image_pieces  # noqa: E402
 BASE = ROOT / "examples" / "digits" / "base"
 RESULTS = ROOT / "benchmarks" / "results" / "sampling.json"
 PROMPTS = [{"text": f"the digit {i}", "label": str(i)} for i in range(10)]
-SETTINGS = [("ddim", 50), ("dpm", 20), ("dpm", 10), ("dpm", 8), ("dpm", 6)]
+SETTINGS = [("ddim", 50), ("dpm", 20), ("dpm", 10), ("dpm", 8)]
 SHAPES = {"tiny": {"images": 64, "rounds": 5}, "sd15": {"images": 2, "rounds": 2}}
 
 
