@@ -2,11 +2,20 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, Value
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 IMAGES_PER_SHARD, BYTES_PER_SHARD = 1_000, 2**28
 
@@ -53,8 +62,21 @@ def write_piece(folder: Path, piece: Piece, pngs: list[bytes], entries: list[dic
         rows = {"image": images}
         rows |= {column: [entries[i][column] for i in piece.images] for column in columns}
         path.parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(rows, features=features).to_parquet(aside)
+        with _without_bars():  # the images have one already
+            Dataset.from_dict(rows, features=features).to_parquet(aside)
     aside.replace(path)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def read_pieces(folder: Path, pieces: list[Piece]) -> Iterator[bytes]:
