@@ -38,7 +38,7 @@ from utils.arguments import (  # noqa: E402
 from utils.data import captions_of, keep_readable, pixels_of, rows_of, to_unit_range  # noqa: E402
 from utils.errors import UsageError, run_script  # noqa: E402
 from utils.lora import LoraArguments, add_lora, save_lora  # noqa: E402
-from utils.pipelines import encode_captions, load_pipeline  # noqa: E402
+from utils.pipelines import encode_captions, image_side, load_pipeline  # noqa: E402
 
 
 @dataclass
@@ -98,7 +98,7 @@ def main():
         num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps,
     )
-    resolution = data.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    resolution = image_side(pipeline, data.resolution)
     with TemporaryDirectory() as cache:
         rows = keep_readable(rows_of(data, cache), data.image_column)[0]
         captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)

@@ -134,7 +134,7 @@ def main():
         "and for each draw": gib["bytes_per_draw"],
         "gradient of one unit": f"{found['gradient_bytes_per_unit'] / 2**20:.1f} MiB",
         f"memory of a GPU at {args.train_batch_size} units": gib["memory_bytes"],
-        "sent by a GPU each step": f"{found['wire_bytes_per_step'] / 2**20:.1f} MiB",
+        "over the wire of a GPU each step": f"{found['wire_bytes_per_step'] / 2**20:.1f} MiB",
         "seconds of a step: computing": f"{found['compute_seconds_per_step']:.2f}",
         "and sending": f"{found['wire_seconds_per_step']:.4f}",
         "draws per second, all GPUs": f"{found['draws_per_second']:,.0f}",

@@ -181,6 +181,39 @@ def test_lora_layers_equal_one_unit_autograd_through_peft(
     )
 
 
+def test_lora_layers_that_are_more_than_plain_go_leaf_by_leaf():
+    """Or else what lies between, or is added, would be left out of what is trained."""
+
+    def adapted(**more):
+        model = nn.Sequential(nn.Linear(20, 20))
+        targets = {"target_modules": ["0"], "init_lora_weights": False, **more}
+        return inject_adapter_in_model(LoraConfig(r=2, **targets), model)
+
+    assert len(lora_layers(adapted())) == 1
+    assert not lora_layers(adapted(lora_dropout=0.1))
+    assert not lora_layers(adapted(lora_bias=True, bias="none"))
+    trained_base = adapted()
+    trained_base[0].base_layer.weight.requires_grad_()
+    assert not lora_layers(trained_base)
+    nested = adapted()
+    nested[0].base_layer = adapted()[0]
+    assert nested[0] not in lora_layers(nested)
+    two = adapted()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), two, adapter_name="second")
+    two[0].set_adapter(["default", "second"])
+    assert not lora_layers(two)
+
+
+def test_a_lora_that_is_merged_while_it_trains_is_refused():
+    model = inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(20, 20))
+    )
+    engine = PerUnitGradients(model)
+    model[0].merge()
+    with pytest.raises(UsageError, match="merged"), engine.recording(3):
+        model(torch.randn(3, 20)).sum().backward()
+
+
 def peft_output(model, x):
     """What the model gives outside of a recording, asked for within one."""
     replaced = {m: vars(m).pop("forward") for m in model.modules() if "forward" in vars(m)}

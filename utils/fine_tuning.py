@@ -28,6 +28,7 @@ from utils.pipelines import (
     check_resolution,
     denoising_loss,
     encode_text,
+    image_side,
     load_pipeline,
     parts_of,
     tokenize,
@@ -306,7 +307,6 @@ def training_resolution(pipeline: DiffusionPipeline, data: DataArguments) -> int
     Raises:
         UsageError: the model cannot take that many pixels.
     """
-    native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    resolution = native if data.resolution is None else data.resolution
+    resolution = image_side(pipeline, data.resolution)
     check_resolution(pipeline, resolution)
     return resolution

@@ -23,6 +23,7 @@ from utils.pipelines import (
     adapter_folder,
     check_resolution,
     device_of,
+    image_side,
     load_adapter,
     load_pipeline,
 )
@@ -97,11 +98,6 @@ def generate(
         height=side,
         width=side,
     ).images
-
-
-def image_side(pipeline: DiffusionPipeline, resolution: int | None) -> int:
-    """`resolution`, or what the model makes, in pixels."""
-    return resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def image_grid(images: list[Image.Image], columns: int) -> Image.Image:

@@ -135,6 +135,12 @@ def trained_modules(pipeline: DiffusionPipeline) -> nn.Module:
     return pipeline.unet
 
 
+def image_side(pipeline: DiffusionPipeline, resolution: int | None) -> int:
+    """`resolution`, or what the model makes, in pixels."""
+    native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return native if resolution is None else resolution
+
+
 def check_resolution(pipeline: DiffusionPipeline, resolution: int) -> None:
     """Raises: UsageError if the autoencoder, then the U-Net, cannot halve `resolution` evenly."""
     factor = pipeline.vae_scale_factor
