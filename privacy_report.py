@@ -14,27 +14,66 @@
     python privacy_report.py give_up runs/ledger.jsonl RUN
 
 `show` prints every event and the epsilon they come to, by two accountants (PLD, PRV) and under both
-relations (adding or removing one unit, replacing one), and draws epsilon over the steps and against
+relations (adding or removing one unit, replacing one), and plots epsilon over the steps and against
 delta. `verify` recomputes the statement from its events, and checks the files, the ledger's chain
-and the checkpoints, as far as they are there: what was downloaded has no ledger.
+and the checkpoints, as far as they are present: what was downloaded has no ledger.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from utils.accounting import account, calibrate_noise_multiplier, make_plan, pld_epsilon
-from utils.arguments import PrivacyArguments, read_yaml
+from utils.arguments.parsing import option, parse_command, read_yaml
 from utils.errors import UsageError, run_script
-from utils.ledger import Ledger, charged_steps, is_live, page_of
-from utils.privacy_plots import draw_spent, draw_trade_off
-from utils.verification import problems_of, read_source
 
 
-def show(args) -> None:
+@dataclass
+class ShowArguments:
+    """every event, the epsilon of all, two plots"""
+
+    path: str = option("run folder, ledger (.jsonl), statement (.json) or Hub id", positional=True)
+    revision: str | None = option("revision of a Hub id", None)
+    plot: str = option("picture to plot", "privacy_report.png")
+    json: bool = option("print one JSON object at the end", False)
+
+
+@dataclass
+class VerifyArguments:
+    """recompute and compare; exit code 1 if anything is wrong"""
+
+    path: str = option("run folder, ledger (.jsonl), statement (.json) or Hub id", positional=True)
+    revision: str | None = option("revision of a Hub id", None)
+
+
+@dataclass
+class PlanArguments:
+    """how much noise for how much epsilon"""
+
+    num_units: int = option("N")
+    config: str | None = option("YAML file of a run, for what is not given here", None)
+    expected_batch_size: float | None = option("B, units a step", None)
+    max_train_steps: int | None = option("private steps", None)
+    target_delta: float | None = option("below 1/N", None)
+    target_epsilon: float | None = option("find the noise for it", None)
+    noise_multiplier: float | None = option("or find the epsilon of this noise", None)
+    plot: str = option("picture to plot", "privacy_plan.png")
+    json: bool = option("print one JSON object at the end", False)
+
+
+@dataclass
+class GiveUpArguments:
+    """hand back what a dead run had reserved"""
+
+    ledger: str = option("ledger file", positional=True)
+    run: str = option("run, as `show` names it", positional=True)
+
+
+def show(args: ShowArguments) -> None:
+    from utils.ledger.verification import read_source
+    from utils.privacy.accounting import account, pld_epsilon
+    from utils.privacy.plots import plot_spent
+
     source = read_source(args.path, args.revision)
     events, delta = source.events(), source.delta()
     if not events:
@@ -48,7 +87,7 @@ def show(args) -> None:
             "pld": spent.both_relations(),
             "prv": {"add_or_remove_one": spent.prv, "replace_one": spent.prv_replace_one},
         },
-        "runs": _runs(source.ledger.records()) if source.ledger else [],
+        "runs": summarise_runs(source.ledger.records()) if source.ledger else [],
     }
     print("purpose     steps  sampling rate  noise multiplier  epsilon alone")
     for row in rows:
@@ -61,27 +100,32 @@ def show(args) -> None:
     print(f"\ntogether, at delta {delta:g}    PLD      PRV")
     print(f"add or remove one   {spent.add_or_remove_one:8.3f} {spent.prv:8.3f}")
     print(f"replace one         {spent.replace_one:8.3f} {spent.prv_replace_one:8.3f}")
-    draw_spent(events, delta, args.plot)
+    plot_spent(events, delta, args.plot)
     print(f"see {args.plot}")
     if args.json:
         print(json.dumps(report))
 
 
-def _runs(records: list[dict]) -> list[dict]:
+def summarise_runs(records: list[dict]) -> list[dict]:
+    """What each run of a ledger planned and released, and whether it is over."""
+    from utils.ledger.charges import charged_steps, is_live, select_run
+
     runs = []
     for run in dict.fromkeys(r["run"] for r in records):
-        own = [r for r in records if r["run"] == run]
-        given_up = own[-1]["kind"] == "give_up"
+        of_run = select_run(records, run)
+        given_up = of_run[-1]["kind"] == "give_up"
         state = "given up" if given_up else "unfinished" if is_live(records, run) else "finished"
-        planned = [r for r in own if r["kind"] == "reserve"][-1]["event"]["steps"]
+        planned = [r for r in of_run if r["kind"] == "reserve"][-1]["event"]["steps"]
         released = charged_steps(records, run, live=False)
         runs.append({"run": run, "released": released, "planned": planned, "state": state})
     return runs
 
 
-def verify(args) -> None:
+def verify(args: VerifyArguments) -> None:
+    from utils.ledger.verification import find_problems, read_source
+
     source = read_source(args.path, args.revision)
-    problems = problems_of(source)
+    problems = find_problems(source)
     if problems:
         print(f"{args.path} does not verify:", file=sys.stderr)
         for problem in problems:
@@ -102,36 +146,39 @@ def verify(args) -> None:
         print("its ledger is not here, and was not checked")
 
 
-PLANNED = ["expected_batch_size", "max_train_steps", "target_delta"]
-BUDGETS = ["target_epsilon", "noise_multiplier"]
-
-
-def fill_in(args) -> None:
+def fill_in(args: PlanArguments) -> None:
     """Take from `--config` what the command line does not say.
 
     Raises:
         UsageError: neither says it.
     """
     config = {} if args.config is None else read_yaml(args.config)
-    noise = [] if args.noise_multiplier or args.target_epsilon else BUDGETS
-    for name in [*PLANNED, *noise]:
+    needed = ["expected_batch_size", "max_train_steps", "target_delta"]
+    budget = ["target_epsilon", "noise_multiplier"]
+    unset = [] if args.noise_multiplier or args.target_epsilon else budget
+    for name in [*needed, *unset]:
         if getattr(args, name) is None and config.get(name) is not None:
             setattr(args, name, float(config[name]))
-    missing = [f"--{name}" for name in PLANNED if getattr(args, name) is None]
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         raise UsageError(f"give {', '.join(missing)}, or a --config that does")
-    args.max_train_steps = int(args.max_train_steps)
 
 
-def plan(args) -> None:
+def plan(args: PlanArguments) -> None:
     fill_in(args)
-    privacy = PrivacyArguments(
+    from utils.privacy.accounting import account
+    from utils.privacy.plan import make_plan
+    from utils.privacy.plots import plot_noise_trade_off
+
+    chosen = make_plan(
         target_epsilon=args.target_epsilon,
-        target_delta=args.target_delta,
         noise_multiplier=args.noise_multiplier,
+        num_units=args.num_units,
         expected_batch_size=args.expected_batch_size,
+        steps=int(args.max_train_steps),
+        max_grad_norm=1.0,
+        delta=args.target_delta,
     )
-    chosen = make_plan(args.num_units, privacy, args.max_train_steps)
     spent = account([chosen.event()], chosen.delta)
     print(
         f"N {chosen.num_units}, B {chosen.expected_batch_size:g} (q = {chosen.sampling_rate:.5g}), "
@@ -139,16 +186,12 @@ def plan(args) -> None:
         f"{chosen.noise_multiplier:.4f} is epsilon {spent.add_or_remove_one:.3f} "
         f"(replace one: {spent.replace_one:.3f})"
     )
-    targets = sorted({0.5, 1.0, 2.0, 4.0, 8.0, args.target_epsilon or 8.0})
-    table = []
-    for target in tqdm(targets, "calibrating", leave=False):
-        sigma = calibrate_noise_multiplier(target, chosen.delta, chosen.sampling_rate, chosen.steps)
-        table.append({"epsilon": target, "noise_multiplier": sigma})
+    table = calibrate_table(chosen, {0.5, 1.0, 2.0, 4.0, 8.0, args.target_epsilon or 8.0})
     print("\nepsilon  noise multiplier  noise on the mean, in units of C")
     for row in table:
         sigma = row["noise_multiplier"]
         print(f"{row['epsilon']:7g}  {sigma:16.4f}  {sigma / chosen.expected_batch_size:.3g}")
-    draw_trade_off(chosen, args.plot)
+    plot_noise_trade_off(chosen, args.plot)
     print(f"see {args.plot}")
     if args.json:
         print(
@@ -156,58 +199,44 @@ def plan(args) -> None:
         )
 
 
-def give_up(args) -> None:
+def calibrate_table(chosen, targets: set[float]) -> list[dict]:
+    """The noise multiplier of a `PrivacyPlan` for each target epsilon, smallest first."""
+    from tqdm import tqdm
+
+    from utils.privacy.accounting import calibrate_noise_multiplier
+
+    table = []
+    for target in tqdm(sorted(targets), "calibrating", leave=False):
+        sigma = calibrate_noise_multiplier(target, chosen.delta, chosen.sampling_rate, chosen.steps)
+        table.append({"epsilon": target, "noise_multiplier": sigma})
+    return table
+
+
+def give_up(args: GiveUpArguments) -> None:
+    from utils.ledger.charges import charged_steps
+    from utils.ledger.ledger import Ledger, find_branch
+
     path = Path(args.ledger)
     if not path.is_file():
         raise UsageError(f"there is no ledger {path}")
     ledger = Ledger(path)
-    page_of(ledger, args.run).give_up()
+    find_branch(ledger, args.run).give_up()
     released = charged_steps(ledger.records(), args.run)
     print(f"run {args.run} is charged for the {released} steps that it released, and no more")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for work, help_line in (
-        (show, "every event, the epsilon of all, two plots"),
-        (verify, "recompute and compare; exit code 1 if anything is wrong"),
-    ):
-        command = commands.add_parser(work.__name__, help=help_line, description=help_line)
-        command.add_argument(
-            "path", help="run folder, ledger (.jsonl), statement (.json) or Hub id"
-        )
-        command.add_argument("--revision", help="revision of a Hub id")
-        command.set_defaults(work=work)
-        if work is show:
-            _add_outputs(command, "privacy_report.png")
-    command = commands.add_parser("plan", help="how much noise for how much epsilon")
-    command.add_argument("--num_units", type=int, required=True, help="N")
-    command.add_argument("--config", help="YAML file of a run, for what is not given here")
-    command.add_argument("--expected_batch_size", type=float, help="B, units a step")
-    command.add_argument("--max_train_steps", type=int, help="private steps")
-    command.add_argument("--target_delta", type=float, help="below 1/N")
-    command.add_argument("--target_epsilon", type=float, help="find the noise for it")
-    command.add_argument("--noise_multiplier", type=float, help="or find the epsilon of this noise")
-    _add_outputs(command, "privacy_plan.png")
-    command.set_defaults(work=plan)
-    command = commands.add_parser("give_up", help="hand back what a dead run had reserved")
-    command.add_argument("ledger", help="ledger file")
-    command.add_argument("run", help="run, as `show` names it")
-    command.set_defaults(work=give_up)
-    return parser.parse_args()
-
-
-def _add_outputs(command: argparse.ArgumentParser, plot: str) -> None:
-    command.add_argument("--plot", default=plot, help="picture to draw (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="print one JSON object at the end")
+WORK = {
+    ShowArguments: show,
+    VerifyArguments: verify,
+    PlanArguments: plan,
+    GiveUpArguments: give_up,
+}
 
 
 def main():
-    args = parse()
-    args.work(args)
+    commands = {work.__name__: kind for kind, work in WORK.items()}
+    args = parse_command(commands, description=__doc__)
+    WORK[type(args)](args)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ them.
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.arguments import option, parse
+from utils.arguments.parsing import option, parse
+from utils.arguments.publishing import HubArguments, MetricsArguments
 from utils.errors import UsageError, run_script
-from utils.evaluation_card import MetricsArguments
-from utils.hub import HubArguments, files_to_publish, publish_model
 
 
 @dataclass
@@ -31,11 +30,14 @@ class PushArguments:
 
 def main():
     push, hub, metrics = parse(PushArguments, HubArguments, MetricsArguments, description=__doc__)
-    folder = Path(push.output_dir)
     if hub.hub_model_id is None and not push.dry_run:
         raise UsageError("give --hub_model_id, the repository to publish in")
+    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+    from utils.hub.upload import list_files_to_publish, publish_model
+
+    folder = Path(push.output_dir)
     if push.dry_run:
-        print("\n".join(files_to_publish(folder)))
+        print("\n".join(list_files_to_publish(folder)))
     else:
         print(f"published {publish_model(folder, hub, metrics)}")
 

@@ -16,22 +16,18 @@
 Images are balanced over the prompts. The folder holds metadata.jsonl (columns file_name, text, and
 label for class names), which `datasets.load_dataset(FOLDER)` reads, and grid.png; with
 `--output_format parquet`, which suits large sets, shards instead of single images. Run the same
-command again to go on after an interruption, or to publish the images. It never reads private data:
+command again to resume after an interruption, or to publish the images. It reads no private data:
 sampling from an adapter costs no further privacy.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
-
-from utils.arguments import ModelArguments, option, parse
-from utils.errors import UsageError, on_main_process, run_script
-from utils.evaluation_card import MetricsArguments, evaluation_section
-from utils.generation import SamplingArguments, draw_folder, prepare_drawing
-from utils.hub import RepositoryArguments, make_repo
-from utils.pipelines import adapter_folder
-from utils.synthetic_sets import Maker, publish_images, statement_of
+from utils.arguments.parsing import option, parse
+from utils.arguments.publishing import MetricsArguments, PublishSetArguments
+from utils.arguments.sampling import SamplingArguments
+from utils.arguments.training import ModelArguments
+from utils.errors import on_main_process, run_script
 
 
 @dataclass
@@ -41,35 +37,39 @@ class OutputArguments:
     output_dir: str = option("folder of the images")
 
 
-@dataclass
-class PublishArguments(RepositoryArguments):
-    """Publishing on the Hugging Face Hub, when done."""
-
-    push_to_hub: bool = option("publish the images as a dataset", False)
-    hub_dataset_id: str | None = option("dataset repository; needed for --push_to_hub", None)
-
-
 def main():
-    kinds = (OutputArguments, ModelArguments, SamplingArguments, PublishArguments, MetricsArguments)
-    output, model, sampling, hub, metrics = parse(*kinds, description=__doc__)
+    output, model, sampling, hub, metrics = parse(
+        *(OutputArguments, ModelArguments, SamplingArguments),
+        *(PublishSetArguments, MetricsArguments),
+        description=__doc__,
+    )
+    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+    from accelerate import PartialState
+
+    from utils.hub.cards import Maker
+    from utils.hub.evaluation_card import build_evaluation_section
+    from utils.hub.upload import make_repo
+    from utils.models.adapters import fetch_adapter
+    from utils.sampling.generation import generate_folder, prepare_generation
+    from utils.sampling.synthetic_sets import publish_images, read_verified_statement
+
     state, folder = PartialState(), Path(output.output_dir)
-    if hub.push_to_hub and hub.hub_dataset_id is None:
-        raise UsageError("--push_to_hub needs --hub_dataset_id")
     statement = section = None
     if hub.push_to_hub:  # refused now, if ever
         if sampling.adapter is not None:
-            found = adapter_folder(sampling.adapter, sampling.adapter_revision)
-            statement = on_main_process(lambda: statement_of(found))
-        section = on_main_process(lambda: evaluation_section(metrics, statement))
-    drawing = prepare_drawing(model, sampling, folder, state)
+            adapter = fetch_adapter(sampling.adapter, sampling.adapter_revision)
+            statement = on_main_process(lambda: read_verified_statement(adapter))
+        section = on_main_process(lambda: build_evaluation_section(metrics, statement))
+    prepared = prepare_generation(model, sampling, folder, state)
     if hub.push_to_hub:
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
-    draw_folder(drawing, sampling, folder, state)
+    generate_folder(prepared, sampling, folder, state)
     state.print(f"{sampling.num_images} images and grid.png in {folder}")
     if hub.push_to_hub and state.is_main_process:
-        base, name = model.pretrained_model_name_or_path, hub.hub_dataset_id
-        made_by = Maker(base, sampling.adapter, drawing.adapter and statement_of(drawing.adapter))
-        print(f"published {publish_images(folder, made_by, name, hub, section)}")
+        if prepared.adapter is not None:  # once more: of the files that the images came from
+            statement = read_verified_statement(prepared.adapter)
+        maker = Maker(model.pretrained_model_name_or_path, sampling.adapter, statement)
+        print(f"published {publish_images(folder, maker, hub.hub_dataset_id, hub, section)}")
 
 
 if __name__ == "__main__":

@@ -18,21 +18,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from utils.arguments.parsing import option, parse
+from utils.data.images import keep_readable, read_pixel_batches
+from utils.data.rows import load_split, read_labels
+from utils.errors import UsageError, run_script
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.privacy.accounting import account
+from utils.privacy.plan import make_plan
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import TrainingState, private_steps
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from torch import nn  # noqa: E402
-
-from utils.accounting import account, make_plan  # noqa: E402
-from utils.arguments import PrivacyArguments, option, parse  # noqa: E402
-from utils.data import keep_readable, labels_of, load_rows, pixel_batches  # noqa: E402
-from utils.entropy import SecretRandomness  # noqa: E402
-from utils.errors import UsageError, run_script  # noqa: E402
-from utils.per_unit_gradients import PerUnitGradients  # noqa: E402
-from utils.training import TrainingState, private_steps  # noqa: E402
 
 SIDE = 28
 
@@ -75,10 +78,10 @@ def tanh_cnn(num_classes: int) -> nn.Sequential:
 
 def load(args: ClassifierArguments, split: str, cache: str) -> tuple[torch.Tensor, list[str]]:
     """Grey images [N, 1, 28, 28] around zero, and their class names."""
-    rows = keep_readable(load_rows(args.dataset_name, None, None, split, cache), "image")[0]
-    pixels = torch.cat(list(pixel_batches(rows, "image", SIDE, 256)))
+    rows = keep_readable(load_split(args.dataset_name, None, None, split, cache), "image")[0]
+    pixels = torch.cat(list(read_pixel_batches(rows, "image", SIDE, 256)))
     return pixels.float().mean(1, keepdim=True) / 127.5 - 1, list(
-        labels_of(rows, args.label_column)
+        read_labels(rows, args.label_column)
     )
 
 
@@ -93,14 +96,15 @@ def main():
     if not set(labels) <= set(names):
         raise UsageError("the private images have a class that the test images lack")
     wanted = torch.tensor([names.index(label) for label in labels])
-    privacy = PrivacyArguments(
+    plan = make_plan(
         target_epsilon=args.target_epsilon,
         noise_multiplier=args.noise_multiplier,
-        target_delta=args.target_delta,
+        num_units=len(images),
         expected_batch_size=args.expected_batch_size,
+        steps=args.max_train_steps,
         max_grad_norm=args.max_grad_norm,
+        delta=args.target_delta,
     )
-    plan = make_plan(len(images), privacy, args.max_train_steps)
     spent = account(plan.events(), plan.delta)
 
     torch.manual_seed(args.seed)

@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
+
+from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.parsing import option, parse
+from utils.data.rows import load_split
+from utils.errors import UsageError, run_script
+from utils.evaluation.features import build_extractor, extract
+from utils.evaluation.fidelity import measure_fidelity
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-sys.path.sort(key=lambda entry: Path(entry).resolve() == ROOT)  # evaluate is the library
-
-import numpy as np  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from datasets import Dataset, Features, Image  # noqa: E402
-from PIL import Image as PILImage  # noqa: E402
-
-from utils.arguments import option, parse  # noqa: E402
-from utils.data import load_rows  # noqa: E402
-from utils.errors import UsageError, run_script  # noqa: E402
-from utils.features import ExtractorArguments, build_extractor, extract  # noqa: E402
-from utils.fidelity import fidelity  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
 SHOWN = ["frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage"]
@@ -62,16 +63,16 @@ def first(rows: Dataset, count: int) -> Dataset:
     return rows.select(range(min(count, len(rows))))
 
 
-def sets_of(args: BenchmarkArguments, cache: str) -> dict[str, Dataset]:
+def load_sets(args: BenchmarkArguments, cache: str) -> dict[str, Dataset]:
     """The sets to compare with the held-out real images, each at most `num_images` long."""
     if args.against is not None:
-        return {args.against: load_rows(args.against, None, None, "train", cache)}
+        return {args.against: load_split(args.against, None, None, "train", cache)}
     if args.private is None or args.public is None:
         raise UsageError("give --private and --public, or --against")
     return {
-        "real, training split": load_rows(args.dataset_name, None, None, "train", cache),
-        "private adapter": load_rows(None, None, args.private, "train", cache),
-        "public model": load_rows(None, None, args.public, "train", cache),
+        "real, training split": load_split(args.dataset_name, None, None, "train", cache),
+        "private adapter": load_split(None, None, args.private, "train", cache),
+        "public model": load_split(None, None, args.public, "train", cache),
         "noise": noise(args.num_images),
     }
 
@@ -97,15 +98,15 @@ def main():
         network = build_extractor(extractor, state.device)
         with TemporaryDirectory() as cache:
             split = "test" if args.against is None else "train"
-            real = first(load_rows(args.dataset_name, None, None, split, cache), args.num_images)
+            real = first(load_split(args.dataset_name, None, None, split, cache), args.num_images)
             start = time.perf_counter()
             held_out = extract(real, "image", network, state, "real")
             reading = time.perf_counter() - start
             rows = []
-            for name, images in sets_of(args, cache).items():
+            for name, images in load_sets(args, cache).items():
                 start = time.perf_counter()
                 seen = extract(first(images, args.num_images), "image", network, state, name)
-                metrics = fidelity(seen, held_out, known=True, public=True)
+                metrics = measure_fidelity(seen, held_out, known=True, public=True)
                 rows.append(
                     {
                         "set": args.name,

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from utils.fast_linear import linear  # noqa: E402
+from utils.gradients.fast_linear import linear
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,7 +37,7 @@ def throughput_module():
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("throughput.py"))))
 
 
-def seconds_of(work: Callable[[], object], rounds: int = 7) -> float:
+def measure_seconds(work: Callable[[], object], rounds: int = 7) -> float:
     """Median, after one that does not count."""
     times = []
     for _ in range(rounds + 1):
@@ -54,14 +54,14 @@ def peaks(dtype: torch.dtype) -> dict[str, float]:
     for size in (512, 1024, 2048):
         a, b = torch.randn(2, size, size, dtype=dtype)
         for product in (torch.matmul, linear):  # MKL's, and where fp32 linear layers go
-            products.append(2 * size**3 / seconds_of(lambda f=product, a=a, b=b: f(a, b)))
+            products.append(2 * size**3 / measure_seconds(lambda f=product, a=a, b=b: f(a, b)))
     for channels, side, images in ((64, 32, 16), (128, 16, 32), (320, 32, 2)):
         x = torch.randn(images, channels, side, side, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3, dtype=dtype)
         weight = weight.contiguous(memory_format=torch.channels_last)
         operations = 2 * 9 * channels**2 * side**2 * images
-        elapsed = seconds_of(lambda x=x, w=weight: F.conv2d(x, w, padding=1))
+        elapsed = measure_seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1))
         convolutions.append(operations / elapsed)
     return {"matmul": max(products), "convolution": max(convolutions)}
 
@@ -84,7 +84,7 @@ def main():
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         next(steps)
     operations = counter.get_total_flops()
-    seconds = seconds_of(lambda: next(steps), 3 if args.shape == "sd15" else 9)
+    seconds = measure_seconds(lambda: next(steps), 3 if args.shape == "sd15" else 9)
     best = {name: peaks(dtype) for name, dtype in PRECISIONS.items()}
     floor = operations / best[args.mixed_precision]["matmul"]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

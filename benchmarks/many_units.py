@@ -40,12 +40,12 @@ def write_images(folder: Path, count: int) -> None:
     schema = pa.schema([("image", kind), ("label", pa.int64())], metadata={"huggingface": hints})
     for start in tqdm(range(0, count, SHARD), "writing images", leave=False):
         numbers = range(start, min(start + SHARD, count))
-        images = [{"bytes": png_of(number), "path": None} for number in numbers]
+        images = [{"bytes": encode_png(number), "path": None} for number in numbers]
         table = pa.table({"image": images, "label": [n % 10 for n in numbers]}, schema=schema)
         pq.write_table(table, folder / f"train-{start:09}.parquet", row_group_size=1000)
 
 
-def png_of(number: int) -> bytes:
+def encode_png(number: int) -> bytes:
     """A picture of a number in binary: 4 x 8 squares."""
     bits = np.array([number >> i & 1 for i in range(32)], np.uint8).reshape(4, 8)
     file = io.BytesIO()

@@ -20,29 +20,32 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from datasets import ClassLabel
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from utils.arguments.parsing import option, parse
+from utils.data.images import keep_readable, read_pixel_batches, scale_to_unit_range, tile_images
+from utils.data.rows import load_split, read_labels
+from utils.errors import UsageError, run_script
+from utils.evaluation.features import IMAGENET, load_efficientnet, normalise_pixels
+from utils.ledger.statement import build_statement
+from utils.privacy.accounting import account
+from utils.privacy.dp_sgd import add_noise_once
+from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.randomness import SecretRandomness
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from datasets import ClassLabel  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from utils.accounting import PrivacyPlan, account, make_plan, privacy_statement  # noqa: E402
-from utils.arguments import PrivacyArguments, option, parse  # noqa: E402
-from utils.data import keep_readable, labels_of, load_rows, pixel_batches, to_unit_range  # noqa: E402
-from utils.dp_sgd import add_noise_once  # noqa: E402
-from utils.entropy import SecretRandomness  # noqa: E402
-from utils.errors import UsageError, run_script  # noqa: E402
-from utils.features import IMAGENET, load_efficientnet, normalised  # noqa: E402
-from utils.generation import image_grid  # noqa: E402
 
 SIDE, FREQUENCIES, BLOCKS = 32, 5000, 8
 Features = Callable[[torch.Tensor], torch.Tensor]  # [n, 3, 32, 32] in [-1, 1] -> [n, D], norm one
@@ -88,7 +91,7 @@ def perceptual_features() -> Features:
     model, _ = load_efficientnet()
 
     def features(images: torch.Tensor) -> torch.Tensor:
-        x = normalised((images + 1) * 127.5, *IMAGENET)
+        x = normalise_pixels((images + 1) * 127.5, *IMAGENET)
         x = model._swish(model._bn0(model._conv_stem(x)))
         layers = [F.normalize(x.flatten(1), dim=1)]
         for block in model._blocks[:BLOCKS]:
@@ -116,7 +119,7 @@ def noisy_mean(
     for start in tqdm(range(0, len(images), 500), "features", leave=False):
         part = slice(start, start + 500)
         with torch.no_grad():
-            rows = features(to_unit_range(images[part]))
+            rows = features(scale_to_unit_range(images[part]))
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0).double()
         rows *= plan.max_grad_norm / rows.norm(dim=1, keepdim=True).clamp_min(1.0)
         if total is None:  # in float64: else one image would also change how all others round
@@ -182,7 +185,7 @@ def save_images(generator: Generator, names: list[str], count: int, folder: Path
             shown += [picture] if index < 80 else []
             lines.append(json.dumps({"file_name": f"{index:06}.png", "label": names[label]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    image_grid(shown, min(10, len(names))).save(folder / "grid.png")
+    tile_images(shown, min(10, len(names))).save(folder / "grid.png")
 
 
 def main():
@@ -193,22 +196,26 @@ def main():
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output_dir {folder} already holds files")
     with TemporaryDirectory() as cache:
-        rows = load_rows(args.dataset_name, None, None, args.split, cache)
+        rows = load_split(args.dataset_name, None, None, args.split, cache)
         if not isinstance(rows.features[args.label_column], ClassLabel):
             raise UsageError(f"--label_column {args.label_column} does not name its classes")
         names = rows.features[args.label_column].names  # public
         rows = keep_readable(rows, "image")[0]
-        images = torch.cat(list(pixel_batches(rows, "image", SIDE, 256)))
-        labels = torch.tensor([names.index(label) for label in labels_of(rows, args.label_column)])
-    privacy = PrivacyArguments(
+        images = torch.cat(list(read_pixel_batches(rows, "image", SIDE, 256)))
+        labels = torch.tensor(
+            [names.index(label) for label in read_labels(rows, args.label_column)]
+        )
+    plan = make_plan(
         target_epsilon=args.target_epsilon,
-        target_delta=args.target_delta,
+        num_units=len(images),
         expected_batch_size=len(images),  # every image is in the one release
+        steps=1,
         max_grad_norm=1.0,
+        delta=args.target_delta,
+        purpose="mean embedding",
     )
-    plan = replace(make_plan(len(images), privacy, steps=1), purpose="mean embedding")
     spent = account(plan.events(), plan.delta)
-    statement = privacy_statement(plan, plan.events(), spent, is_private=True) | {"files": {}}
+    statement = build_statement(plan, plan.events(), spent, is_private=True) | {"files": {}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
     if args.features == "random":

@@ -16,29 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from utils.arguments import (  # noqa: E402
+from utils.arguments.methods import LoraArguments
+from utils.arguments.parsing import parse
+from utils.arguments.training import (
     DataArguments,
     ModelArguments,
     PrivacyArguments,
     TrainingArguments,
-    parse,
 )
-from utils.data import captions_of, keep_readable, pixels_of, rows_of, to_unit_range  # noqa: E402
-from utils.errors import UsageError, run_script  # noqa: E402
-from utils.lora import LoraArguments, add_lora, save_lora  # noqa: E402
-from utils.pipelines import encode_captions, image_side, load_pipeline  # noqa: E402
+from utils.data.images import crop_to_pixels, keep_readable, scale_to_unit_range
+from utils.data.rows import load_rows, read_captions
+from utils.errors import UsageError, run_script
+from utils.models.denoising import tokenize_captions
+from utils.models.lora import add_lora, save_lora
+from utils.models.pipelines import choose_resolution, load_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -56,13 +60,17 @@ class Images(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = pixels_of(self.rows[index][self.image_column], self.resolution)
+        pixels = crop_to_pixels(self.rows[index][self.image_column], self.resolution)
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
-        return to_unit_range(pixels), encode_captions(self.tokenizer, [self.captions[index]])[0]
+        return scale_to_unit_range(pixels), tokenize_captions(
+            self.tokenizer, [self.captions[index]]
+        )[0]
 
 
-def loss_of(pipeline: DiffusionPipeline, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def compute_loss(
+    pipeline: DiffusionPipeline, pixels: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
     """The denoising loss of one batch: encode, add noise, predict."""
     vae_scale = pipeline.vae.config.scaling_factor
     with torch.no_grad():
@@ -98,10 +106,12 @@ def main():
         num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps,
     )
-    resolution = image_side(pipeline, data.resolution)
+    resolution = choose_resolution(pipeline, data.resolution)
     with TemporaryDirectory() as cache:
-        rows = keep_readable(rows_of(data, cache), data.image_column)[0]
-        captions = captions_of(rows, data.caption_column, data.label_column, data.caption_template)
+        rows = keep_readable(load_rows(data, cache), data.image_column)[0]
+        captions = read_captions(
+            rows, data.caption_column, data.label_column, data.caption_template
+        )
         how = (pipeline.tokenizer, resolution, training.random_flip)
         images = Images(rows, data.image_column, list(captions), *how)
         loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
@@ -111,7 +121,7 @@ def main():
         while bar.n < training.max_train_steps:
             for pixels, ids in loader:
                 with accelerator.autocast():
-                    loss = loss_of(
+                    loss = compute_loss(
                         pipeline, pixels.to(accelerator.device), ids.to(accelerator.device)
                     )
                 loss.backward()

@@ -19,15 +19,16 @@ from types import SimpleNamespace
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from diffusers import UNet2DConditionModel  # noqa: E402
-from operations import COUNTED  # noqa: E402
-from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from diffusers import UNet2DConditionModel
+from operations import COUNTED
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from utils.lora import LoraArguments, add_lora  # noqa: E402
-from utils.per_unit_gradients import PerUnitGradients  # noqa: E402
+from utils.arguments.methods import LoraArguments
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.lora import add_lora
 
 GIB = 2**30
 

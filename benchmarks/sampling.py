@@ -20,21 +20,19 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from utils.arguments.sampling import SamplingArguments
+from utils.models.adapters import load_adapter
+from utils.models.pipelines import load_pipeline
+from utils.models.public_models import build_stable_diffusion
+from utils.sampling.generation import generate_pieces, use_dpm_solver, write_metadata
+from utils.sampling.shards import plan_image_files
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-import torch  # noqa: E402
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
-
-from utils.generation import (  # noqa: E402
-    SamplingArguments,
-    draw_pieces,
-    use_dpm_solver,
-    write_metadata,
-)
-from utils.pipelines import load_adapter, load_pipeline  # noqa: E402
-from utils.public_models import build_stable_diffusion  # noqa: E402
-from utils.shards import image_pieces  # noqa: E402
 
 BASE = ROOT / "examples" / "digits" / "base"
 RESULTS = ROOT / "benchmarks" / "results" / "sampling.json"
@@ -75,12 +73,12 @@ def speed(args) -> dict[str, float]:
             for index, image in enumerate(plain(texts, **settings, **size).images):
                 image.save(out / f"{index}.png")
 
-        pieces = image_pieces(count)
+        pieces = plan_image_files(count)
         ways = {
             "loop": loop,
             "batched": batched,
-            "ours": lambda: draw_pieces(ours, entries, pieces, sampling, out),
-            "ours_bf16": lambda: draw_pieces(halved, entries, pieces, sampling, out),
+            "ours": lambda: generate_pieces(ours, entries, pieces, sampling, out),
+            "ours_bf16": lambda: generate_pieces(halved, entries, pieces, sampling, out),
         }
         seconds = {name: [] for name in ways}
         for turn in range(args.rounds + 1):
@@ -104,7 +102,7 @@ def quality(args, name: str, steps: int) -> dict:
     entries = [PROMPTS[i % 10] for i in range(args.num_images)]
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
-        draw_pieces(pipeline, entries, image_pieces(len(entries)), sampling, Path(folder))
+        generate_pieces(pipeline, entries, plan_image_files(len(entries)), sampling, Path(folder))
         seconds = time.perf_counter() - start
         write_metadata(Path(folder), entries)
         command = [sys.executable, "evaluate.py", "--synthetic", folder, "--metrics", "utility"]

@@ -23,23 +23,25 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+import numpy as np
+import torch
+from accelerate import Accelerator
+from common import plan_one_step
+from diffusers import UNet2DConditionModel
+
+from utils.arguments.methods import LoraArguments
+from utils.data.latents import EncodedUnits, Objective, group_rows_by_unit, unit_losses
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.lora import add_lora
+from utils.models.pipelines import load_pipeline
+from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import clipped_gradient_sum
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from diffusers import UNet2DConditionModel  # noqa: E402
-
-from utils.accounting import PrivacyPlan  # noqa: E402
-from utils.dp_sgd import add_noise_once, draw_poisson_batch  # noqa: E402
-from utils.entropy import SecretRandomness  # noqa: E402
-from utils.latents import EncodedUnits, Objective, rows_by_unit, unit_losses  # noqa: E402
-from utils.lora import LoraArguments, add_lora  # noqa: E402
-from utils.per_unit_gradients import PerUnitGradients  # noqa: E402
-from utils.pipelines import load_pipeline  # noqa: E402
-from utils.training import clipped_gradient_sum  # noqa: E402
 
 BASE = ROOT / "examples" / "digits" / "base"
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -73,13 +75,14 @@ class Case:
         add_lora(self.pipeline, LoraArguments(rank=rank))
         self.engine = PerUnitGradients(self.pipeline.unet)
         self.num_weights += self.engine.num_parameters
-        self.plan, self.micro = PrivacyPlan(N, B, 1, 1.0, 1.0, K, 0.1 / N), max(1, ROWS // K)
+        self.plan = plan_one_step(N, B, noise_multiplicity=K)
+        self.micro = max(1, ROWS // K)
         self.optimizer = torch.optim.AdamW(self.engine.parameters, lr=1e-6)
         self.units = mapped_units(N, self.pipeline.unet.config)
 
     def step(self) -> int:
         """How many units were drawn."""
-        batch = draw_poisson_batch(self.plan, self.randomness, self.accelerator)
+        batch = sample_poisson_batch(self.plan, self.randomness, self.accelerator)
         own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         where = (self.engine, self.losses, own, self.plan, self.micro)
         total = clipped_gradient_sum(self.accelerator, *where)
@@ -120,17 +123,17 @@ def mapped_units(count: int, config) -> EncodedUnits:
         latents = torch.from_file(path, shared=True, size=int(np.prod(shape))).view(shape)
     text = {"encoder_hidden_states": torch.randn(10, 16, config.cross_attention_dim)}
     captions = torch.arange(count, dtype=torch.int32) % 10
-    units = rows_by_unit(torch.arange(count))
+    units = group_rows_by_unit(torch.arange(count))
     return EncodedUnits(32, latents, torch.empty(0), text, captions, *units)
 
 
-def settings_of(axis: str) -> list[dict]:
+def collect_settings(axis: str) -> list[dict]:
     return [DEFAULTS | {axis: value} for value in AXES[axis]]
 
 
 def measure(axis: str, rounds: int, peaks: list[int]) -> dict:
     """Seconds for each value of one axis, and the exponents of these and of `peaks`."""
-    cases = [Case(**setting) for setting in settings_of(axis)]
+    cases = [Case(**setting) for setting in collect_settings(axis)]
     seconds = [[] for _ in cases]
     for turn in range(rounds + 1):
         for case, own in zip(cases, seconds, strict=True):
@@ -173,7 +176,7 @@ def processes() -> dict:
     seconds = {1: [], 2: []}
     for _ in range(3):
         for count, own in seconds.items():
-            own.append(of_another_process("--seconds_of", setting, world=count))
+            own.append(of_another_process("--measure_seconds", setting, world=count))
     one, two = (median(own) for own in seconds.values())
     return {"seconds": {"1": one, "2": two}, "efficiency": one / two / 2}
 
@@ -261,7 +264,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds_of", help=argparse.SUPPRESS)
+    parser.add_argument("--measure_seconds", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
         case = Case(**json.loads(args.peak_of))
@@ -269,15 +272,15 @@ def main():
             case.step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    if args.seconds_of:
-        case = Case(**json.loads(args.seconds_of))
+    if args.measure_seconds:
+        case = Case(**json.loads(args.measure_seconds))
         case.step()
         case.accelerator.print(case.seconds(least=1000))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     whole = {"processes": processes, "start_up": start_up}
     peaks = {  # while this process is small: a child's peak counts what its parent held
-        axis: [peak_bytes(setting) for setting in settings_of(axis)]
+        axis: [peak_bytes(setting) for setting in collect_settings(axis)]
         for axis in args.axes
         if axis in AXES
     }

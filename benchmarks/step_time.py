@@ -23,10 +23,11 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import Accelerator
+from common import plan_one_step
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from opacus import GradSampleModule
 from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
@@ -34,17 +35,19 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
 )
 from peft import LoraConfig
 
-from utils.accounting import PrivacyPlan
-from utils.dp_sgd import add_noise_once
-from utils.entropy import SecretRandomness, SecureRandomness
-from utils.fast_linear import use_fast_linear
-from utils.loda import LoDAConfig
-from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import ALL_TARGETS, DEFAULT_TARGETS, denoising_loss, resolve_targets
-from utils.saliency import Scoring
-from utils.training import clipped_gradient_sum
+from utils.arguments.methods import ALL_TARGETS, DEFAULT_TARGETS
+from utils.gradients.fast_linear import use_fast_linear
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.methods.saliency import Scoring
+from utils.models.denoising import denoising_loss
+from utils.models.loda.loda import LoDAConfig
+from utils.models.targets import resolve_targets
+from utils.privacy.dp_sgd import add_noise_once
+from utils.privacy.randomness import SecretRandomness, SecureRandomness
+from utils.privacy.training import clipped_gradient_sum
 
 ROOT = Path(__file__).resolve().parent.parent
+
 SHAPES = {
     "tiny": {"units": 32, "draws": 4, "side": 8},
     "sd15": {"units": 4, "draws": 1, "side": 32},
@@ -86,7 +89,7 @@ class Bench:
         self.engine = PerUnitGradients(self.unet)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         self.accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
-        self.plan = PrivacyPlan(10**5, self.units, 1, 1.0, 1.0, self.draws, 1e-6)
+        self.plan = plan_one_step(10**5, self.units, noise_multiplicity=self.draws)
         self.scheduler, self.randomness = DDPMScheduler(), SecretRandomness()
         rows, side, width = args.units * args.draws, args.side, self.unet.config.cross_attention_dim
         self.latents, self.noise = torch.randn(2, rows, 4, side, side)

@@ -28,42 +28,40 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+from accelerate import Accelerator
+from common import build_pipeline, load_plainly, make_rows, plan_one_step
+from diffusers.training_utils import cast_training_params
+from opacus import PrivacyEngine
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch.utils.data import DataLoader
+
+from utils.data.images import find_readable_rows
+from utils.data.latents import Objective, encode_units, unit_losses
+from utils.data.private_set import PrivateSet
+from utils.gradients import fast_linear, per_unit_gradients
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.denoising import denoising_loss
+from utils.models.pipelines import load_pipeline
+from utils.privacy.dp_sgd import add_noise_once
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import clipped_gradient_sum
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from datasets import Dataset, Features, Image, Value  # noqa: E402
-from diffusers import StableDiffusionPipeline  # noqa: E402
-from diffusers.training_utils import cast_training_params  # noqa: E402
-from opacus import PrivacyEngine  # noqa: E402
-from opacus.utils.batch_memory_manager import BatchMemoryManager  # noqa: E402
-from PIL import Image as PILImage  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-
-from utils import fast_linear, per_unit_gradients  # noqa: E402
-from utils.accounting import PrivacyPlan  # noqa: E402
-from utils.data import PrivateSet, readable_rows  # noqa: E402
-from utils.dp_sgd import add_noise_once  # noqa: E402
-from utils.entropy import SecretRandomness  # noqa: E402
-from utils.latents import Objective, encode_units, unit_losses  # noqa: E402
-from utils.lora import LoraArguments, add_lora  # noqa: E402
-from utils.per_unit_gradients import PerUnitGradients  # noqa: E402
-from utils.pipelines import denoising_loss, load_pipeline  # noqa: E402
-from utils.public_models import build_stable_diffusion  # noqa: E402
-from utils.training import clipped_gradient_sum  # noqa: E402
 
 SHAPES = {
     "tiny": {"resolution": 32, "micro_batch": 64, "steps": 4, "rounds": 9},
     "sd15": {"resolution": 256, "micro_batch": 4, "steps": 1, "rounds": 3},
 }
-CAPTIONS = [f"the digit {i}" for i in range(10)]
 KINDS = ["ours", "nonprivate_example", "opacus"]
 GAINS = ["channels_last", "fast_linear", "fused_lora"]
 
@@ -72,40 +70,6 @@ def ordinary_script():
     """benchmarks/nonprivate_lora.py as a module, found by its path: Opacus has a package of that
     name."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("nonprivate_lora.py"))))
-
-
-def build_pipeline(shape: str, load: Callable):
-    """The pipeline of a shape, as `load` loads it from its folder, with a LoRA."""
-    torch.manual_seed(0)
-    if shape == "tiny":
-        pipeline = load(str(ROOT / "examples" / "digits" / "base"))
-    else:
-        with TemporaryDirectory() as folder:
-            build_stable_diffusion("1.5", CAPTIONS).save_pretrained(folder)
-            pipeline = load(folder)
-    add_lora(pipeline, LoraArguments(rank=4))
-    return pipeline
-
-
-def load_plainly(folder: str) -> StableDiffusionPipeline:
-    """A pipeline as the example of diffusers loads it: frozen."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=torch.float32, safety_checker=None
-    )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False)
-    return pipeline
-
-
-def make_rows(count: int, side: int) -> Dataset:
-    """PNG images of noise, with captions."""
-    pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    columns = {
-        "image": [PILImage.fromarray(image) for image in pixels],
-        "text": [CAPTIONS[i % len(CAPTIONS)] for i in range(count)],
-    }
-    features = Features({"image": Image(), "text": Value("string")})
-    return Dataset.from_dict(columns, features=features)
 
 
 class Throughput:
@@ -123,14 +87,14 @@ class Throughput:
             cast_training_params(self.pipeline.unet)
         self.trained = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
-        plan = (len(self.rows), self.size, 1, 1.0, 1.0, 1, 1e-5)
-        self.plan, self.randomness = PrivacyPlan(*plan), SecretRandomness()
+        self.plan = plan_one_step(len(self.rows), self.size)
+        self.randomness = SecretRandomness()
         if "channels_last" in args.without:
             self.pipeline.unet.to(memory_format=torch.contiguous_format)
         if "fast_linear" in args.without:
             fast_linear.ONEDNN = False
         if "fused_lora" in args.without:
-            per_unit_gradients.lora_layers = lambda model: {}
+            per_unit_gradients.find_lora_layers = lambda model: {}
         self.engine = PerUnitGradients(self.pipeline.unet)
 
     def batches(self) -> DataLoader:
@@ -145,7 +109,7 @@ class Throughput:
     def ours(self) -> Iterator[None]:
         """Endless steps; what comes before the first is set-up."""
         everyone = torch.arange(len(self.rows))
-        digests = readable_rows(self.rows, "image")[1]
+        digests = find_readable_rows(self.rows, "image")[1]
         captions = list(self.rows["text"])
         private_set = PrivateSet(self.rows, "image", captions, everyone, 0, digests)
         with TemporaryDirectory() as folder:
@@ -172,7 +136,7 @@ class Throughput:
         while True:
             for pixels, ids in loader:
                 with self.accelerator.autocast():
-                    loss = script.loss_of(
+                    loss = script.compute_loss(
                         self.pipeline, pixels.to(self.device), ids.to(self.device)
                     )
                 loss.backward()
@@ -200,7 +164,7 @@ class Throughput:
                 while True:
                     for pixels, ids in batches:
                         with self.accelerator.autocast():
-                            loss = script.loss_of(
+                            loss = script.compute_loss(
                                 self.pipeline, pixels.to(self.device), ids.to(self.device)
                             )
                         loss.backward()
@@ -220,11 +184,11 @@ class Throughput:
         latents, noise = torch.randn(2, self.size, 4, side, side, generator=generator)
         words = torch.randn(self.size, 8, width, generator=generator)
         timesteps = torch.randint(1000, (self.size,), generator=generator)
-        plan = PrivacyPlan(self.size, self.size, 1, 0.0, 1e9, 1, 1e-5)
+        plan = replace(self.plan, noise_multiplier=0.0, max_grad_norm=1e9)
 
         def losses(units: torch.Tensor) -> torch.Tensor:
             inputs = (latents[units], words[units], noise[units], timesteps[units])
-            return denoising_loss(unet, scheduler, *(own.to(self.device) for own in inputs))
+            return denoising_loss(unet, scheduler, *(x.to(self.device) for x in inputs))
 
         def ordinary() -> None:
             with self.accelerator.autocast():

@@ -1,11 +1,14 @@
 """Tiny real models and tiny image folders, made once per test run."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
 import contextlib
 import gc
 import importlib
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +19,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-sys.path.sort(key=lambda entry: Path(entry).resolve() == ROOT)
-import evaluate  # noqa: E402, F401  the library, before pytest puts the script of its name first
-
-from utils.public_models import (  # noqa: E402
+from utils.errors import UsageError
+from utils.models.public_models import (
     assemble_pipeline,
     build_autoencoder,
     build_scheduler,
@@ -31,6 +29,7 @@ from utils.public_models import (  # noqa: E402
     build_unet,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 CAPTION = ["--label_column", "label", "--caption_template", "the digit {label}"]
 BUDGET = ["--target_epsilon", "8", "--target_delta", "1e-3"]
 
@@ -119,7 +118,6 @@ def quiet_environment() -> dict:
 
 def train_here(arguments: list, script: str = "train_dp_lora") -> str:
     """Run a training script in this process; returns what it printed, or its `UsageError`."""
-    from utils.errors import UsageError
 
     before, shown = sys.argv, io.StringIO()
     sys.argv = [f"{script}.py", *map(str, arguments)]

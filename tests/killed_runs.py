@@ -2,7 +2,7 @@
 
     python -m tests.killed_runs BASE IMAGES FOLDER --random 20
 
-After each kill the run goes on until it is published. Then ledger, checkpoints, privacy.json
+After each kill the run is resumed until it is published. Then ledger, checkpoints, privacy.json
 and the weights must verify; epsilon must be the planned one; and every step whose checkpoint ever
 existed must be on record. The last line is a summary in JSON.
 
@@ -21,10 +21,12 @@ import traceback
 from pathlib import Path
 
 import train_dp_lora
+import utils.methods.fine_tuning  # so that the forks need not
+import utils.models.lora  # noqa: F401
 from tests.conftest import train_arguments
-from utils import checkpoints, hub, ledger, reservations, runs
 from utils.errors import run_script
-from utils.verification import problems_of, read_source
+from utils.ledger import charges, checkpoints, ledger, reservations, runs, statement
+from utils.ledger.verification import find_problems, read_source
 
 STEPS, EVERY, SIGMA = 4, 2, 0.9
 
@@ -77,7 +79,7 @@ def half_a_deletion():
 
 
 def twice(prepare):
-    """A point for the first attempt, and again for the one that goes on with it."""
+    """A point for the first attempt, and again for the one that resumes it."""
     return [prepare, prepare]
 
 
@@ -92,7 +94,7 @@ POINTS = {
     "after a checkpoint is announced, before its release": lambda: die_on_call(
         runs, "announce_checkpoint", 2, after=True
     ),
-    "in the middle of a checkpoint": lambda: die_on_call(checkpoints, "sha256_of", 2),
+    "in the middle of a checkpoint": lambda: die_on_call(checkpoints, "hash_file", 2),
     "after a checkpoint, before it is noted": lambda: die_on_call(
         runs, "save_checkpoint", 2, after=True
     ),
@@ -100,16 +102,16 @@ POINTS = {
     "with a torn record of a checkpoint": lambda: half_an_append(4),
     "after the last checkpoint": lambda: die_on_call(runs, "rotate", 3, after=True),
     "while an old checkpoint is deleted": half_a_deletion,
-    "while the weights are exported": lambda: die_on_call(runs, "sha256_of", 1),
+    "while the weights are exported": lambda: die_on_call(runs, "hash_file", 1),
     "again while a release is taken back": [
         lambda: die_on_call(runs, "save_checkpoint", 2),
         lambda: die_on_call(reservations, "empty_unfinished", 1, after=True),
     ],
-    "twice while the weights are exported": twice(lambda: die_on_call(runs, "sha256_of", 1)),
+    "twice while the weights are exported": twice(lambda: die_on_call(runs, "hash_file", 1)),
     "twice after a release, before its checkpoint": twice(
         lambda: die_on_call(runs, "save_checkpoint", 1)
     ),
-    "before the statement": lambda: die_on_call(hub, "write_durably", 1),
+    "before the statement": lambda: die_on_call(statement, "write_durably", 1),
     "after the statement, before the weights": lambda: die_on_call(
         runs, "write_statement", 1, after=True
     ),
@@ -121,13 +123,13 @@ def release_after_the_checkpoint():
     """The order turned round, as a proof that the trials notice."""
 
     def save(self, step, state_dict, limit):
-        about = {"run": self.page.run, "agreed": self.agreed}
+        about = {"run": self.branch.run, "agreed": self.agreed}
         checkpoints.announce_checkpoint(self.checkpoints, step)
         checkpoints.save_checkpoint(self.checkpoints, step, state_dict(), about)
         if step == EVERY:
             die()
-        self.page.release(step, ledger.CHECKPOINT)
-        self.page.wrote(step, ledger.CHECKPOINT)
+        self.branch.release(step, charges.CHECKPOINT)
+        self.branch.wrote(step, charges.CHECKPOINT)
 
     runs.Run._save = save
 
@@ -163,24 +165,24 @@ def released_steps(output: Path) -> set[int]:
 
 
 def trial(arguments: list, output: Path, planned: float, prepare=None, seconds=None) -> dict:
-    """Kill, look, go on, verify. Returns what happened."""
+    """Kill, look, resume, verify. Returns what happened."""
     resume = []
     for attempt in prepare if isinstance(prepare, list) else [prepare]:
         status = in_a_child([*arguments, "--output_dir", output, *resume], attempt, seconds)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         assert killed or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0), status
-        found = checkpoints.steps_on_disk(output / "private" / "checkpoints")
+        found = checkpoints.list_steps(output / "private" / "checkpoints")
         assert set(found) <= released_steps(output), "a checkpoint that the ledger does not know"
         weights = (output / "pytorch_lora_weights.safetensors").exists()
         assert not weights or STEPS in released_steps(output), "weights that it does not know"
         resume = ["--resume_from_checkpoint", "latest"] if found else []
     if killed:
         status = in_a_child([*arguments, "--output_dir", output, *resume])
-        assert status == 0, f"going on ended with wait status {status}"
-    problems = problems_of(read_source(str(output), None))
+        assert status == 0, f"resuming ended with wait status {status}"
+    problems = find_problems(read_source(str(output), None))
     assert not problems, problems
-    statement = json.loads((output / "privacy.json").read_text())
-    assert abs(statement["epsilon"]["add_or_remove_one"] - planned) < 1e-9
+    published = json.loads((output / "privacy.json").read_text())
+    assert abs(published["epsilon"]["add_or_remove_one"] - planned) < 1e-9
     assert released_steps(output) >= set(range(0, STEPS + 1, EVERY)), "a released step is missing"
     return {"killed": killed, "resumed": bool(killed and resume), "released": len(found) > 1}
 
@@ -201,8 +203,8 @@ def main():
     start = time.time()
     assert in_a_child([*arguments, "--output_dir", args.folder / "reference"]) == 0
     whole = time.time() - start
-    statement = json.loads((args.folder / "reference" / "privacy.json").read_text())
-    planned = statement["epsilon"]["add_or_remove_one"]
+    published = json.loads((args.folder / "reference" / "privacy.json").read_text())
+    planned = published["epsilon"]["add_or_remove_one"]
     reserved = args.folder / "reference" / "private" / "run"
     first = min(reserved.stat().st_mtime - start, whole)
 

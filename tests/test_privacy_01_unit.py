@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import build_tiny_pipeline
-from tests.worlds import TAIL
-from utils.accounting import REPLACE_ONE, account, make_plan, pld_epsilon, privacy_statement
-from utils.arguments import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data import PrivateSet, load_rows, readable_rows, units_of
-from utils.entropy import SecretRandomness
+from tests.worlds import TAIL, build_plan
+from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
+from utils.data.images import find_readable_rows
+from utils.data.latents import (
+    EncodedUnits,
+    Objective,
+    encode_units,
+    group_rows_by_unit,
+    unit_losses,
+)
+from utils.data.private_set import PrivateSet, load_private_set
+from utils.data.rows import load_split, number_units
 from utils.errors import UsageError
-from utils.latents import EncodedUnits, Objective, encode_units, rows_by_unit, unit_losses
-from utils.planning import private_set_of, read_and_plan
+from utils.ledger.statement import build_statement
+from utils.methods.planning import preview, reserve
+from utils.privacy.accounting import REPLACE_ONE, account, pld_epsilon
+from utils.privacy.randomness import SecretRandomness
 
 
 def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
@@ -26,22 +35,22 @@ def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
     generator = torch.Generator().manual_seed(shuffle_seed)
     unit_of_row = unit_of_row[torch.randperm(len(unit_of_row), generator=generator)]
     latents, nothing = unit_of_row.float()[:, None, None, None, None], torch.zeros(1)
-    return EncodedUnits(16, latents, nothing, None, None, *rows_by_unit(unit_of_row))
+    return EncodedUnits(16, latents, nothing, None, None, *group_rows_by_unit(unit_of_row))
 
 
 def test_rows_are_units_unless_a_column_says_otherwise():
     rows = Dataset.from_dict({"patient": ["b", "a", "b", "c", "a", "b"]})
-    assert units_of(rows, None).tolist() == [0, 1, 2, 3, 4, 5]
-    assert units_of(rows, "patient").tolist() == [0, 1, 0, 2, 1, 0]
+    assert number_units(rows, None).tolist() == [0, 1, 2, 3, 4, 5]
+    assert number_units(rows, "patient").tolist() == [0, 1, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("hole", [None, "", float("nan")])
 def test_rows_that_nobody_owns_are_refused(hole):
     values = [1.0, hole, 2.0] if isinstance(hole, float) else ["1", hole, "2"]
     with pytest.raises(UsageError, match="1 row.s. have no value"):
-        units_of(Dataset.from_dict({"patient": values}), "patient")
+        number_units(Dataset.from_dict({"patient": values}), "patient")
     with pytest.raises(UsageError, match="the columns are patient"):
-        units_of(Dataset.from_dict({"patient": values}), "user")
+        number_units(Dataset.from_dict({"patient": values}), "user")
 
 
 @settings(max_examples=100, deadline=None)
@@ -53,7 +62,7 @@ def test_rows_that_nobody_owns_are_refused(hole):
 def test_a_unit_draws_its_own_rows_only_and_distinct_if_it_can(sizes, draws, seed):
     units = encoded(sizes, seed)
     wanted = torch.arange(len(sizes))
-    rows = units.draw_rows(wanted, draws, SecretRandomness())
+    rows = units.sample_rows(wanted, draws, SecretRandomness())
     assert rows.shape == (len(sizes), draws)
     assert (units.latents[rows].flatten(1) == wanted[:, None]).all()
     for unit, size in enumerate(sizes):
@@ -62,7 +71,7 @@ def test_a_unit_draws_its_own_rows_only_and_distinct_if_it_can(sizes, draws, see
 
 def test_every_row_of_a_unit_is_equally_likely():
     units, repeats = encoded([1, 7, 50]), 20_000
-    rows = units.draw_rows(torch.full((repeats,), 2), 3, SecretRandomness())
+    rows = units.sample_rows(torch.full((repeats,), 2), 3, SecretRandomness())
     counts = rows.flatten().bincount(minlength=58).double()[units.latents.flatten() == 2]
     share = 3 / 50
     deviation = (repeats * share * (1 - share)) ** 0.5
@@ -73,13 +82,13 @@ def spoilt_units(image_folder, tmp_path, what: str = "images") -> list[int]:
     """The units, of 5 of unlike sizes, whose loss is spoilt when what is unit 2's is spoilt."""
     pipeline = build_tiny_pipeline()
     pipeline.text_encoder.requires_grad_(False)
-    rows = load_rows(None, None, str(image_folder), "train", tmp_path)
+    rows = load_split(None, None, str(image_folder), "train", tmp_path)
     unit_of_row = torch.tensor([0, 2, 1, 3, 3, 2, 4, 3, 1, 2] * 4)
     captions = ["the digit 8" if unit == 2 else "the digit 1" for unit in unit_of_row]
     if what == "captions of a trained encoder":
         words = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     private_set = PrivateSet(
-        rows, "image", captions, unit_of_row, 0, readable_rows(rows, "image")[1]
+        rows, "image", captions, unit_of_row, 0, find_readable_rows(rows, "image")[1]
     )
     units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents")
     if what == "images":
@@ -104,18 +113,17 @@ def test_a_units_loss_depends_on_the_rows_of_that_unit_only(image_folder, tmp_pa
 
 def test_rows_that_reach_another_unit_are_caught(image_folder, tmp_path, monkeypatch):
     def off_by_one_unit(unit_of_row):
-        order, first, count = rows_by_unit(unit_of_row)
+        order, first, count = group_rows_by_unit(unit_of_row)
         return order, first.roll(1), count
 
-    monkeypatch.setattr("utils.latents.rows_by_unit", off_by_one_unit)
+    monkeypatch.setattr("utils.data.latents.group_rows_by_unit", off_by_one_unit)
     assert spoilt_units(image_folder, tmp_path) != [2]
 
 
 def test_epsilon_is_for_units_and_says_which():
-    privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-4, expected_batch_size=50)
-    plan = make_plan(500, privacy, 10, "patient_id")
+    plan = build_plan(num_units=500, expected_batch_size=50, steps=10, unit_column="patient_id")
     spent = account([plan.event()], plan.delta)
-    statement = privacy_statement(plan, [plan.event()], spent, True)
+    statement = build_statement(plan, [plan.event()], spent, True)
     assert statement["num_units"] == 500
     assert statement["privacy_unit"] == "all images of one patient_id"
     assert statement["max_rows_per_unit"] is None
@@ -137,23 +145,26 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     data = DataArguments(
         train_data_dir=str(folder), caption_column="text", privacy_unit_column="patient"
     )
-    privacy = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3, expected_batch_size=2)
     training = TrainingArguments(output_dir=str(tmp_path / "run"))
     (tmp_path / "run" / "private").mkdir(parents=True)
 
-    def make(num_units):
-        return make_plan(num_units, privacy, training.max_train_steps, "patient")
+    def plan_for(num_units):
+        return build_plan(num_units=num_units, expected_batch_size=2, unit_column="patient")
 
-    private_set, plan, _ = read_and_plan(accelerator, data, privacy, training, {}, make)
+    asked = (accelerator, data, PrivacyArguments(), training)
+    private_set, plan, _ = reserve(*asked, {}, plan_for)
+    assert preview(*asked, plan_for)[1] == plan
     assert (private_set.num_units, plan.num_units, private_set.skipped) == (3, 3, 1)
     assert len(private_set.captions) == 10
 
 
 def test_processes_that_read_different_rows_stop(image_folder, tmp_path, monkeypatch):
     """An index would mean one unit here and another there, so that one unit could count twice."""
-    rows = load_rows(None, None, str(image_folder), "train", tmp_path / "cache")
+    rows = load_split(None, None, str(image_folder), "train", tmp_path / "cache")
     data = DataArguments(label_column="label", caption_template="the digit {label}")
-    assert private_set_of(rows, data).num_units == 40
-    monkeypatch.setattr("utils.planning.gather_object", lambda mine: [*mine, "something else"])
+    assert load_private_set(rows, data).num_units == 40
+    monkeypatch.setattr(
+        "utils.data.private_set.gather_object", lambda mine: [*mine, "something else"]
+    )
     with pytest.raises(UsageError, match="different data"):
-        private_set_of(rows, data)
+        load_private_set(rows, data)

@@ -7,20 +7,20 @@ comparisons a test keep the false-alarm rate of each below 1e-6.
 import pytest
 import torch
 
-from tests.worlds import TAIL, assert_normal, plan_of, update_of
-from utils import training
-from utils.entropy import SecretRandomness, SecureRandomness
-from utils.mutants import broken
+from tests.worlds import TAIL, assert_normal, build_plan, measure_update
+from utils.audit.mutants import broken
+from utils.privacy import training
+from utils.privacy.randomness import SecretRandomness, SecureRandomness
 
 SOURCES = [SecretRandomness, SecureRandomness]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_unit_is_drawn_independently_with_probability_q(accelerator, source):
-    plan, draws, randomness = plan_of(), 4000, source()
+    plan, draws, randomness = build_plan(), 4000, source()
     included = torch.zeros(draws, plan.num_units, dtype=torch.float64)
     for row in included:
-        row[training.draw_poisson_batch(plan, randomness, accelerator)] = 1
+        row[training.sample_poisson_batch(plan, randomness, accelerator)] = 1
     q = plan.sampling_rate
     deviation = (q * (1 - q) / draws) ** 0.5
     assert (included.mean(0) - q).abs().max() < TAIL * deviation
@@ -42,8 +42,8 @@ def test_shuffled_batches_are_caught(accelerator):
 
 
 def test_empty_batches_are_emitted(accelerator):
-    plan, randomness = plan_of(num_units=10, expected_batch_size=0.5), SecretRandomness()
-    sizes = [len(training.draw_poisson_batch(plan, randomness, accelerator)) for _ in range(500)]
+    plan, randomness = build_plan(num_units=10, expected_batch_size=0.5), SecretRandomness()
+    sizes = [len(training.sample_poisson_batch(plan, randomness, accelerator)) for _ in range(500)]
     assert 0 in sizes and max(sizes) > 0
 
 
@@ -51,8 +51,8 @@ NEARLY_EMPTY = {"num_units": 10**6, "expected_batch_size": 1e-9}
 
 
 def test_an_empty_batch_is_a_noisy_step(accelerator):
-    plan = plan_of(**NEARLY_EMPTY, noise_multiplier=0.7, max_grad_norm=0.3)
-    assert_normal(update_of(accelerator, plan), 0.7 * 0.3)
+    plan = build_plan(**NEARLY_EMPTY, noise_multiplier=0.7, max_grad_norm=0.3)
+    assert_normal(measure_update(accelerator, plan), 0.7 * 0.3)
 
 
 def test_skipping_empty_batches_is_caught(accelerator, monkeypatch):

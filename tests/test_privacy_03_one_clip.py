@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import utils.training
-from tests.worlds import HOSTILE, LinearWorld, UNetWorld, plan_of
-from utils.arguments import CLIPPING_MODES
-from utils.dp_sgd import clipped_sum
-from utils.mutants import broken
+import utils.privacy.training
+from tests.worlds import HOSTILE, LinearWorld, UNetWorld, build_plan
+from utils.arguments.training import CLIPPING_MODES
+from utils.audit.mutants import broken
+from utils.privacy.dp_sgd import clipped_sum
 
 
 @settings(max_examples=120, deadline=None)
@@ -21,14 +21,13 @@ from utils.mutants import broken
     draws=st.integers(1, 4),
     micro=st.integers(1, 8),
     bound=st.sampled_from([1e-3, 0.15, 1.0, 50.0]),
+    world=st.fixed_dictionaries({"seed": st.integers(0, 100), "wide": st.booleans()}),
     clipping=st.sampled_from(CLIPPING_MODES),
-    seed=st.integers(0, 100),
-    wide=st.booleans(),
 )
 def test_one_unit_moves_the_sum_by_at_most_C(
-    accelerator, kinds, draws, micro, bound, clipping, seed, wide
+    accelerator, kinds, draws, micro, bound, world, clipping
 ):
-    world = LinearWorld(kinds, draws, seed, wide)
+    world = LinearWorld(kinds, draws, **world)
     move = world.largest_move(accelerator, micro, max_grad_norm=bound, clipping=clipping)
     assert move <= bound * (1 + 1e-5) * (1 + 1e-6 * len(kinds))
 
@@ -114,7 +113,7 @@ def _every_tensor_gets_the_whole_bound(record, plan):
 def test_the_replay_catches_broken_clipping(accelerator, monkeypatch, mutant):
     world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
     assert world.largest_move(accelerator, max_grad_norm=0.15) <= 0.15 * (1 + 1e-5)
-    monkeypatch.setattr(utils.training, "clipped_sum", mutant)
+    monkeypatch.setattr(utils.privacy.training, "clipped_sum", mutant)
     assert not world.largest_move(accelerator, max_grad_norm=0.15) <= 0.15 * (1 + 1e-5)
 
 
@@ -129,10 +128,10 @@ def test_the_replay_catches_copies_clipped_one_by_one(accelerator):
     """The published DP-LoRA bug: one image contributes up to K * C."""
     world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
     everyone, rest = torch.arange(3), torch.arange(1, 3)
-    plan = plan_of(noise_multiplicity=4, max_grad_norm=0.15)
+    plan = build_plan(noise_multiplicity=4, max_grad_norm=0.15)
     with broken("copies_clipped_one_by_one"):
         whole, without = (
-            utils.training.clipped_gradient_sum(
+            utils.privacy.training.clipped_gradient_sum(
                 accelerator, world.engine, world.losses, units, plan, 8
             )
             for units in (everyone, rest)

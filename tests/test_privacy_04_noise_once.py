@@ -6,23 +6,23 @@ False-alarm rates as in `tests/worlds.py`: below 1e-6 a test.
 import pytest
 import torch
 
-from tests.worlds import assert_normal, plan_of, update_of
-from utils import training
-from utils.accounting import PrivacyPlan
-from utils.dp_sgd import add_noise_once
-from utils.entropy import SecretRandomness, SecureRandomness
-from utils.mutants import broken
+from tests.worlds import assert_normal, build_plan, measure_update
+from utils.audit.mutants import broken
+from utils.privacy import training
+from utils.privacy.dp_sgd import add_noise_once
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.randomness import SecretRandomness, SecureRandomness
 
 
 @pytest.mark.parametrize("source", [SecretRandomness, SecureRandomness])
 def test_noise_is_added_once_a_step_however_many_micro_batches(accelerator, source):
-    plan = plan_of(expected_batch_size=150, noise_multiplier=2.0, max_grad_norm=0.5)
-    assert_normal(update_of(accelerator, plan, source()), 2.0 * 0.5)
+    plan = build_plan(expected_batch_size=150, noise_multiplier=2.0, max_grad_norm=0.5)
+    assert_normal(measure_update(accelerator, plan, source()), 2.0 * 0.5)
 
 
 def test_noise_of_different_steps_is_independent(accelerator):
-    plan = plan_of(num_units=10**6, expected_batch_size=1e-9, steps=4)
-    assert_normal(update_of(accelerator, plan), 4**0.5)
+    plan = build_plan(num_units=10**6, expected_batch_size=1e-9, steps=4)
+    assert_normal(measure_update(accelerator, plan), 4**0.5)
 
 
 def _noise_twice(total, plan, randomness, accelerator):
@@ -35,19 +35,19 @@ MUTANTS = ["no_noise", "noise_divided_by_batch", "noise_reused_each_step", "nois
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_noise_tests_catch_broken_noise(accelerator, monkeypatch, mutant):
-    plan = plan_of(expected_batch_size=150, steps=2)
-    assert_normal(update_of(accelerator, plan), 2**0.5)
+    plan = build_plan(expected_batch_size=150, steps=2)
+    assert_normal(measure_update(accelerator, plan), 2**0.5)
     monkeypatch.setattr(training, "_check_that_weights_moved", lambda *_: None)
     if mutant == "noise_twice":
         monkeypatch.setattr(training, "add_noise_once", _noise_twice)
         mutant = None
     with broken(mutant), pytest.raises(AssertionError):
-        assert_normal(update_of(accelerator, plan), 2**0.5)
+        assert_normal(measure_update(accelerator, plan), 2**0.5)
 
 
 def mean_of_a_sum(accelerator, drawn: int) -> torch.Tensor:
     """The released gradient, without noise, when `drawn` units each contribute 1."""
-    plan = plan_of(expected_batch_size=50, noise_multiplier=0.0)
+    plan = build_plan(expected_batch_size=50, noise_multiplier=0.0)
     total = torch.full((7,), float(drawn))
     return training.add_noise_once(total, plan, SecretRandomness(), accelerator)
 

@@ -5,11 +5,11 @@ import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 
-import utils.training
+import utils.privacy.training
 from tests.worlds import LinearWorld
-from utils.data import keep_readable
-from utils.dp_sgd import clip_scales
+from utils.data.images import keep_readable
 from utils.errors import UsageError
+from utils.privacy.dp_sgd import clip_scales
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -33,7 +33,7 @@ def _whole_batch_dropped(record, plan):
 
 @pytest.mark.parametrize("mutant", [_nan_spreads, _whole_batch_dropped])
 def test_the_test_catches_bad_values_that_spread(accelerator, monkeypatch, mutant):
-    monkeypatch.setattr(utils.training, "clipped_sum", mutant)
+    monkeypatch.setattr(utils.privacy.training, "clipped_sum", mutant)
     with pytest.raises(AssertionError):
         test_a_bad_unit_leaves_the_others_unchanged(accelerator, False)
 

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.worlds import TAIL, assert_normal, plan_of, update_of
-from utils import entropy
-from utils.arguments import PrivacyArguments
-from utils.entropy import SecretRandomness, SecureRandomness
+from tests.worlds import TAIL, assert_normal, build_plan, measure_update
 from utils.errors import UsageError
-from utils.fine_tuning import secret_randomness
+from utils.privacy import randomness
+from utils.privacy.randomness import SecretRandomness, SecureRandomness, make_randomness
 
 SOURCES = [SecretRandomness, SecureRandomness]
 
@@ -40,9 +38,9 @@ def test_a_published_seed_is_caught():
 
 def test_two_runs_that_differ_in_nothing_draw_different_noise(accelerator):
     torch.manual_seed(0)
-    first = update_of(accelerator, plan_of())
+    first = measure_update(accelerator, build_plan())
     torch.manual_seed(0)
-    assert not torch.equal(first, update_of(accelerator, plan_of()))
+    assert not torch.equal(first, measure_update(accelerator, build_plan()))
 
 
 def test_keys_have_more_than_64_bits():
@@ -76,10 +74,12 @@ def test_the_draws_have_the_distributions_they_claim(source):
 def test_secure_noise_is_a_sum_of_four_draws_of_the_operating_system(monkeypatch):
     """All of its bits come from os.urandom; four Gaussians (two pairs) make one value."""
     asked = []
-    monkeypatch.setattr(entropy.os, "urandom", lambda n: asked.append(n) or bytes(range(256)) * n)
+    monkeypatch.setattr(
+        randomness.os, "urandom", lambda n: asked.append(n) or bytes(range(256)) * n
+    )
     with pytest.raises(ValueError, match="reshape"):  # the fake gives too many bytes to be used
         SecureRandomness().noise((10,))
-    monkeypatch.setattr(entropy.os, "urandom", lambda n: asked.append(n) or b"\x80" * n)
+    monkeypatch.setattr(randomness.os, "urandom", lambda n: asked.append(n) or b"\x80" * n)
     asked.clear()
     noise = SecureRandomness().noise((10,))
     assert asked == [80, 80, 80, 80]
@@ -98,20 +98,23 @@ def test_secure_noise_takes_far_more_values_than_one_float_draw():
 
 
 def test_the_arguments_choose_the_source():
-    kinds = {
-        secure: type(secret_randomness(PrivacyArguments(secure_noise=secure)))
-        for secure in (False, True)
-    }
+    kinds = {secure: type(make_randomness(secure)) for secure in (False, True)}
     assert kinds == {False: SecretRandomness, True: SecureRandomness}
-    assert secret_randomness(PrivacyArguments(debug_noise_seed=1)).is_private is False
+    assert make_randomness(debug_seed=1).is_private is False
     with pytest.raises(UsageError, match="exclude each other"):
-        secret_randomness(PrivacyArguments(secure_noise=True, debug_noise_seed=1))
+        make_randomness(secure=True, debug_seed=1)
 
 
 def test_no_global_generator_is_used_by_the_private_step():
     """Draws of the engine go through SecretRandomness: its files name no other source."""
     sources = ["torch.rand", "randn_like", "randint", "randperm", "np.random", "manual_seed"]
-    for name in ("dp_sgd", "training", "latents", "per_unit_gradients", "unit_leaves"):
-        text = (ROOT / "utils" / f"{name}.py").read_text()
+    private = [
+        *(ROOT / "utils" / "gradients").glob("*.py"),
+        *(ROOT / "utils" / "data").glob("*.py"),
+    ]
+    private += [ROOT / "utils" / "privacy" / f"{name}.py" for name in ("dp_sgd", "training")]
+    assert len(private) > 10
+    for path in private:
+        text = path.read_text()
         for source in sources:
-            assert source not in text, f"utils/{name}.py draws from {source}"
+            assert source not in text, f"{path} samples from {source}"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.worlds import LinearWorld, plan_of, train
-from utils import training
-from utils.entropy import SecretRandomness
-from utils.training import TrainingState
+from tests.worlds import LinearWorld, build_plan, train
+from utils.privacy import training
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import TrainingState
 
 
 def test_no_loss_norm_or_batch_size_is_shown(trained):
@@ -51,7 +51,7 @@ def told(accelerator, monkeypatch, kind: str) -> list:
         optimizer = torch.optim.SGD(world.engine.parameters, lr=1.0)
         constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         state = TrainingState(world.engine, optimizer, constant)
-        train(accelerator, state, world.losses, plan_of(steps=3), SecretRandomness(), 64)
+        train(accelerator, state, world.losses, build_plan(steps=3), SecretRandomness(), 64)
     return heard
 
 

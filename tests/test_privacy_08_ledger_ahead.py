@@ -8,11 +8,11 @@ import pytest
 
 from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
 from tests.killed_runs import POINTS
-from utils.accounting import pld_epsilon
-from utils.checkpoints import steps_on_disk
 from utils.errors import UsageError
-from utils.ledger import Ledger
-from utils.verification import problems_of, read_source
+from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about, read_state
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import find_problems, read_source
+from utils.privacy.accounting import pld_epsilon
 
 FEW = ["--rank", 2, "--checkpointing_steps", 1, "--num_validation_images", 1]
 
@@ -54,21 +54,21 @@ def start(base, images, output, *more) -> str:
     return train_here(train_arguments(base, images, output, *more))
 
 
-def copy_of(folder, target):
+def copy_folder(folder, target):
     subprocess.run(["cp", "-r", folder, target], check=True)
     return target
 
 
 def spent_on(output) -> float:
     statement = read_json(output / "privacy.json")
-    assert not problems_of(read_source(str(output), None))
+    assert not find_problems(read_source(str(output), None))
     return statement["epsilon"]["add_or_remove_one"]
 
 
 def test_going_on_from_the_last_checkpoint_costs_nothing(
     finished, tiny_base, image_folder, tmp_path
 ):
-    output = copy_of(finished[0], tmp_path / "run")
+    output = copy_folder(finished[0], tmp_path / "run")
     before = (output / "pytorch_lora_weights.safetensors").read_bytes()
     planned = spent_on(output)
     start(tiny_base, image_folder, output, *finished[1], "--resume_from_checkpoint", "latest")
@@ -79,7 +79,7 @@ def test_going_on_from_the_last_checkpoint_costs_nothing(
 def test_going_on_from_an_older_one_charges_the_difference(
     finished, tiny_base, image_folder, tmp_path
 ):
-    output = copy_of(finished[0], tmp_path / "run")
+    output = copy_folder(finished[0], tmp_path / "run")
     more = [*finished[1], "--resume_from_checkpoint", "checkpoint-1"]
     said = start(tiny_base, image_folder, output, *more)
     assert "charges 2 steps once more" in said
@@ -92,12 +92,12 @@ def test_going_on_from_an_older_one_charges_the_difference(
 def test_a_damaged_checkpoint_falls_back_and_is_charged(
     finished, tiny_base, image_folder, tmp_path
 ):
-    output = copy_of(finished[0], tmp_path / "run")
+    output = copy_folder(finished[0], tmp_path / "run")
     state = output / "private" / "checkpoints" / "checkpoint-3" / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     more = [*finished[1], "--resume_from_checkpoint", "latest"]
     said = start(tiny_base, image_folder, output, *more)
-    assert "checkpoint-3 is missing or damaged" in said and "going on from the one before" in said
+    assert "checkpoint-3 is missing or damaged" in said and "resuming from the one before" in said
     assert [event["steps"] for event in read_json(output / "privacy.json")["events"]] == [4]
     assert spent_on(output) > spent_on(finished[0])
 
@@ -126,7 +126,7 @@ CHANGES = [
 def test_a_changed_plan_or_adapter_is_refused_naming_it(
     finished, tiny_base, image_folder, tmp_path, change, difference
 ):
-    output = copy_of(finished[0], tmp_path / "run")
+    output = copy_folder(finished[0], tmp_path / "run")
     arguments = train_arguments(tiny_base, image_folder, output, *finished[1])
     if change[0] == "--noise_multiplier":
         at = arguments.index("--target_epsilon")
@@ -141,13 +141,13 @@ def test_another_base_model_or_set_is_refused_naming_it(
     finished, tiny_base, image_folder, tmp_path
 ):
     latest = [*finished[1], "--resume_from_checkpoint", "latest"]
-    images, output = copy_of(image_folder, tmp_path / "images"), tmp_path / "own"
+    images, output = copy_folder(image_folder, tmp_path / "images"), tmp_path / "own"
     start(tiny_base, images, output, *finished[1])
     (images / "0" / "0.png").write_bytes(b"damaged since")
     assert "num_units was 40, is 39" in start(tiny_base, images, output, *latest)
     (images / "0" / "0.png").unlink()
     assert "num_units was 40, is 39" in start(tiny_base, images, output, *latest)
-    output = copy_of(finished[0], tmp_path / "run")
+    output = copy_folder(finished[0], tmp_path / "run")
     assert "train_data_dir was" in start(tiny_base, images, output, *latest)
 
     from diffusers import StableDiffusionPipeline
@@ -161,10 +161,9 @@ def test_another_base_model_or_set_is_refused_naming_it(
 
 def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
     """Adapter, optimizer, schedule, average and step: no generator, and no seed in either."""
-    from utils.checkpoints import path_of, read_about, read_state
 
     private = finished[0] / "private"
-    checkpoint = path_of(private / "checkpoints", 3)
+    checkpoint = locate_checkpoint(private / "checkpoints", 3)
     state = read_state(checkpoint)
     assert set(state) == {"adapter", "optimizer", "lr_scheduler", "average", "step"}
     assert set(read_about(checkpoint)) == {"schema_version", "step", "run", "agreed", "sha256"}
@@ -188,15 +187,15 @@ def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
 
 
 def test_old_checkpoints_go_and_the_newest_stay(finished, tiny_base, image_folder, tmp_path):
-    assert steps_on_disk(finished[0] / "private" / "checkpoints") == [0, 1, 2, 3]
+    assert list_steps(finished[0] / "private" / "checkpoints") == [0, 1, 2, 3]
     start(tiny_base, image_folder, tmp_path / "run", *FEW, "--checkpoints_total_limit", 2)
-    assert steps_on_disk(tmp_path / "run" / "private" / "checkpoints") == [2, 3]
+    assert list_steps(tmp_path / "run" / "private" / "checkpoints") == [2, 3]
 
 
 def test_a_process_whose_run_went_on_elsewhere_releases_nothing_more(tmp_path):
-    from tests.worlds import plan_of
+    from tests.worlds import build_plan
 
-    ledger, terms = Ledger(tmp_path / "ledger.jsonl"), plan_of(steps=5).terms(True)
+    ledger, terms = Ledger(tmp_path / "ledger.jsonl"), build_plan(steps=5).terms(True)
     first = ledger.reserve(terms)
     first.release(2, "checkpoint")
     first.wrote(2, "checkpoint")

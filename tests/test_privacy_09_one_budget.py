@@ -8,36 +8,37 @@ import threading
 import pytest
 
 from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
-from tests.worlds import plan_of
-from utils import ledger as ledger_module
-from utils.accounting import pld_epsilon
+from tests.worlds import build_plan
 from utils.errors import UsageError
-from utils.ledger import Ledger, charged_events
-from utils.verification import problems_of, read_source
+from utils.ledger import ledger as ledger_module
+from utils.ledger.charges import charged_events
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import find_problems, read_source
+from utils.privacy.accounting import pld_epsilon
 
 
 def terms(steps: int = 5, **changes) -> dict:
-    return plan_of(steps=steps).terms(True) | changes
+    return build_plan(steps=steps).terms(True) | changes
 
 
-def epsilon_of(*steps: int) -> float:
-    return pld_epsilon([plan_of(steps=count).event() for count in steps], 1e-4)
+def epsilon_after(*steps: int) -> float:
+    return pld_epsilon([build_plan(steps=count).event() for count in steps], 1e-4)
 
 
 def test_runs_on_one_ledger_are_composed(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for steps in (5, 7):
-        page = ledger.reserve(terms(steps), total_epsilon=epsilon_of(5, 7) + 1e-6)
-        page.release(steps, "weights")
+        branch = ledger.reserve(terms(steps), total_epsilon=epsilon_after(5, 7) + 1e-6)
+        branch.release(steps, "weights")
     events = charged_events(ledger.records())
     assert [event["steps"] for event in events] == [5, 7]
-    assert pld_epsilon(events, 1e-4) == epsilon_of(5, 7)
+    assert pld_epsilon(events, 1e-4) == epsilon_after(5, 7)
     with pytest.raises(UsageError, match="above --total_epsilon"):
-        ledger.reserve(terms(1), total_epsilon=epsilon_of(5, 7) + 1e-6)
+        ledger.reserve(terms(1), total_epsilon=epsilon_after(5, 7) + 1e-6)
 
 
 def test_what_a_live_run_reserved_counts_until_it_is_handed_back(tmp_path):
-    ledger, cap = Ledger(tmp_path / "ledger.jsonl"), epsilon_of(8) + 1e-3
+    ledger, cap = Ledger(tmp_path / "ledger.jsonl"), epsilon_after(8) + 1e-3
     live = ledger.reserve(terms(8), cap)
     live.release(3, "checkpoint")
     with pytest.raises(UsageError, match=f"unfinished: {live.run}"):
@@ -86,7 +87,7 @@ def test_two_runs_at_once_cannot_both_take_the_last_of_the_budget(
     refused = 0 if runs[0].returncode else 1
     assert "above --total_epsilon 9" in said[refused]
     winner = tmp_path / ("second", "first")[refused]
-    assert not problems_of(read_source(str(winner), None))
+    assert not find_problems(read_source(str(winner), None))
 
     # A third, later run is told of, in the statement of the one after it.
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "third", *shared[:2])
@@ -96,12 +97,12 @@ def test_two_runs_at_once_cannot_both_take_the_last_of_the_budget(
     together = statement["ledger"]["everything"]
     assert [event["steps"] for event in together["events"]] == [3, 3]
     assert together["epsilon"]["add_or_remove_one"] > 9
-    assert not problems_of(read_source(str(tmp_path / "third"), None))
+    assert not find_problems(read_source(str(tmp_path / "third"), None))
 
 
 def admitted(tmp_path, monkeypatch) -> int:
     """How many of two threads get in that both try to look before either writes."""
-    ledger, cap = Ledger(tmp_path / "ledger.jsonl"), epsilon_of(5)
+    ledger, cap = Ledger(tmp_path / "ledger.jsonl"), epsilon_after(5)
     both, whole, got = threading.Barrier(2), ledger_module.check_admissible, []
 
     def looks(*arguments):

@@ -7,28 +7,29 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-import utils.accounting
-from utils.accounting import (
+import utils.privacy.accounting
+from tests.worlds import build_plan
+from utils.errors import UsageError
+from utils.privacy.accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
-    PrivacyPlan,
     account,
-    make_plan,
     pld_epsilon,
     prv_epsilon,
 )
-from utils.arguments import PrivacyArguments
-from utils.errors import UsageError
-from utils.replace_one import ReplaceOnePRV
+from utils.privacy.plan import make_plan
+from utils.privacy.replace_one import ReplaceOnePRV
 
 
 def planned(num_units=5000, steps=40, **changes):
-    asked = {"expected_batch_size": 250, "target_delta": 1e-5} | changes
-    return make_plan(num_units, PrivacyArguments(**asked), steps)
+    numbers = {"expected_batch_size": 250, "delta": 1e-5, "max_grad_norm": 1.0} | changes
+    return make_plan(num_units=num_units, steps=steps, **numbers)
 
 
 def event(sigma, q=1.0, steps=1):
-    return PrivacyPlan(10**6, q * 10**6, steps, sigma, 1.0, 1, 1e-7).event()
+    return build_plan(
+        num_units=10**6, expected_batch_size=q * 10**6, steps=steps, noise_multiplier=sigma
+    ).event()
 
 
 def gaussian_delta(epsilon, sigma):
@@ -94,12 +95,12 @@ def test_calibration_meets_the_budget_and_wastes_little(epsilon):
 
 @pytest.mark.parametrize("relation", [ADD_OR_REMOVE_ONE, REPLACE_ONE])
 def test_disagreeing_accountants_stop_the_run(monkeypatch, relation):
-    whole = utils.accounting.prv_epsilon
+    whole = utils.privacy.accounting.prv_epsilon
 
     def wrong(events, delta, asked=ADD_OR_REMOVE_ONE):
         return whole(events, delta, asked) - (1.0 if asked == relation else 0.0)
 
-    monkeypatch.setattr(utils.accounting, "prv_epsilon", wrong)
+    monkeypatch.setattr(utils.privacy.accounting, "prv_epsilon", wrong)
     with pytest.raises(RuntimeError, match="disagree"):
         account([event(1.0, 0.05, 100)], 1e-5)
 
@@ -140,7 +141,7 @@ GOOD = {
     "num_units": 1000,
     "expected_batch_size": 100,
     "steps": 10,
-    "target_delta": 1e-4,
+    "delta": 1e-4,
     "target_epsilon": 5.0,
 }
 
@@ -148,13 +149,13 @@ GOOD = {
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"target_delta": 1e-3}, "below 1/N"),
-        ({"target_delta": 0.0}, "must be positive"),
-        ({"target_delta": None}, "give --target_delta"),
+        ({"delta": 1e-3}, "below 1/N"),
+        ({"delta": 0.0}, "must be positive"),
+        ({"delta": None}, "give --target_delta"),
         ({"expected_batch_size": 1001}, "number of units"),
         ({"expected_batch_size": 0}, "between 1 and"),
         ({"target_epsilon": 0.0}, "no finite noise"),
-        ({"target_epsilon": 1e-6, "target_delta": 1e-12}, "allow a larger epsilon"),
+        ({"target_epsilon": 1e-6, "delta": 1e-12}, "allow a larger epsilon"),
         ({"target_epsilon": None}, "exactly one"),
         ({"noise_multiplier": 1.0}, "exactly one"),
         ({"target_epsilon": None, "noise_multiplier": -1.0}, "must be between"),

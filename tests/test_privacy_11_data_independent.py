@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train_dp_lora
-import utils.fine_tuning
+import utils.methods.fine_tuning
 from tests.conftest import train_arguments
 
 
@@ -42,7 +42,7 @@ def choices(monkeypatch, base, images, output) -> list:
         settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         kept.extend([engine.names, weights.tolist(), rates, settings, plan, micro])
 
-    monkeypatch.setattr(utils.fine_tuning, "private_steps", spy)
+    monkeypatch.setattr(utils.methods.fine_tuning, "private_steps", spy)
     arguments = train_arguments(base, images, output, "--seed", 3, "--lr_scheduler", "cosine")
     monkeypatch.setattr(sys, "argv", ["train_dp_lora.py", *map(str, arguments)])
     train_dp_lora.main()
@@ -59,14 +59,14 @@ def test_a_bound_that_follows_the_data_is_caught(
     monkeypatch, tiny_base, image_folder, other_folder, tmp_path
 ):
     """Clipping at the first image's brightness, say."""
-    whole = utils.fine_tuning.read_and_plan
+    whole = utils.methods.fine_tuning.reserve
 
     def peeks(*arguments):
         private_set, plan, run = whole(*arguments)
         bright = max(private_set.rows[0]["image"].convert("L").getdata())
         return private_set, replace(plan, max_grad_norm=1.0 + bright), run
 
-    monkeypatch.setattr(utils.fine_tuning, "read_and_plan", peeks)
+    monkeypatch.setattr(utils.methods.fine_tuning, "reserve", peeks)
     with pytest.raises(AssertionError):
         test_nothing_is_chosen_by_looking(
             monkeypatch, tiny_base, image_folder, other_folder, tmp_path

@@ -19,13 +19,13 @@ RECIPES = sorted(
 LOCAL = "examples/digits/"  # these need nothing but the repository; other tests run them
 
 
-def commands_of(path) -> list[list[str]]:
+def read_commands(path) -> list[list[str]]:
     """The commands in its head."""
     lines = (ROOT / path).read_text().splitlines()
     return [shlex.split(line[1:]) for line in lines if re.match(r"#   (python|accelerate) ", line)]
 
 
-def main_of(command: list[str]):
+def find_main(command: list[str]):
     script = next(word for word in command if word.endswith(".py"))
     return importlib.import_module(script[:-3]), command[command.index(script) :]
 
@@ -60,15 +60,15 @@ def test_its_script_understands_it(recipe, monkeypatch):
 )
 def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     """The two commands in its head: they name this very file, and the second plans it."""
-    train, plan = commands_of(recipe)
+    train, plan = read_commands(recipe)
     assert str(recipe) in train and str(recipe) in plan
-    assert main_of(train)[1][0] == f"train_{recipe.stem}.py"
-    module, arguments = main_of(plan)
+    assert find_main(train)[1][0] == f"train_{recipe.stem}.py"
+    module, arguments = find_main(plan)
     monkeypatch.chdir(ROOT)
     plot = ["--plot", str(tmp_path / "plan.png")]
     monkeypatch.setattr(sys, "argv", [*arguments, *plot, "--json"])
-    monkeypatch.setattr(module, "tqdm", lambda *a, **k: [])  # the table of other epsilons: not here
-    monkeypatch.setattr(module, "draw_trade_off", lambda *a: None)
+    monkeypatch.setattr(module, "calibrate_table", lambda *a: [])  # of other epsilons
+    monkeypatch.setattr("utils.privacy.plots.plot_noise_trade_off", lambda *a: None)
     module.main()
     shown = capsys.readouterr().out
     target = float(re.search(r"target_epsilon: (\S+)", (ROOT / recipe).read_text())[1])
@@ -88,9 +88,3 @@ def test_a_plan_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["privacy_report.py", "plan", "--num_units", "100"])
     with pytest.raises(UsageError, match="--expected_batch_size, --max_train_steps"):
         privacy_report.main()
-
-
-def test_the_readme_lists_every_recipe():
-    text = (ROOT / "README.md").read_text()
-    for recipe in RECIPES:
-        assert str(recipe) in text or recipe.stem in ("base", "dp_ldm", "dp_loda")

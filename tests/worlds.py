@@ -5,17 +5,17 @@ from peft import LoraConfig
 from torch import nn
 
 from tests.conftest import build_tiny_pipeline
-from utils.accounting import PrivacyPlan
-from utils.entropy import SecretRandomness
-from utils.per_unit_gradients import PerUnitGradients
-from utils.pipelines import denoising_loss
-from utils.training import TrainingState, clipped_gradient_sum, private_steps
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.denoising import denoising_loss
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import TrainingState, clipped_gradient_sum, private_steps
 
 TAIL = 6.5  # standard deviations: a normal tail of 8e-11, below 1e-6 over thousands of comparisons
 HOSTILE = ["ordinary", "huge", "overflowing", "nan", "inf", "zero"]
 
 
-def plan_of(**changes) -> PrivacyPlan:
+def build_plan(**changes) -> PrivacyPlan:
     plan = {
         "num_units": 200,
         "expected_batch_size": 60.0,
@@ -51,7 +51,7 @@ class LinearWorld:
         return losses.view(len(indices), self.draws).mean(1)
 
     def total(self, accelerator, units, micro: int = 8, **plan) -> torch.Tensor:
-        plan = plan_of(noise_multiplicity=self.draws, **plan)
+        plan = build_plan(noise_multiplicity=self.draws, **plan)
         units = torch.as_tensor(list(units), dtype=torch.long)
         return clipped_gradient_sum(accelerator, self.engine, self.losses, units, plan, micro)
 
@@ -95,7 +95,7 @@ class UNetWorld:
         return values.view(len(indices), self.draws).mean(1)
 
     def total(self, accelerator, units, micro: int, **plan):
-        plan = plan_of(noise_multiplicity=self.draws, max_grad_norm=0.05, **plan)
+        plan = build_plan(noise_multiplicity=self.draws, max_grad_norm=0.05, **plan)
         return clipped_gradient_sum(accelerator, self.engine, self.losses, units, plan, micro)
 
 
@@ -105,7 +105,7 @@ def train(*arguments) -> None:
         pass
 
 
-def update_of(accelerator, plan, randomness=None, losses=None):
+def measure_update(accelerator, plan, randomness=None, losses=None):
     """The parameters' move over `plan.steps` steps of plain SGD at rate 1, times B."""
     model = nn.Linear(1000, 100, bias=False)
     nn.init.zeros_(model.weight)

@@ -1,0 +1,85 @@
+"""The map of the house: each room in a line, floor by floor. A room imports only from below.
+
+    methods/        the private stages
+        fine_tuning         the story of every training script: load, adapt, plan, train, publish
+        selection           the story of a selection: score, release with noise, keep, publish
+        stages              what both stories share: their opening, their rehearsal and their end
+        planning            from the private rows to a plan: previewed, or reserved in the ledger
+        saliency            the scores that private units give to weight matrices (DP-SAPF)
+        choice              which matrices to keep, from noisy scores alone
+        saliency_file       saliency.json: what a selection chose; whether a ledger paid for it
+        publishing          the card's settings, the samples, and the repository of a run
+        pretraining         the public stage: autoencoder, text encoder and U-Net from scratch
+        plots               a map of the U-Net with its noisy scores
+    audit/          what an attacker can prove about a run
+        audited_run         the real loop, or a mutant of it, with canaries among the images
+        canaries            units whose presence an attacker tries to guess
+        auditing            from guesses to a lower bound on epsilon
+        mutants             the loop broken on purpose, in the ways that published code is
+    evaluation/     are the images good, useful, and does any give someone away?
+        measuring           the story of an evaluation
+        features            feature extractors, and what they make of a set
+        fidelity            distances to real images, seen through an extractor
+        downstream          classifiers trained on synthetic images, tested on real ones
+        memorisation        nearest neighbours among the private images, and copies of them
+        report              report.html
+        plots               the pictures of report.html
+    sampling/       synthetic images
+        generation          prompts to images, over processes, into folders
+        shards              the files of a set: one PNG an image, or parquet shards
+        synthetic_sets      a set as a dataset on the Hub, and the privacy that came with it
+    hub/            what leaves for the Hugging Face Hub
+        upload              exactly the files that are meant, verified first
+        cards               model and dataset cards
+        privacy_words       a privacy statement in words
+        evaluation_card     a card's section on evaluate.py's figures
+    data/           private rows to latents
+        rows                loading a split; the caption, label and unit of each row
+        images              which images can be read; decoding, cropping, batches, sheets
+        private_set         the readable rows with their captions and units
+        latent_files        latents and token ids on disk, encoded once, under private/
+        latents             units to the losses of their draws
+    models/         public pipelines and what trains in them
+        pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
+        denoising           the denoising loss, and the text that conditions it
+        targets             which layers a target pattern names
+        lora                LoRA on the U-Net (DP-LoRA, DP-SAPF)
+        loda/               LoDA (DP-LoDA): loda.py and pipeline.py travel with each adapter
+        own_weights         the model's own weights (DP-LDM, DP-Diffusion)
+        adapters            loading what a training script published
+        public_models       small models in Stable Diffusion's layout, and ones of its real shape
+    ledger/         what was spent, on record before it is released
+        ledger              the append-only file, chained by hashes
+        charges             what its records come to: steps, events, and what may join them
+        runs                a run: its folder, branch in the ledger, checkpoints, publication
+        reservations        reserve a plan, or find the run to resume
+        checkpoints         whole or absent, never with a generator in them
+        statement           privacy.json
+        verification        does a statement hold? against its events, files and ledger
+    privacy/        differential privacy
+        training            the one private training loop
+        dp_sgd              its pieces: Poisson sampling, clipping, noise
+        randomness          secret random numbers: noise and batches
+        plan                every number that the privacy of a run depends on
+        accounting          epsilon by two accountants, and the noise that fits a budget
+        replace_one         the PRV accountant for replacing one unit
+        optimizers          optimizers of the private gradient
+        plots               what privacy costs, as pictures
+    gradients/      one backward pass to the gradient of every unit
+        per_unit_gradients  the engine: which tensors train, and a recording of a pass
+        leaves              layers whose per-unit gradients are known, as autograd functions
+        lora_leaf           a LoRA layer as one such function
+        recording           what a pass found: norms and weighted sums of per-unit gradients
+        products            the tensor mathematics of it
+        fast_linear         linear layers on a CPU, through oneDNN
+    metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
+    arguments/      every option of every script, a dataclass a group; `parsing` reads them
+    files           names of what a run leaves; files whole or absent, digests, modes
+    errors          how a script ends: a mistake in one sentence, or a clean stop
+
+The way of one image: a row (`data.rows`) is checked and decoded (`data.images`), becomes a latent
+and token ids, once (`data.latent_files`), is sampled into a step (`privacy.dp_sgd`), becomes K
+noised draws and their loss (`data.latents`, `models.denoising`), then one gradient
+(`gradients`), is clipped, summed and noised (`privacy.dp_sgd`), moves an adapter
+(`privacy.training`), which becomes a file and a statement (`ledger.runs`) and a card (`hub.cards`).
+"""

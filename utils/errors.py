@@ -1,13 +1,13 @@
-"""Mistakes a user can make, told in one sentence; on several processes, everyone stops."""
+"""How a script ends: a mistake of its user in one sentence, or a clean stop; on every process.
+
+PyTorch is imported where it is needed: a mistake on the command line should not wait for it.
+"""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
 
@@ -24,14 +24,44 @@ class Stopped(Exception):
         self.exit_code = 128 + signal
 
 
+class StopRequest:
+    """Within this context SIGTERM and Ctrl-C ask for a clean stop; a second Ctrl-C stops at
+    once."""
+
+    def __enter__(self):
+        self.signal: int | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def anywhere(self, accelerator) -> int:
+        """The number of the signal that any process has received; 0 for none."""
+        import torch
+
+        received = torch.tensor([self.signal or 0], device=accelerator.device)
+        return int(accelerator.gather(received).max())
+
+
 def on_main_process(work: Callable[[], object]) -> object:
     """Run `work` on the main process; every process gets its result, or its `UsageError`.
 
-    Every process must call it: without it, the others would wait for a main process that stopped.
+    Every process must call it: otherwise the others would wait for a main process that stopped.
 
     Raises:
-        UsageError: that of `work`; or several processes were started that do not know each other.
+        UsageError: that of `work`; or several processes were started without a launcher, so that
+            each believes it is the only one.
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     if _world_size() > 1 and PartialState().num_processes == 1:
         raise UsageError("several processes were started, but they do not know of each other")
     answer = [None, None]
@@ -52,9 +82,8 @@ def run_script(main: Callable[[], None]) -> None:
     Exit code 2 for a `UsageError`; 128 + signal for a clean stop; 1 if another process was lost.
     """
     where = f" (process {_rank()})" if _rank() else ""
-    if _world_size() > 1 and not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # for Accelerator; and for PartialState:
-        PartialState(cpu=True, timeout=PATIENCE)  # else each would think that it is alone
+    if _world_size() > 1:
+        _join_on_cpu()
     try:
         main()
     except UsageError as error:
@@ -68,14 +97,26 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print(
             f"error{where}: another process ended, so this one does too; what was saved is safe: "
-            f"go on with --resume_from_checkpoint latest ({str(error).splitlines()[0]})",
+            f"resume with --resume_from_checkpoint latest ({str(error).splitlines()[0]})",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # an orderly exit would wait for the process that is gone
 
 
+def _join_on_cpu() -> None:
+    """Without a GPU, join the processes by gloo; else each would believe that it is alone."""
+    import torch
+    from accelerate import PartialState
+
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for Accelerator; and for PartialState:
+        PartialState(cpu=True, timeout=PATIENCE)
+
+
 def _lost_a_process(error: RuntimeError) -> bool:
+    import torch
+
     signs = ("connection closed", "connection reset", "broken pipe", "timed out")
     from_network = isinstance(error, torch.distributed.DistError) or any(
         sign in str(error).lower() for sign in signs

@@ -71,7 +71,7 @@ def real_sheet() -> Image.Image:
     return sheet
 
 
-def draw_before_after(output: Path) -> None:
+def plot_before_after(output: Path) -> None:
     """Side by side: the public model, the private adapter, and held-out real digits."""
     panels = [
         ("public model", Image.open(ROOT / RUN / "images_base" / "grid.png")),
@@ -121,7 +121,7 @@ def main():
     metrics["seconds"] = time.perf_counter() - start
 
     (ROOT / RUN / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    draw_before_after(ROOT / RUN / "before_after.png")
+    plot_before_after(ROOT / RUN / "before_after.png")
     print_table(metrics)
     base, private, real = (metrics[name]["accuracy"] for name in ("base", "private", "real"))
     if real > base:

@@ -35,7 +35,7 @@ def nearest(
     for start in range(0, len(queries), block):
         part = queries[start : start + block]
         found = torch.cdist(part, points).topk(k, largest=False).indices
-        exact = torch.stack([(part - points[own]).norm(dim=1) for own in found.unbind(1)], 1)
+        exact = torch.stack([(part - points[index]).norm(dim=1) for index in found.unbind(1)], 1)
         order = exact.argsort(1)
         distances.append(exact.gather(1, order))
         numbers.append(found.gather(1, order))
@@ -60,7 +60,7 @@ def distances_to_both(
     return to_private, to_others
 
 
-def ratio_of(to_private: np.ndarray, to_others: np.ndarray) -> dict[str, float]:
+def compute_ratio(to_private: np.ndarray, to_others: np.ndarray) -> dict[str, float]:
     """Summary of `distances_to_both` (after Platzer and Reutterer 2021, section 2.2).
 
     A generator that has learned the distribution, and none of its rows, has a ratio near one, and
@@ -101,4 +101,4 @@ class NearestNeighborRatio(evaluate.Metric):
         return self._compute(*rows, **options)
 
     def _compute(self, predictions, references, held_out, **options):
-        return ratio_of(*distances_to_both(predictions, references, held_out, **options))
+        return compute_ratio(*distances_to_both(predictions, references, held_out, **options))

@@ -62,8 +62,8 @@ def radii(rows: torch.Tensor, k: int, block: int) -> torch.Tensor:
     parts = []
     for start in range(0, len(rows), block):
         distances = torch.cdist(rows[start : start + block], rows)
-        own = torch.arange(len(distances))
-        distances[own, start + own] = torch.inf  # a row is not its own neighbour
+        index = torch.arange(len(distances))
+        distances[index, start + index] = torch.inf  # a row is not its own neighbour
         parts.append(distances.topk(k, largest=False).values[:, -1])
     return torch.cat(parts)
 

@@ -5,7 +5,7 @@ import evaluate
 import numpy as np
 import torch
 
-from .classifiers import Recipe, predictions_of, train_classifier
+from .classifiers import Recipe, predict_classes, train_classifier
 
 CITATION = """@inproceedings{ravuri2019classification,
   title={Classification accuracy score for conditional generative models},
@@ -13,6 +13,10 @@ CITATION = """@inproceedings{ravuri2019classification,
   booktitle={Advances in Neural Information Processing Systems},
   year={2019}
 }"""
+
+
+def _to_tensor(values) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values))
 
 
 class SyntheticAccuracy(evaluate.Metric):
@@ -36,8 +40,7 @@ class SyntheticAccuracy(evaluate.Metric):
     def compute(self, *, predictions, references, prediction_labels, reference_labels, **options):
         """Nothing is cached on disk, as `evaluate` would: the images may be private."""
         return self._compute(
-            *(torch.as_tensor(np.asarray(images)) for images in (predictions, references)),
-            *(torch.as_tensor(np.asarray(own)) for own in (prediction_labels, reference_labels)),
+            *map(_to_tensor, (predictions, references, prediction_labels, reference_labels)),
             **options,
         )
 
@@ -50,7 +53,7 @@ class SyntheticAccuracy(evaluate.Metric):
         for seed in range(seeds):
             recipe = Recipe(classifier, num_classes, steps, seed)
             model = train_classifier(synthetic, synthetic_labels, recipe, device)
-            predicted = predictions_of(model, real, device)
+            predicted = predict_classes(model, real, device)
             values.append((predicted == real_labels).double().mean().item())
         return {
             "synthetic_accuracy": float(np.mean(values)),

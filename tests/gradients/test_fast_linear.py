@@ -1,0 +1,59 @@
+"""Frozen linear layers through oneDNN give what PyTorch's own give."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.gradients.fast_linear import linear, use_fast_linear
+
+DEVICE = "cpu"
+
+
+def inputs(kind: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    return {
+        "matrix": lambda: torch.randn(7, 32),
+        "vector": lambda: torch.randn(32),
+        "images": lambda: torch.randn(2, 32, 3, 4).permute(0, 2, 3, 1),
+        "channels_last": lambda: torch.randn(2, 3, 4, 32).movedim(-1, 1).movedim(1, -1),
+        "every_other": lambda: torch.randn(2, 5, 64)[..., ::2],
+        "repeated": lambda: torch.randn(3, 1, 32).expand(3, 5, 32),
+        "empty": lambda: torch.randn(0, 5, 32),
+        "bf16": lambda: torch.randn(7, 32, dtype=torch.bfloat16),
+    }[kind]()
+
+
+KINDS = ["matrix", "vector", "images", "channels_last", "every_other", "repeated", "empty", "bf16"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("out", [3, 16, 48])
+def test_products_are_those_of_pytorch(kind, bias, turned, out):
+    x = inputs(kind)
+    weight = torch.randn(32, out).t() if turned else torch.randn(out, 32)
+    weight = weight.to(x.dtype)
+    b = torch.randn(out).to(x.dtype) if bias else None
+    torch.testing.assert_close(linear(x, weight, b), F.linear(x, weight, b))
+
+
+@pytest.mark.parametrize("trained", ["", "weight", "bias"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_layers_and_gradients_are_those_of_pytorch(trained, autocast):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 20)).requires_grad_(False)
+    parameter = getattr(model[2], trained or "weight").requires_grad_(bool(trained))
+    found = []
+    for fast in (False, True):
+        if fast:
+            use_fast_linear(model)
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y = model(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, parameter.grad])
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+    assert (found[1][2] is not None) == bool(trained)

@@ -1,0 +1,141 @@
+"""Every mistake gets one sentence, exit code 2, and nothing lost."""
+
+import json
+import re
+import shutil
+import sys
+from unittest.mock import patch
+
+import pytest
+
+from tests.conftest import read_json, train_arguments
+from utils.errors import run_script
+
+
+@pytest.fixture
+def occupied(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "privacy.json").write_text("{}")
+    return tmp_path / "run"
+
+
+MISTAKES = [
+    (["--train_data_dir", "nowhere"], "nowhere is not a folder"),
+    (["--train_data_dir", "EMPTY"], "EMPTY"),
+    (["--image_column", "picture"], "the columns are image, label"),
+    (["--label_column", "class"], "the columns are image, label"),
+    (["--caption_template", "a digit"], "has no {label}"),
+    (["--target_delta", "0.025"], "below 1/N"),
+    (["--target_epsilon", "0"], "no finite noise"),
+    (["--target_epsilon", "1e-6", "--target_delta", "1e-12"], "larger epsilon"),
+    (["--expected_batch_size", "41"], "number of units"),
+    (["--target_modules", "to_out"], "did you mean to_out.0"),
+    (["--target_modules", "to_qq"], "did you mean to_q"),
+    (["--rank", "0"], "at least 1"),
+    (["--resolution", "18"], "multiple of 4"),
+    (["--output_dir", "OCCUPIED"], "already holds files"),
+    (["--pretrained_model_name_or_path", "no/such/model"], "cannot load a pipeline"),
+    (["--train_batch_size", "0"], "at least 1"),
+    (["--report_to", "telegraph"], "telegraph"),
+    (["--noise_multiplicity", "0"], "at least 1"),
+    (["--ema_decay", "1"], "below 1"),
+    (["--snr_gamma", "0"], "must be positive"),
+    (["--privacy_unit_column", "patient"], "there is no such column"),
+    (["--secure_noise", "--debug_noise_seed", "1"], "exclude each other"),
+    (["--mixed_precision", "fp16"], "invalid choice"),
+    (["--config", "no.yaml"], "no such file"),
+]
+
+
+@pytest.mark.parametrize("change, words", MISTAKES, ids=[" ".join(c[0]) for c in MISTAKES])
+def test_a_mistake_gets_one_sentence_and_exit_code_2(
+    tiny_base, image_folder, tmp_path, occupied, capsys, change, words
+):
+    """In this process, for speed; the exit code and stderr are what the script would give."""
+    import train_dp_lora
+
+    (tmp_path / "EMPTY").mkdir()
+    names = {"EMPTY": str(tmp_path / "EMPTY"), "OCCUPIED": str(occupied)}
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "output")
+    arguments += [names.get(word, word) for word in change]
+    argv = patch.object(sys, "argv", ["train_dp_lora.py", *map(str, arguments)])
+    with argv, pytest.raises(SystemExit) as exit:
+        run_script(train_dp_lora.main)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2
+    assert "error: " in said and words in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert (occupied / "privacy.json").read_text() == "{}"
+
+
+def test_an_attempt_that_failed_does_not_block_its_folder(
+    run_script, tiny_base, image_folder, tmp_path
+):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
+    assert run_script("train_dp_lora.py", *arguments, "--target_delta", 1).returncode == 2
+    run = run_script("train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["sampling_rate"] == 0.25 and plan["num_units"] == 40
+    assert 0 < plan["epsilon"]["add_or_remove_one"] <= 8 < plan["epsilon"]["replace_one"]
+    assert plan["trainable_parameters"] > 0 and plan["per_unit_gradient_bytes"] > 0
+
+
+def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_folder, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(image_folder, damaged)
+    (damaged / "0" / "3.png").write_bytes(b"this is no image")
+    arguments = train_arguments(tiny_base, damaged, tmp_path / "run", "--dry_run")
+    run = run_script("train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["unreadable_images"] == 1 and plan["num_units"] == 39
+    run = run_script("train_dp_lora.py", *arguments, "--strict_images")
+    assert run.returncode == 2 and "row 3 cannot be read" in run.stderr
+
+
+def test_the_command_line_wins_over_the_config(run_script, tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
+    config = tmp_path / "run.yaml"
+    config.write_text("max_grad_norm: 1e-2\nmax_train_steps: 7\n")
+    plan = json.loads(run_script("train_dp_lora.py", "--config", config, *arguments).stdout)
+    assert plan["max_grad_norm"] == 0.01 and plan["steps"] == 3
+    config.write_text("max_grad_nrom: 1.0\n")
+    run = run_script("train_dp_lora.py", "--config", config, *arguments)
+    assert run.returncode == 2 and "unknown argument max_grad_nrom" in run.stderr
+
+
+def test_reproducible_noise_is_stamped_not_private(run_script, tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--debug_noise_seed", 1)
+    run = run_script("train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert read_json(tmp_path / "run" / "privacy.json")["private"] is False
+    assert "NOT PRIVATE" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train_dp_lora",
+        "train_dp_loda",
+        "train_dp_ldm",
+        "pretrain_ldm",
+        "sample",
+        "evaluate",
+        "audit_privacy",
+        "select_saliency",
+        "push_to_hub",
+    ],
+)
+def test_help_teaches(run_script, script):
+    """The script's story and its command, then every option, in groups, with a line of help."""
+    run = run_script(f"{script}.py", "--help")
+    assert run.returncode == 0
+    story, options = run.stdout.split("\noptions:\n")
+    assert f"{script}.py" in story and "--output" in options
+    entries = re.findall(r"^  (--\w+).*(?:\n {10,}.*)*", options, re.M)
+    assert len(entries) == len(set(entries)) >= 7
+    for entry in re.finditer(r"^  --\w+.*(?:\n {10,}.*)*", options, re.M):
+        assert re.search(r" {2,}\w.{3}", entry[0][3:]), entry[0]  # its help
+    groups = re.findall(r"^(\w.*):$", options, re.M)
+    assert groups and all(len(group) >= 8 for group in groups)

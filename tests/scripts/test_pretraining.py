@@ -1,0 +1,67 @@
+"""The public stage, started as a user starts it."""
+
+import json
+import shutil
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+from tests.conftest import CAPTION, read_json
+
+
+def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_path):
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
+    arguments += ["--autoencoder_channels", 8, 16, "--unet_channels", 8, 16, "--text_width", 16]
+    arguments += ["--text_layers", 1, "--train_batch_size", 4, "--checkpointing_steps", 2]
+    arguments += ["--autoencoder_steps", 4, "--denoiser_steps", 4]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight, launch=True)
+    assert run.returncode == 0, run.stderr
+    pipeline = DiffusionPipeline.from_pretrained(straight)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    pipeline("the digit 3", num_inference_steps=2)
+    assert pipeline.vae.config.scaling_factor != 0.18215
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert (straight / "samples.png").exists() and (straight / "reconstructions.png").exists()
+
+    # Interrupted after the autoencoder: the same weights come out.
+    shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
+    shutil.rmtree(resumed / "checkpoints" / "denoiser")
+    settings = read_json(resumed / "checkpoints" / "settings.json")
+    settings["output_dir"] = str(resumed)
+    (resumed / "checkpoints" / "settings.json").write_text(json.dumps(settings))
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", resumed)
+    assert run.returncode == 0, run.stderr
+    again = DiffusionPipeline.from_pretrained(resumed)
+    for old, new in zip(pipeline.unet.parameters(), again.unet.parameters(), strict=True):
+        torch.testing.assert_close(old, new)
+
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight)
+    assert run.returncode == 2 and "finished pipeline" in run.stderr
+
+
+def test_pretraining_interrupted_within_a_stage_continues(accelerator, tmp_path, monkeypatch):
+    from utils.arguments.pretraining import PretrainArguments
+    from utils.methods import pretraining
+
+    args = PretrainArguments(
+        output_dir=str(tmp_path), autoencoder_channels=[8, 16], train_batch_size=4,
+        autoencoder_steps=5, checkpointing_steps=2,
+    )  # fmt: skip
+    pixels = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    save, saved = pretraining.save_state, []
+
+    def keep_the_first(state, folder):
+        saved.append(state["step"])
+        if state["step"] == 2:
+            save(state, folder)
+
+    monkeypatch.setattr(pretraining, "save_state", keep_the_first)
+    straight = pretraining.train_autoencoder(accelerator, pixels, args)
+    assert saved == [2, 4, 5]
+    resumed = pretraining.train_autoencoder(accelerator, pixels, args)
+    assert saved == [2, 4, 5, 4, 5]
+    for old, new in zip(straight.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(old, new)

@@ -1,0 +1,110 @@
+"""The options of evaluation: the sets, what is asked of them, and the feature extractor."""
+
+from dataclasses import dataclass
+
+from utils.arguments.parsing import option
+from utils.arguments.training import ModelArguments
+from utils.errors import UsageError
+
+CLASSIFIERS = ["cnn", "resnet9", "wrn-40-4"]
+MEASURED = ["fidelity", "utility", "memorisation"]
+
+
+@dataclass
+class EvaluateArguments:
+    """The sets, and what is asked of them."""
+
+    synthetic: str = option("synthetic set: a folder that sample.py left, or a Hub id")
+    synthetic_revision: str | None = option("revision of a synthetic set on the Hub", None)
+    test_dataset_name: str | None = option(
+        "real images that nothing was trained on: Hub id or folder of parquet files", None
+    )
+    test_data_dir: str | None = option("the same: image folder, instead", None)
+    test_split: str = option("split of those", "test")
+    test_is_public: bool = option("those may be shown, and numbers about them published", False)
+    private_dataset_name: str | None = option(
+        "what the adapter was trained on, for memorisation: Hub id or folder of parquet files", None
+    )
+    private_data_dir: str | None = option("the same: image folder, instead", None)
+    private_split: str = option("split of those", "train")
+    image_column: str = option("column of the images, in all sets", "image")
+    label_column: str = option("column of the labels, for utility", "label")
+    metrics: list[str] | None = option(
+        f"which of {', '.join(MEASURED)}; default: all that the sets allow", None
+    )
+    evaluation_resolution: int = option("classifiers and neighbours see this many pixels", 32)
+    classifiers: list[str] = option(f"any of {', '.join(CLASSIFIERS)}", ["cnn"])
+    classifier_seeds: int = option("classifiers trained of each, each with another seed", 3)
+    classifier_steps: int = option("optimizer steps of a classifier, 128 images each", 600)
+    train_on_real: bool = option(
+        "for reference, also train the classifiers on the private images", False
+    )
+    compare: list[str] | None = option("metrics.json of other runs, for the report", None)
+    output_file: str | None = option(
+        "default: metrics.json in the folder that sample.py left, or else in runs/NAME", None
+    )
+
+    def __post_init__(self):
+        for name, known in (("metrics", MEASURED), ("classifiers", CLASSIFIERS)):
+            unknown = sorted(set(getattr(self, name) or []) - set(known))
+            if unknown:
+                raise UsageError(
+                    f"--{name} {' '.join(unknown)}: unknown; there are: {', '.join(known)}"
+                )
+        if self.has_private and self.test_source == self.private_source:
+            raise UsageError("the held-out images and the private ones are the same set")
+        if self.classifier_seeds < 1 or self.classifier_steps < 1 or not self.classifiers:
+            raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
+        if not self.has_private and (self.train_on_real or "memorisation" in (self.metrics or [])):
+            raise UsageError(
+                "memorisation and --train_on_real need the images that the adapter was trained on: "
+                "give --private_dataset_name or --private_data_dir"
+            )
+
+    @property
+    def has_private(self) -> bool:
+        return self.private_dataset_name is not None or self.private_data_dir is not None
+
+    @property
+    def test_source(self) -> tuple:
+        """Arguments of `load_split`."""
+        return (self.test_dataset_name, None, self.test_data_dir, self.test_split)
+
+    @property
+    def private_source(self) -> tuple:
+        return (self.private_dataset_name, None, self.private_data_dir, self.private_split)
+
+
+@dataclass
+class GenerateFirst(ModelArguments):
+    """Generate the synthetic set first: the public pipeline, with the options of sample.py."""
+
+    pretrained_model_name_or_path: str | None = option(
+        "generate the images into --synthetic with this pipeline first; default: they are there",
+        None,
+    )
+
+
+@dataclass
+class ExtractorArguments:
+    """The network whose features are compared."""
+
+    extractor: str = option(
+        "efficientnet-lite0: ImageNet features that come with the requirements; inception: the "
+        "usual one of FID, downloaded; clip; classifier: our own, trained on public images",
+        "efficientnet-lite0",
+        choices=["efficientnet-lite0", "inception", "clip", "classifier"],
+    )
+    inception_weights: str | None = option(
+        "file inception-2015-12-05.pt (TorchScript); default: downloaded once", None
+    )
+    clip_model: str = option(
+        "CLIP of transformers: folder or Hub id", "openai/clip-vit-base-patch32"
+    )
+    classifier_weights: str | None = option(
+        "safetensors file of the classifier extractor; made from --public_data if it is not there",
+        None,
+    )
+    public_data: str | None = option(
+        "PUBLIC labelled images to train the classifier extractor on: folder or Hub id", None
+    )

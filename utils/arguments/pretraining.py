@@ -1,0 +1,32 @@
+"""The options of the public stage."""
+
+from dataclasses import dataclass
+
+from utils.arguments.parsing import option
+
+
+@dataclass
+class PretrainArguments:
+    """Sizes and schedule of the public stage."""
+
+    output_dir: str = option("where the pipeline folder goes")
+    autoencoder_channels: list[int] = option(
+        "autoencoder widths; n of them divide the resolution by 2^(n-1)", [16, 32, 64]
+    )
+    unet_channels: list[int] = option("U-Net widths, one a resolution", [64, 128])
+    text_width: int = option("width of the text encoder", 128)
+    text_layers: int = option("layers of the text encoder", 2)
+    vocab_size: int = option("at most so many tokens are learned from the captions", 2000)
+    max_tokens: int = option("longest caption, in tokens", 16)
+    prediction_type: str = option("epsilon or v_prediction", "v_prediction")
+    autoencoder_steps: int = option("optimizer steps of the autoencoder", 1000)
+    denoiser_steps: int = option("optimizer steps of the U-Net and the text encoder", 2600)
+    autoencoder_learning_rate: float = option("peak learning rate of the autoencoder", 1e-3)
+    learning_rate: float = option("peak learning rate of the U-Net and the text encoder", 1e-3)
+    kl_weight: float = option("weight of the autoencoder's KL term, per latent number", 1e-3)
+    train_batch_size: int = option("images per process and step", 128)
+    caption_dropout: float = option("share of captions replaced by '' (for guidance)", 0.1)
+    ema_decay: float = option("decay of the moving average of the weights", 0.999)
+    checkpointing_steps: int = option("save the state every so many steps", 1000)
+    mixed_precision: str = option("no or bf16", "no")
+    seed: int = option("seed of everything here (nothing here is private)", 0)

@@ -1,0 +1,57 @@
+"""The options of publishing on the Hugging Face Hub."""
+
+from dataclasses import dataclass
+
+from utils.arguments.parsing import option
+from utils.errors import UsageError
+
+
+@dataclass
+class RepositoryArguments:
+    """The repository on the Hugging Face Hub."""
+
+    hub_private_repo: bool = option("make the repository private, if it is new", False)
+    hub_token: str | None = option(
+        "token that may write; default: the one that `hf auth login` saved, or HF_TOKEN, which "
+        "other users of the machine cannot see in its list of processes",
+        None,
+    )
+    hub_license: str | None = option(
+        "licence on the card, as the Hub names it: mit, openrail", None
+    )
+
+
+@dataclass
+class HubArguments(RepositoryArguments):
+    """Publishing on the Hugging Face Hub."""
+
+    hub_model_id: str | None = option("model repository to publish in: USER/NAME", None)
+
+
+@dataclass
+class PublishArguments(HubArguments):
+    """Publishing on the Hugging Face Hub, when done."""
+
+    push_to_hub: bool = option("publish the adapter, its statement, card and samples", False)
+
+
+@dataclass
+class PublishSetArguments(RepositoryArguments):
+    """Publishing on the Hugging Face Hub, when done."""
+
+    push_to_hub: bool = option("publish the images as a dataset", False)
+    hub_dataset_id: str | None = option("dataset repository; needed for --push_to_hub", None)
+
+    def __post_init__(self):
+        if self.push_to_hub and self.hub_dataset_id is None:
+            raise UsageError("--push_to_hub needs --hub_dataset_id")
+
+
+@dataclass
+class MetricsArguments:
+    """What the card says about the images."""
+
+    metrics_file: str | None = option("metrics.json of evaluate.py, to show on the card", None)
+    publish_private_metrics: bool = option(
+        "show also what was computed from private images, which no epsilon covers", False
+    )

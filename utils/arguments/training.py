@@ -1,0 +1,178 @@
+"""The options that all private training shares: data, model, privacy, optimizer and run."""
+
+from dataclasses import dataclass
+
+from utils.arguments.parsing import option
+from utils.errors import UsageError
+
+CLIPPING_MODES = ["flat", "automatic", "per_layer"]
+SMALLEST_NOISE, LARGEST_NOISE = 0.2, 1e4  # noise multipliers that can be asked for
+SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+
+
+@dataclass
+class DataArguments:
+    """Where the images and their captions come from."""
+
+    dataset_name: str | None = option(
+        "Hub id; or a folder of parquet files, of images, or of a saved dataset", None
+    )
+    dataset_config_name: str | None = option("configuration of a Hub dataset", None)
+    train_data_dir: str | None = option("image folder, instead of --dataset_name", None)
+    split: str = option("split to read", "train")
+    max_train_samples: int | None = option(
+        "use the first so many rows only; they are then the private set", None
+    )
+    image_column: str = option("column that holds the images", "image")
+    caption_column: str | None = option("column that holds the captions", None)
+    label_column: str | None = option("column that holds class labels, instead of captions", None)
+    caption_template: str = option("caption of a label", "a photo of a {label}")
+    privacy_unit_column: str | None = option(
+        "rows with the same value here are one privacy unit: a patient, a user; default: each row",
+        None,
+    )
+    resolution: int | None = option(
+        "images are resized and centre-cropped to this many pixels; default: what the model makes",
+        None,
+    )
+    strict_images: bool = option(
+        "refuse a set with an unreadable image, rather than skip it", False
+    )
+
+    def __post_init__(self):
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise UsageError(f"--max_train_samples {self.max_train_samples} must be at least 1")
+
+
+@dataclass
+class ModelArguments:
+    """The public pipeline to start from."""
+
+    pretrained_model_name_or_path: str = option("Stable Diffusion pipeline: folder or Hub id")
+    revision: str | None = option("revision of a Hub id", None)
+
+
+@dataclass
+class PrivacyArguments:
+    """The budget, and what one step of DP-SGD does."""
+
+    target_epsilon: float | None = option("budget; the noise is calibrated to it", None)
+    target_delta: float | None = option("delta of the budget; required, below 1/N", None)
+    noise_multiplier: float | None = option("sigma, instead of --target_epsilon", None)
+    max_grad_norm: float = option("C, the clipping bound on one unit's gradient", 1.0)
+    clipping: str = option(
+        "how a unit's gradient is bounded by C: scaled down if larger (flat), always scaled to it "
+        "(automatic), or each of the L tensors bounded by C / sqrt(L) (per_layer)",
+        "flat",
+        choices=CLIPPING_MODES,
+    )
+    expected_batch_size: float = option("B, expected units in a Poisson batch; q = B/N", 256)
+    noise_multiplicity: int = option(
+        "K, draws of (noise, timestep, flip) averaged per unit before its one clip", 1
+    )
+    secure_noise: bool = option(
+        "noise and sampling from the operating system's cryptographic generator, hardened against "
+        "floating-point attacks; slower",
+        False,
+    )
+    debug_noise_seed: int | None = option(
+        "reproducible noise, for debugging: everything it makes is stamped NOT PRIVATE", None
+    )
+    privacy_ledger: str | None = option(
+        "ledger to record this run in, shared by all runs on the same data; default: "
+        "OUTPUT_DIR/private/ledger.jsonl",
+        None,
+    )
+    total_epsilon: float | None = option(
+        "refuse to start if everything in the ledger, this run included, would exceed this", None
+    )
+
+    def __post_init__(self):
+        if self.noise_multiplicity < 1:
+            raise UsageError(f"--noise_multiplicity {self.noise_multiplicity} must be at least 1")
+        if self.total_epsilon is not None and not self.total_epsilon > 0:
+            raise UsageError(f"--total_epsilon {self.total_epsilon} must be positive")
+
+
+@dataclass
+class TrainingArguments:
+    """The optimizer and the run."""
+
+    output_dir: str = option("where the adapter, the statement, the card and the samples go")
+    optimizer: str = option(
+        "adamw, sgd, or adam_bc, whose second moment is corrected for the noise",
+        "adamw",
+        choices=["adamw", "sgd", "adam_bc"],
+    )
+    learning_rate: float = option("peak learning rate", 1e-3)
+    lr_scheduler: str = option("learning rate schedule", "constant", choices=SCHEDULES)
+    lr_warmup_steps: int = option("steps of warm-up", 0)
+    adam_beta1: float = option("AdamW's beta1; the momentum of sgd", 0.9)
+    adam_beta2: float = option("AdamW's beta2", 0.999)
+    adam_weight_decay: float = option("AdamW's weight decay", 0.01)
+    adam_epsilon: float = option("AdamW's epsilon", 1e-8)
+    ema_decay: float = option(
+        "publish an exponential moving average of the weights, which costs no privacy; 0: the last",
+        0.0,
+    )
+    timestep_sampling: str = option(
+        "which noise levels to train on: all alike, the middle, or the noisy end",
+        "uniform",
+        choices=["uniform", "logit_normal", "high_noise"],
+    )
+    snr_gamma: float | None = option("min-SNR weighting of the loss, such as 5", None)
+    max_train_steps: int = option("private steps, empty batches included", 100)
+    train_batch_size: int = option(
+        "units per forward pass; changes speed and memory, never the result", 32
+    )
+    random_flip: bool = option("flip each draw left to right with probability 1/2", False)
+    mixed_precision: str = option(
+        "precision of the forward and backward pass; weights stay in fp32",
+        "no",
+        choices=["no", "bf16"],
+    )
+    gradient_checkpointing: bool = option("recompute activations to save memory", False)
+    validation_prompt: list[str] = option(
+        "prompts of the images at the end in samples/, shown on the card; default: none",
+        [""],
+    )
+    num_validation_images: int = option("how many images to generate at the end", 16)
+    checkpointing_steps: int = option(
+        "a checkpoint every so many steps, and at the first and the last; they cost no privacy", 20
+    )
+    checkpoints_total_limit: int = option("how many checkpoints to keep", 2)
+    resume_from_checkpoint: str | None = option(
+        "resume the run in --output_dir: latest, or the name or path of a checkpoint; an older "
+        "one charges the steps in between once more",
+        None,
+    )
+    latents_dir: str | None = option(
+        "where the encoded images are kept, for all runs on the same images; default: "
+        "OUTPUT_DIR/private/latents",
+        None,
+    )
+    discard_latents: bool = option(
+        "when done, delete the encoded images and the other copies of the private ones", False
+    )
+    dry_run: bool = option("print the plan as JSON and stop", False)
+    report_to: str | None = option(
+        "tracker for step, learning rate and epsilon, such as tensorboard or wandb", None
+    )
+    seed: int | None = option(
+        "seed of the adapter's start and of samples/; never of the noise", None
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema_decay {self.ema_decay} must be at least 0 and below 1")
+        if min(self.train_batch_size, self.checkpointing_steps, self.checkpoints_total_limit) < 1:
+            raise UsageError(
+                "--train_batch_size, --checkpointing_steps and --checkpoints_total_limit must be "
+                "at least 1"
+            )
+        if self.num_validation_images < 0:
+            raise UsageError("--num_validation_images must be at least 0")
+        if not self.validation_prompt:
+            raise UsageError("--validation_prompt needs a prompt; '' is one")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive")

@@ -1,0 +1,60 @@
+"""The private set: the rows whose image can be read, each with its caption and privacy unit."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from utils.arguments.training import DataArguments
+from utils.data.images import find_readable_rows
+from utils.data.rows import number_units, read_captions
+from utils.errors import UsageError, on_main_process
+
+
+@dataclass(frozen=True)
+class PrivateSet:
+    """The private rows, and what each of them is.
+
+    Attributes:
+        rows: the dataset; its images are in `image_column`.
+        captions: [rows]. unit_of_row: [rows], the privacy unit, 0 ... N - 1.
+        skipped: rows left out because their image could not be read.
+        digests: [rows, 32], the SHA-256 of each image's bytes, to know them again; never published.
+    """
+
+    rows: Dataset
+    image_column: str
+    captions: Sequence[str]
+    unit_of_row: torch.Tensor
+    skipped: int
+    digests: np.ndarray
+
+    @property
+    def num_units(self) -> int:
+        return int(self.unit_of_row.max()) + 1
+
+
+def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
+    """The readable rows, with the caption and the privacy unit of each.
+
+    Raises:
+        UsageError: see `find_readable_rows`, `read_captions` and `number_units`; or the processes
+            read different data.
+    """
+    good, digests = on_main_process(
+        lambda: find_readable_rows(rows, data.image_column, data.strict_images)
+    )
+    skipped = len(rows) - len(good)
+    rows = rows.select(good) if skipped else rows
+    captions = read_captions(rows, data.caption_column, data.label_column, data.caption_template)
+    unit_of_row = number_units(rows, data.privacy_unit_column)
+    content = hashlib.sha256(unit_of_row.numpy().tobytes())
+    for caption in captions:
+        content.update(repr(caption).encode())
+    if len(set(gather_object([content.hexdigest()]))) > 1:  # compared in memory, and forgotten
+        raise UsageError("the processes read different data: give all of them the same")
+    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped, digests)

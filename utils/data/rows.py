@@ -1,0 +1,173 @@
+"""Rows of a `datasets` dataset: loading one split, and the caption, label and privacy unit of each.
+
+Nothing here holds more than a few rows' captions at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from utils.arguments.training import DataArguments
+from utils.errors import UsageError
+
+READ_AT_ONCE = 1000  # rows of captions
+
+
+def load_rows(data: DataArguments, cache_dir: str | Path | None = None) -> Dataset:
+    """The rows that the arguments name (`load_split`), at most `--max_train_samples` of them."""
+    rows = load_split(
+        data.dataset_name, data.dataset_config_name, data.train_data_dir, data.split, cache_dir
+    )
+    count = data.max_train_samples
+    return rows if count is None or count >= len(rows) else rows.select(range(count))
+
+
+def load_split(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    split: str,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+) -> Dataset:
+    """Load one split, from the Hub, a folder of parquet files, a saved dataset or an image folder.
+
+    Raises:
+        UsageError: no source or two were named; the folder or the split is missing.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise UsageError("give exactly one of --dataset_name and --train_data_dir")
+    folder = Path(train_data_dir or dataset_name)
+    if train_data_dir is not None and not folder.is_dir():
+        raise UsageError(f"--train_data_dir {train_data_dir} is not a folder")
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            rows = load_from_disk(str(folder))
+            if isinstance(rows, DatasetDict):
+                rows = rows[split]
+        elif folder.is_dir() and _holds_images(folder):
+            rows = load_dataset("imagefolder", data_dir=str(folder), split=split, cache_dir=cache)
+        else:
+            name = str(folder) if folder.is_dir() else dataset_name
+            hub = {} if folder.is_dir() else {"revision": revision}
+            rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache, **hub)
+    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
+        raise UsageError(f"cannot read split '{split}' of {folder}: {error}") from error
+    if len(rows) == 0:
+        raise UsageError(f"{folder} holds no images in split '{split}'")
+    return rows
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether it is an image folder, rather than one of parquet files (a picture may lie there)."""
+    if any(folder.rglob("*.parquet")):
+        return False
+    return any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.rglob("*"))
+
+
+def require_column(rows: Dataset, column: str, argument: str) -> None:
+    """Raises: UsageError, naming the columns there are, if `column` is not one of them."""
+    if column not in rows.column_names:
+        known = ", ".join(rows.column_names)
+        raise UsageError(f"{argument} {column}: there is no such column; the columns are {known}")
+
+
+class Column(Sequence):
+    """One text a row, read and made when asked for: [rows].
+
+    `to_text` makes the text of one value of `column`.
+    """
+
+    def __init__(self, rows: Dataset, column: str, to_text: Callable[[object], str]):
+        self.rows, self.column, self.to_text = rows.select_columns([column]), column, to_text
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, where):
+        values = self.rows[where][self.column]
+        return (
+            [self.to_text(v) for v in values] if isinstance(where, slice) else self.to_text(values)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), READ_AT_ONCE):
+            yield from self[start : start + READ_AT_ONCE]
+
+
+def read_captions(
+    rows: Dataset, caption_column: str | None, label_column: str | None, template: str
+) -> Sequence[str]:
+    """One caption a row: from a caption column, or a template filled with the name of its label.
+
+    Of a list of captions the first counts; a row without any has the empty caption.
+
+    Raises:
+        UsageError: a missing column, or a template without `{label}`.
+    """
+    if caption_column is not None:
+        require_column(rows, caption_column, "--caption_column")
+        return Column(rows, caption_column, _first_caption)
+    labels = read_labels(rows, label_column)
+    fill_template(template, "")  # refused now, not at the first row
+    return Column(rows, label_column, lambda value: fill_template(template, labels.to_text(value)))
+
+
+def fill_template(template: str, label: str) -> str:
+    """The caption, or the prompt, of a class: `--caption_template` with its name filled in.
+
+    Raises:
+        UsageError: the template has no `{label}`.
+    """
+    if "{label}" not in template:
+        raise UsageError(f"--caption_template '{template}' has no {{label}} to fill in")
+    return template.replace("{label}", label.replace("_", " "))
+
+
+def _first_caption(value) -> str:
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return "" if value is None else str(value)
+
+
+def read_labels(rows: Dataset, label_column: str | None) -> Column:
+    """The class name of every row (its number, as text, where the dataset names no classes)."""
+    if label_column is None:
+        raise UsageError("give --caption_column, or --label_column and --caption_template")
+    require_column(rows, label_column, "--label_column")
+    feature = rows.features[label_column]
+
+    def name(value) -> str:
+        if value is None or value == -1:
+            raise UsageError(f"--label_column {label_column}: a row has no label; fill it in")
+        return feature.int2str(int(value)) if isinstance(feature, ClassLabel) else str(value)
+
+    return Column(rows, label_column, name)
+
+
+def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
+    """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
+
+    Rows with the same value in `unit_column` are one unit; without a column, each row is.
+
+    Raises:
+        UsageError: the column is missing, or has rows without a value.
+    """
+    if unit_column is None:
+        return torch.arange(len(rows))
+    require_column(rows, unit_column, "--privacy_unit_column")
+    values = rows[unit_column]
+    missing = sum(v is None or v != v or v == "" for v in values)
+    if missing:
+        raise UsageError(
+            f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, so nobody knows "
+            "whose they are; fill them in or remove those rows"
+        )
+    number: dict = {}
+    return torch.tensor([number.setdefault(value, len(number)) for value in values])

@@ -1,0 +1,170 @@
+"""The story of an evaluation: load the sets, measure what was asked for, write it down."""
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from utils.arguments.evaluation import (
+    MEASURED,
+    EvaluateArguments,
+    ExtractorArguments,
+    GenerateFirst,
+)
+from utils.arguments.sampling import SamplingArguments
+from utils.data.images import keep_readable, read_pixel_batches
+from utils.data.rows import load_split, read_labels
+from utils.errors import UsageError
+from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
+from utils.evaluation.features import ExtractedFeatures, build_extractor, extract
+from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
+from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
+from utils.evaluation.plots import tile_sample
+from utils.evaluation.report import Page, format_metric, read_runs, write_report
+from utils.files import METADATA, METRICS, SAMPLING_SETTINGS, write_durably
+from utils.sampling.generation import generate_folder, prepare_generation
+from utils.sampling.synthetic_sets import read_privacy
+
+
+def evaluate_set(
+    args: EvaluateArguments,
+    extractor: ExtractorArguments,
+    model: GenerateFirst,
+    sampling: SamplingArguments,
+) -> None:
+    """Measure a synthetic set, and write metrics.json and report.html.
+
+    Raises:
+        UsageError: bad input of any kind.
+    """
+    state, folder = PartialState(), Path(args.synthetic)
+    runs = read_runs(args.compare or [])
+    if model.pretrained_model_name_or_path is not None:
+        generate_folder(prepare_generation(model, sampling, folder, state), sampling, folder, state)
+    elif sampling.adapter is not None:
+        raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
+    statement, results = read_privacy(args.synthetic, args.synthetic_revision)
+    output = choose_output(args, folder)
+    known = results.get("epsilon", {}).get("value") is not None
+    with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
+        sets = load_sets(args, cache)
+        metrics = choose_metrics(args, sets)
+        features, pixels = extract_sets(sets, metrics, args, extractor, state)
+        if "utility" in metrics:
+            results |= measure_utility(sets, pixels, args, known and args.test_is_public, state)
+        if not state.is_main_process:
+            return
+        if "fidelity" in metrics:
+            synthetic, real = features["synthetic"], features["real"]
+            results |= measure_fidelity(synthetic, real, known, args.test_is_public)
+        spaces = []
+        if "memorisation" in metrics:
+            spaces = compare_spaces(pixels, {name: f.features for name, f in features.items()})
+            results |= summarise_neighbours(spaces)
+            save_pairs(spaces, pixels, output.parent)
+        visible = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
+        columns = (args.image_column, args.label_column)
+        sheets = {name: tile_sample(sets[name], *columns) for name in visible}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(output, json.dumps(results, indent=2) + "\n")
+    page = Page(folder.name, results, statement, sheets, spaces, runs)
+    report = output.with_name("report.html" if output.name == METRICS else f"{output.stem}.html")
+    write_report(page, report)
+    print_results(results)
+    print(f"{output} and {report}")
+
+
+def choose_output(args: EvaluateArguments, folder: Path) -> Path:
+    """`--output_file`; or metrics.json in a folder that sample.py left, or else in runs/NAME."""
+    if args.output_file is not None:
+        return Path(args.output_file)
+    ours = any((folder / name).is_file() for name in (METADATA, SAMPLING_SETTINGS))
+    # `datasets` would read it as one more image set, in a folder of any other kind.
+    return (folder if ours else Path("runs") / folder.name) / METRICS
+
+
+def print_results(results: dict[str, dict]) -> None:
+    """Each metric on stdout, and each warning on stderr."""
+    for name, entry in results.items():
+        print(f"{name}: {format_metric(entry)}")
+    for warning in sorted({entry["warning"] for entry in results.values() if "warning" in entry}):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def load_sets(args: EvaluateArguments, cache: str) -> dict[str, Dataset]:
+    """The readable rows of the synthetic, the real, and (if named) the private set."""
+    sets = {
+        "synthetic": load_split(
+            args.synthetic, None, None, "train", cache, args.synthetic_revision
+        ),
+        "real": load_split(*args.test_source, cache),
+    }
+    if args.has_private:
+        sets["private"] = load_split(*args.private_source, cache)
+    return {name: keep_readable(rows, args.image_column)[0] for name, rows in sets.items()}
+
+
+def choose_metrics(args: EvaluateArguments, sets: dict[str, Dataset]) -> list[str]:
+    """What was asked for, or else all that is possible.
+
+    Raises:
+        UsageError: it was asked for, and there are too few images.
+    """
+    labelled = all(args.label_column in sets[name].column_names for name in ("synthetic", "real"))
+    many = min(map(len, sets.values())) > NEIGHBOURS
+    possible = {"fidelity": many, "utility": labelled, "memorisation": args.has_private and many}
+    if not many and {"fidelity", "memorisation"} & set(args.metrics or []):
+        raise UsageError(
+            f"fidelity and memorisation need more than {NEIGHBOURS} images in each set"
+        )
+    return args.metrics or [metric for metric in MEASURED if possible[metric]]
+
+
+def extract_sets(
+    sets: dict[str, Dataset],
+    metrics: list[str],
+    args: EvaluateArguments,
+    extractor: ExtractorArguments,
+    state: PartialState,
+) -> tuple[dict[str, ExtractedFeatures], dict[str, torch.Tensor]]:
+    """What the metrics compare of each set: its features, and its pixels, uint8 [N, 3, R, R]."""
+    reads_private = "memorisation" in metrics
+    features, pixels = {}, {}
+    if "fidelity" in metrics or reads_private:
+        network = build_extractor(extractor, state.device)
+        for name, rows in sets.items():
+            if name != "private" or reads_private:
+                features[name] = extract(rows, args.image_column, network, state, name)
+    for name, rows in sets.items():
+        if "utility" in metrics or reads_private:
+            batches = read_pixel_batches(rows, args.image_column, args.evaluation_resolution, 256)
+            pixels[name] = torch.cat(list(batches))
+    return features, pixels
+
+
+def measure_utility(
+    sets: dict[str, Dataset],
+    pixels: dict[str, torch.Tensor],
+    args: EvaluateArguments,
+    covered: bool,
+    state: PartialState,
+) -> dict[str, dict]:
+    """Accuracy of classifiers trained on the synthetic, and perhaps on the private, images."""
+    images = {
+        name: LabelledImages(pixels[name], list(read_labels(rows, args.label_column)))
+        for name, rows in sets.items()
+        if name != "private" or args.train_on_real
+    }
+    setting = (args.classifiers, args.classifier_steps, args.classifier_seeds, state)
+    entries = {}
+    for name, metric in (("synthetic", "accuracy"), ("private", "accuracy_of_real")):
+        if name in images:
+            counted = {"covered_by_epsilon": covered and name == "synthetic"}
+            counted[f"num_{name}"] = len(images[name])
+            found = measure_downstream_accuracy(images[name], images["real"], *setting)
+            entries[metric] = {**found, **counted}
+    return entries

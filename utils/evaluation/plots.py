@@ -1,0 +1,118 @@
+"""The pictures of report.html: plots, as SVG that takes the page's colour of text, and sheets."""
+
+import io
+import re
+from html import escape
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from utils.data.images import read_pixel_batches, tile_images
+from utils.data.rows import read_labels
+from utils.evaluation.memorisation import Neighbours
+
+matplotlib.use("Agg")
+TEXT = "#010203"  # becomes the page's own colour, light or dark
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "axes.titlecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
+BLUE, ORANGE = "#3987e5", "#d97706"
+
+
+def plot_quality_trade_off(runs: list[tuple[str, dict]], metric: str, label: str) -> str:
+    """One metric against epsilon, a point a run."""
+    points = [(results["epsilon"]["value"], name, results[metric]) for name, results in runs]
+    points.sort(key=lambda point: point[0])
+    levels = sorted({epsilon for epsilon, _, _ in points})
+    with plt.rc_context(STYLE | {"svg.hashsalt": metric}):
+        figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for index, (epsilon, name, entry) in enumerate(points):
+            place = levels.index(epsilon)
+            axis.errorbar(place, entry["value"], entry["std"] or 0, marker="o", color=BLUE)
+            aside = (8, 6 if index % 2 else -12)
+            axis.annotate(
+                name, (place, entry["value"]), xytext=aside, textcoords="offset points", fontsize=9
+            )
+        axis.set_xticks(range(len(levels)), [f"{level:.3g}" for level in levels])
+        axis.set(xlabel="epsilon", ylabel=label)
+        axis.set_xlim(-0.4, len(levels) + 0.1)
+        values = [
+            f"{name}: {entry['value']:.4g} at epsilon {epsilon:.3g}"
+            for epsilon, name, entry in points
+        ]
+        return _svg(figure, f"{label} against epsilon. {'; '.join(values)}.")
+
+
+def plot_neighbour_distances(spaces: list[Neighbours]) -> str:
+    """How far synthetic images are from their nearest private and nearest held-out image."""
+    with plt.rc_context(STYLE | {"svg.hashsalt": "neighbours"}):
+        figure, axes = plt.subplots(
+            1, len(spaces), figsize=(4.2 * len(spaces), 3.2), layout="constrained", squeeze=False
+        )
+        values = []
+        for axis, found in zip(axes.flat, spaces, strict=True):
+            both = np.concatenate([found.to_private, found.to_others])
+            bins = np.linspace(0, both.max() or 1.0, 40)
+            axis.hist(found.to_private, bins, color=BLUE, alpha=0.6, label="private")
+            axis.hist(
+                found.to_others, bins, color=ORANGE, histtype="step", lw=1.8, label="held out"
+            )
+            axis.set(title=found.space, xlabel="distance to the nearest", ylabel="synthetic images")
+            axis.legend(frameon=False)
+            medians = (np.median(found.to_private), np.median(found.to_others))
+            values.append("{}: median {:.3g} to private, {:.3g} to held-out".format(
+                found.space, *medians
+            ))  # fmt: skip
+        return _svg(figure, f"Histograms of nearest-neighbour distances. {'; '.join(values)}.")
+
+
+def _svg(figure, alternative: str) -> str:
+    """The figure as an inline element, with a text alternative."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(TEXT, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # as wide as the page allows
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', text).group(1))
+    attributes = (
+        f'role="img" style="max-width:{width * 4 / 3:.0f}px" aria-label="{escape(alternative)}"'
+    )
+    return text.replace("<svg", f"<svg {attributes}", 1)
+
+
+def tile_sample(
+    rows: Dataset, image_column: str, label_column: str, count: int = 60, largest: int = 128
+) -> Image.Image:
+    """Some images of a set as a sheet, none larger than `largest` pixels: a column a class, if
+    there are at most ten, or else ten wide."""
+    chosen = np.arange(min(count, len(rows)))
+    columns = min(10, len(chosen))
+    if label_column in rows.column_names:
+        labels = np.array(list(read_labels(rows, label_column)))
+        classes = [np.flatnonzero(labels == name) for name in np.unique(labels)[:11]]
+        if len(classes) <= 10:
+            height = min(6, *map(len, classes))
+            chosen = np.stack([rows_of_class[:height] for rows_of_class in classes], 1).flatten()
+            columns = len(classes)
+    few = rows.select(chosen)
+    first = few[0][image_column]
+    side = min(largest, *first.size)
+    pixels = torch.cat(list(read_pixel_batches(few, image_column, side, count)))
+    tiles = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    return tile_images(tiles, columns)

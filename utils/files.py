@@ -1,0 +1,104 @@
+"""What a run leaves on disk: the names, files that are whole or absent, digests, and modes.
+
+OUTPUT_DIR/privacy.json  README.md  samples/  and the weights       public
+OUTPUT_DIR/private/ledger.jsonl  checkpoints/  latents/  cache/     mode 0700, never uploaded
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from utils.errors import UsageError
+
+STATEMENT = "privacy.json"  # what epsilon is computed from
+CARD = "README.md"
+SAMPLES = "samples"  # images of the trained model
+SALIENCY = "saliency.json"  # which matrices a selection chose
+SAMPLING_SETTINGS = "sampling.json"  # how a folder of synthetic images was made
+METADATA = "metadata.jsonl"  # the captions of an image folder, as `datasets` reads them
+METRICS = "metrics.json"
+GRID = "grid.png"  # a sheet of images
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
+PRIVATE = "private"
+LEDGER = "ledger.jsonl"
+CHECKPOINTS, CACHE, LATENTS, LOGS = "checkpoints", "cache", "latents", "logs"  # in PRIVATE
+# What is downloaded of a published adapter.
+PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", CARD]
+
+
+def private_folder(output_dir: str | Path) -> Path:
+    """Where a run keeps what must not leave: OUTPUT_DIR/private."""
+    return Path(output_dir) / PRIVATE
+
+
+def make_private(folder: Path) -> Path:
+    """Make a folder that only its owner may enter (0700), also if it is there already."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a file that is either whole on disk or not there at all."""
+    with replace_file(path) as aside:
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@contextmanager
+def replace_file(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Gives a path beside `path` to write to; what was written there becomes `path`, whole.
+
+    With `sync` it also outlives a power cut from then on. After an error, `path` is as it was.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        if sync:
+            sync_file(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file outlive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def explain_disk_errors(output_dir: Path) -> Iterator[None]:
+    """A disk that takes no more becomes one sentence.
+
+    Raises:
+        UsageError: instead of the OSError or SafetensorError of what runs inside.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"cannot write to {output_dir}: {error}. Nothing is lost: make room, and resume with "
+            "--resume_from_checkpoint latest"
+        ) from error

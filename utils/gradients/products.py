@@ -1,0 +1,144 @@
+"""The tensor mathematics of per-unit gradients: products of inputs and output gradients, by unit.
+
+The gradient of a weight is a sum of products over positions, G^T X. Where a unit's product would be
+larger than its factors, norms and weighted sums come from the factors (Goodfellow 2015; Bu et al.
+2023).
+
+Shapes: U units, K draws a unit, R = U * K rows of the batch with a unit's draws contiguous; T
+positions of a unit, over all its draws.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def by_unit(x: torch.Tensor, num_units: int) -> torch.Tensor:
+    """[R, ..., d] -> [U, K * ..., d]: a unit's draws and positions side by side."""
+    if len(x) % num_units:
+        raise RuntimeError(f"a layer saw {len(x)} rows for {num_units} units; it mixes rows")
+    return x.reshape(num_units, -1, x.shape[-1])
+
+
+def product_is_smaller(positions: int, out_features: int, in_features: int) -> bool:
+    """Whether one unit's weight gradient holds fewer numbers than the factors it is made of.
+
+    It is also when multiplying out costs less than the norm by Gram matrices does.
+    """
+    return out_features * in_features <= positions * (out_features + in_features)
+
+
+def factor_matrices(leaf, x, grad_output, num_units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """X and G such that the weight gradient of unit u is G[u]^T X[u].
+
+    Returns:
+        X: [U, T, in], or for an Embedding [U, T] integers that stand for one-hot vectors.
+        G: [U, T, out], fp32.
+    """
+    if type(leaf) is nn.Embedding:
+        return x.reshape(num_units, -1), by_unit(grad_output, num_units).float()
+    if type(leaf) is nn.Conv2d:
+        x = F.unfold(x.float(), leaf.kernel_size, leaf.dilation, leaf.padding, leaf.stride)
+        x, grad_output = x.transpose(1, 2), grad_output.flatten(2).transpose(1, 2)
+    return by_unit(x, num_units).float(), by_unit(grad_output, num_units).float()
+
+
+def squared_norms_of_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """||G[u]^T X[u]||^2 for every unit, without the product: the sum of XX^T * GG^T. [U].
+
+    Terms of that sum may cancel. What their rounding could hide is added, so that no unit's norm
+    comes out too small to be clipped.
+    """
+    if x.is_floating_point():
+        gram, lengths = x @ x.transpose(1, 2), x.norm(dim=2)
+    else:
+        gram, lengths = (x[:, :, None] == x[:, None, :]).float(), 1.0
+    squared = (gram * (grads @ grads.transpose(1, 2))).sum((1, 2))
+    largest = (lengths * grads.norm(dim=2)).sum(1).square()
+    return squared.clamp_min(0) + 16 * torch.finfo(torch.float32).eps * largest
+
+
+def unit_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """G[u]^T X[u] for every unit: [U, T, in], [U, T, out] -> [U, out, in].
+
+    The narrower matrix goes first: MKL takes a quarter of the time then.
+    """
+    if x.shape[2] < grads.shape[2]:
+        return (x.transpose(1, 2) @ grads).transpose(1, 2)
+    return grads.transpose(1, 2) @ x
+
+
+def products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """G[u]^T X[u] for every unit: [U, size of the weight]."""
+    if x.is_floating_point():
+        return unit_products(x, grads).flatten(1)
+    each = [sum_of_products(i[None], g[None], weight) for i, g in zip(x, grads, strict=True)]
+    return torch.stack(each).flatten(1)
+
+
+def sum_of_products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sum over units of G[u]^T X[u], in the shape of `weight`."""
+    if x.is_floating_point():
+        return (grads.flatten(0, 1).T @ x.flatten(0, 1)).view_as(weight)
+    return grads.new_zeros(weight.shape).index_add_(0, x.flatten(), grads.flatten(0, 1))
+
+
+def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> torch.Tensor:
+    """Per-unit weight gradient [U, out, in, kh, kw] of a convolution.
+
+    Args:
+        x: [R, in, H, W]. grad_output: [R, out, Ho, Wo].
+
+    The gradient correlates the two over positions, so either may be spread out over the kernel's
+    offsets before one batched matrix product. The narrower one is: for LoRA, that is the output.
+    """
+    out_channels, in_channels, kh, kw = conv.weight.shape
+    if (kh, kw) == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0):
+        product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(
+            x, num_units
+        )
+        return product.view(num_units, out_channels, in_channels, 1, 1)
+    if out_channels <= in_channels:
+        shifted = _spread_output(grad_output, x.shape[2:], conv)  # [R, out*kh*kw, H*W]
+        shifted = shifted.view(*shifted.shape[:2], *x.shape[2:])
+        product = _channels_by_position(shifted, num_units) @ _positions_by_channel(x, num_units)
+        product = product.view(num_units, out_channels, kh, kw, in_channels).flip(2, 3)
+        return product.permute(0, 1, 4, 2, 3)
+    spread = F.unfold(x, (kh, kw), conv.dilation, conv.padding, conv.stride)
+    spread = spread.view(*spread.shape[:2], *grad_output.shape[2:])  # [R, in*kh*kw, Ho, Wo]
+    product = _channels_by_position(grad_output, num_units) @ _positions_by_channel(
+        spread, num_units
+    )
+    return product.view(num_units, out_channels, in_channels, kh, kw)
+
+
+def _spread_output(grad_output, input_size, conv: nn.Conv2d) -> torch.Tensor:
+    """For every input position and kernel offset, the output gradient that the weight there met.
+
+    Input row y met kernel row i at output row (y + padding - i * dilation) / stride. Undo the
+    stride by inserting zeros, pad so that all of these exist, and unfold; the offsets come out
+    reversed.
+    """
+    pads = []
+    (sh, sw), rows_out, cols_out = conv.stride, grad_output.shape[2], grad_output.shape[3]
+    if (sh, sw) != (1, 1):
+        size = ((rows_out - 1) * sh + 1, (cols_out - 1) * sw + 1)
+        stuffed = grad_output.new_zeros(*grad_output.shape[:2], *size)
+        stuffed[:, :, ::sh, ::sw] = grad_output
+        grad_output = stuffed
+    for axis in (1, 0):
+        reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis]
+        before = reach - conv.padding[axis]
+        after = input_size[axis] + reach - before - grad_output.shape[2 + axis]
+        pads += [before, after]
+    return F.unfold(F.pad(grad_output, pads), conv.kernel_size, conv.dilation)
+
+
+def _channels_by_position(x: torch.Tensor, num_units: int) -> torch.Tensor:
+    """[R, c, h, w] -> [U, c, K*h*w]."""
+    return _positions_by_channel(x, num_units).transpose(1, 2)
+
+
+def _positions_by_channel(x: torch.Tensor, num_units: int) -> torch.Tensor:
+    """[R, c, h, w] -> [U, K*h*w, c]."""
+    return by_unit(x.permute(0, 2, 3, 1), num_units)

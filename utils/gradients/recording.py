@@ -1,0 +1,160 @@
+"""What one backward pass found: the gradient of every trainable tensor, for every privacy unit.
+
+The layers (`leaves`, `lora_leaf`) write into it during the backward pass; clipping reads norms and
+weighted sums from it afterwards.
+
+Shapes: U units, P trainable parameters in L tensors.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from utils.errors import UsageError
+from utils.gradients.products import (
+    by_unit,
+    factor_matrices,
+    product_is_smaller,
+    products,
+    squared_norms_of_products,
+    sum_of_products,
+    unit_products,
+)
+
+
+class Recording:
+    """The gradients of U units, as far as each was worth multiplying out.
+
+    Each trainable tensor has either rows [U, size], or factors whose product they are.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], num_units: int):
+        self.parameters, self.num_units = parameters, num_units
+        self._rows: dict[nn.Parameter, torch.Tensor] = {}
+        self._uses = defaultdict(list)  # weight -> (leaf, input, gradient of the output) a use
+
+    def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add [U, ...] per-unit gradients of `parameter`."""
+        if self._uses.get(parameter):  # a layer used again at another size
+            self._multiply_out(parameter)
+        rows = gradient.reshape(self.num_units, -1).float()
+        known = self._rows.get(parameter)
+        self._rows[parameter] = rows if known is None else known + rows
+
+    def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+        """Note one use of a leaf; its weight gradient stays a product until it is asked for."""
+        self._uses[leaf.weight].append((leaf, x.detach(), grad_output))
+        if leaf.weight in self._rows:
+            self._multiply_out(leaf.weight)
+
+    def add_products(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+        """Note one use of a Linear, or of a Conv2d of one pixel, in the smaller form.
+
+        Args:
+            x: [R, ..., in]. grad_output: [R, ..., out]; channels come last, also of a Conv2d.
+        """
+        grads = by_unit(grad_output, self.num_units)  # [U, T, out]
+        if product_is_smaller(grads.shape[1], *leaf.weight.shape[:2]):
+            inputs = by_unit(x, self.num_units).to(grads.dtype)
+            self.add_rows(leaf.weight, unit_products(inputs, grads))
+        elif type(leaf) is nn.Conv2d:
+            self.add_factors(leaf, x.movedim(-1, 1), grad_output.movedim(-1, 1))
+        else:
+            self.add_factors(leaf, x, grad_output)
+
+    def has(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._rows or parameter in self._uses
+
+    def nbytes(self) -> int:
+        """Memory that this recording holds."""
+        kept = list(self._rows.values())
+        kept += [tensor for uses in self._uses.values() for use in uses for tensor in use[1:]]
+        return sum(tensor.nbytes for tensor in kept)
+
+    def squared_norms(self) -> torch.Tensor:
+        """The squared norm of each tensor's gradient, for each unit: [U, L], fp32.
+
+        Never below the true one, but for the rounding of the rows themselves.
+        """
+        columns = []
+        for parameter in self.parameters:
+            if parameter in self._rows:
+                columns.append(torch.linalg.vector_norm(self._rows[parameter], dim=1).square())
+            else:
+                columns.append(squared_norms_of_products(*self._matrices(parameter)))
+        return torch.stack(columns, 1)
+
+    def weighted_sum(self, scales: torch.Tensor) -> torch.Tensor:
+        """The sum over units of scales[u, l] times the gradient of tensor l: [U, L] -> [P]."""
+        parts = []
+        for parameter, scale in zip(self.parameters, scales.unbind(1), strict=True):
+            if parameter in self._rows:
+                parts.append(scale @ self._rows[parameter])
+            else:
+                x, grads = self._matrices(parameter)
+                part = sum_of_products(x, grads * scale[:, None, None], parameter)
+                parts.append(part.flatten())
+        return torch.cat(parts)
+
+    def drop(self, units: torch.Tensor) -> None:
+        """Make the gradient of the units in the mask [U] zero, whatever it was."""
+        for parameter, rows in self._rows.items():
+            self._rows[parameter] = rows.masked_fill(units[:, None], 0.0)
+        for uses in self._uses.values():
+            uses[:] = [(leaf, *(self._blank(t, units) for t in pair)) for leaf, *pair in uses]
+
+    def rows(self) -> torch.Tensor:
+        """Every unit's whole gradient, multiplied out: [U, P]. For small models and for tests."""
+        for parameter in list(self._uses):
+            self._multiply_out(parameter)
+        return torch.cat([self._rows[parameter] for parameter in self.parameters], 1)
+
+    def _matrices(self, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+        """X [U, T, in] and G [U, T, out] over all uses of a weight."""
+        pairs = [factor_matrices(*use, self.num_units) for use in self._uses[parameter]]
+        x, grads = zip(*pairs, strict=True)
+        return torch.cat(x, 1), torch.cat(grads, 1)
+
+    def _multiply_out(self, parameter: nn.Parameter) -> None:
+        x, grads = self._matrices(parameter)
+        del self._uses[parameter]
+        self.add_rows(parameter, products(x, grads, parameter))
+
+    def _blank(self, tensor: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        mask = units.repeat_interleave(len(tensor) // self.num_units)
+        return tensor.masked_fill(mask.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+class NormRecording(Recording):
+    """Only the squared norms, each taken as soon as the backward pass has made the gradient.
+
+    Raises:
+        UsageError: a layer is used twice, so that its gradient is a sum that nobody keeps.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], num_units: int):
+        super().__init__(parameters, num_units)
+        self._squared: dict[nn.Parameter, torch.Tensor] = {}
+
+    def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        rows = gradient.reshape(self.num_units, -1).float()
+        self._note(parameter, torch.linalg.vector_norm(rows, dim=1).square())
+
+    def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+        factors = factor_matrices(leaf, x.detach(), grad_output, self.num_units)
+        self._note(leaf.weight, squared_norms_of_products(*factors))
+
+    def has(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._squared
+
+    def nbytes(self) -> int:
+        return sum(column.nbytes for column in self._squared.values())
+
+    def squared_norms(self) -> torch.Tensor:
+        return torch.stack([self._squared[parameter] for parameter in self.parameters], 1)
+
+    def _note(self, parameter: nn.Parameter, squared: torch.Tensor) -> None:
+        if parameter in self._squared:
+            raise UsageError("a layer that is used twice in one pass cannot be ranked")
+        self._squared[parameter] = squared

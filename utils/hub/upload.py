@@ -1,0 +1,163 @@
+"""Uploads to the Hugging Face Hub: of exactly the files that are meant, verified first."""
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from utils.arguments.publishing import HubArguments, MetricsArguments, RepositoryArguments
+from utils.errors import UsageError
+from utils.files import CARD, PRIVATE, SAMPLES, STATEMENT
+from utils.hub.cards import PLACEHOLDER
+from utils.hub.evaluation_card import build_evaluation_section, insert_section
+from utils.ledger.verification import find_problems, read_source
+
+HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
+SAMPLE = re.compile(r"(\d{4}|grid)\.png")
+# What an earlier upload may have left, of a model or a synthetic set.
+OURS = re.compile(
+    r"data/train-.*\.parquet|samples/(\d{4}|grid)\.png|privacy\.json|grid\.png|unet/.*|"
+    r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
+    r"pytorch_lora_weights\.safetensors"
+)
+ATTEMPTS = 4
+PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states that trying again may cure
+
+
+def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") -> str:
+    """Make a repository, or find that it is there; returns its full name, USER/NAME.
+
+    Raises:
+        UsageError: the Hub cannot be reached, or refuses the name or the token.
+    """
+    try:
+        address = HfApi(token=args.hub_token).create_repo(
+            name, repo_type=repo_type, private=args.hub_private_repo or None, exist_ok=True
+        )
+    except HUB_ERRORS as error:
+        raise UsageError(f"cannot make the repository '{name}': {_why(error)}") from error
+    return address.repo_id
+
+
+def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
+    """The files of a finished run that are published, by their path in the repository; no others.
+
+    The weights that the statement accounts for, the statement, the card, and the samples.
+
+    Raises:
+        UsageError: the run is not finished, or a file is missing or leads elsewhere.
+    """
+    statement = output_dir / STATEMENT
+    if not statement.is_file():
+        raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")
+    names = [*json.loads(statement.read_text()).get("files", {}), STATEMENT, CARD]
+    samples = output_dir / SAMPLES
+    if samples.is_dir():
+        found = sorted(path.name for path in samples.iterdir() if SAMPLE.fullmatch(path.name))
+        names += [f"{SAMPLES}/{name}" for name in found]
+    for name in names:
+        path = output_dir / name
+        if not path.is_file():
+            raise UsageError(f"{output_dir} lacks {name}: the run is not finished")
+        inside = path.resolve() == output_dir.resolve() / name  # no link, no .., no absolute path
+        if not inside or Path(name).parts[0] == PRIVATE:
+            raise UsageError(f"{path} leads out of what is published: it is not uploaded")
+    return {name: output_dir / name for name in names}
+
+
+def publish_model(
+    output_dir: Path, args: HubArguments, metrics: MetricsArguments | None = None
+) -> str:
+    """Verify a finished run, and upload what it publishes; returns the address of the commit.
+
+    Raises:
+        UsageError: it does not verify, or see `list_files_to_publish`,
+            `build_evaluation_section`, `make_repo` and `upload`.
+    """
+    files = list_files_to_publish(output_dir)
+    source = read_source(str(output_dir), None)
+    problems = find_problems(source)
+    if problems:
+        raise UsageError(f"{output_dir} is not published: {'; '.join(problems)}")
+    section = build_evaluation_section(metrics or MetricsArguments(), source.statement)
+    card = insert_section(files[CARD].read_text(encoding="utf-8"), section)
+    repo_id = make_repo(args.hub_model_id, args)
+    files[CARD] = card.replace(PLACEHOLDER, repo_id).encode()
+    command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
+    return upload(repo_id, files, args, "model", shlex.join(map(str, command)))
+
+
+def upload(
+    repo_id: str,
+    files: dict[str, Path | bytes],
+    args: RepositoryArguments,
+    repo_type: str,
+    finish: str,
+    wait: Callable[[float], None] = time.sleep,
+) -> str:
+    """Upload `files`, {path in the repository: path here, or content}, in one commit, which also
+    removes what an earlier upload left beside them; returns its address.
+
+    Doing it again is safe. A passing failure is tried again, a few times, ever later.
+
+    Args:
+        finish: the command that tries again, for the message.
+
+    Raises:
+        UsageError: it did not work; what is here is whole, and the message has the command that
+            finishes it.
+    """
+    api = HfApi(token=args.hub_token)
+    for attempt in range(ATTEMPTS):
+        try:
+            ModelCard(files[CARD].decode()).validate(repo_type=repo_type)
+            published = api.list_repo_files(repo_id, repo_type=repo_type)
+            operations = [CommitOperationAdd(name, _to_add(file)) for name, file in files.items()]
+            operations += [
+                CommitOperationDelete(name)
+                for name in published
+                if OURS.fullmatch(name) and name not in files
+            ]
+            return api.create_commit(
+                repo_id, operations, commit_message="Publish", repo_type=repo_type
+            ).commit_url
+        except HUB_ERRORS as error:
+            if attempt == ATTEMPTS - 1 or not _passes(error):
+                raise UsageError(
+                    f"the upload to {repo_id} failed: {_why(error)}. All files are safe here; to "
+                    f"publish them:\n{finish}"
+                ) from error
+            wait(2.0**attempt)
+    raise AssertionError("unreachable")
+
+
+def _to_add(file: Path | bytes) -> str | bytes:
+    return file if isinstance(file, bytes) else str(file)
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in PASSING
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload of weights
+        return _passes(error.__cause__)
+    return isinstance(error, httpx2.TransportError)
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _why(error.__cause__)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        if error.response.status_code in (401, 403):
+            return "the Hub refused the token; log in with `hf auth login`, or give --hub_token"
+    if isinstance(error, HFValidationError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,126 @@
+"""What a ledger's records come to: steps released, events charged, and what may join them.
+
+Functions of the records alone; the file is `ledger.Ledger`. A run is charged branch by branch. It
+starts with one; resuming from a checkpoint opens another, from that checkpoint's step. A branch is
+charged up to the last step it released (the last one of a live run: up to its last planned step, so
+that concurrent runs cannot spend one budget twice). So resuming from the last checkpoint costs
+nothing extra, and resuming from an older one costs the steps in between once more: their noisy
+results exist already.
+"""
+
+from pathlib import Path
+
+from utils.errors import UsageError
+from utils.privacy.accounting import pld_epsilon
+
+CHECKPOINT, WEIGHTS = "checkpoint", "weights"  # what a release shows
+
+
+def select_run(records: list[dict], run: str) -> list[dict]:
+    """The records of one run."""
+    return [record for record in records if record["run"] == run]
+
+
+def check_can_resume(records: list[dict], run: str, step: int, terms: dict, path: Path) -> int:
+    """The last branch of a run that may be resumed from `step` under `terms`.
+
+    Raises:
+        UsageError: the ledger does not know the run, no checkpoint of that step, or the run has
+            released steps under other terms.
+    """
+    of_run = select_run(records, run)
+    if not of_run:
+        raise UsageError(f"the ledger {path} has no run {run}: name the ledger it was started with")
+    if step and step not in released_steps(of_run):
+        raise UsageError(f"the ledger {path} has no checkpoint of step {step} of run {run}")
+    before = [r for r in of_run if r["kind"] == "reserve"][-1]
+    changed = [key for key in terms if terms[key] != before[key]]
+    if charged_steps(of_run, run, live=False) and changed:
+        raise UsageError(f"run {run} was started with another {' and '.join(changed)}")
+    return of_run[-1]["branch"]
+
+
+def check_admissible(records: list[dict], terms: dict, cap: float | None, path: Path) -> None:
+    """Raises: UsageError if `terms`, the last of `records`, may not join the others."""
+    charged = {r["run"] for r in records[:-1] if charged_steps(records[:-1], r["run"])}
+    charged -= {records[-1]["run"]}
+    others = [r for r in records if r["kind"] == "reserve" and r["run"] in charged]
+    if any(r["privacy_unit"] != terms["privacy_unit"] for r in others):
+        raise UsageError(
+            f"the ledger {path} is about another privacy unit than '{terms['privacy_unit']}'; "
+            "give this run a ledger of its own"
+        )
+    foreign = [r for r in others if r["private"] or r["run"] not in terms["builds_on"]]
+    if not terms["private"] and (foreign or cap is not None):
+        raise UsageError(
+            "a run with reproducible noise has no epsilon: give it no shared --privacy_ledger and "
+            "no --total_epsilon"
+        )
+    if terms["private"] and not all(r["private"] for r in others):
+        raise UsageError(
+            f"the ledger {path} holds a run with reproducible noise: it has no epsilon"
+        )
+    if cap is None:
+        return
+    spent = pld_epsilon(charged_events(records), terms["delta"])
+    if spent > cap:
+        before = charged_events(records[:-1])
+        held = pld_epsilon(before, terms["delta"]) if before else 0.0
+        raise UsageError(
+            f"this run would bring the ledger {path} to epsilon {spent:.3f}, above --total_epsilon "
+            f"{cap:g}; what is spent or reserved there comes to {held:.3f} at delta "
+            f"{terms['delta']:g}" + _unfinished(records[:-1])
+        )
+
+
+def _unfinished(records: list[dict]) -> str:
+    live = [run for run in dict.fromkeys(r["run"] for r in records) if is_live(records, run)]
+    if not live:
+        return ""
+    return (
+        f" (unfinished: {', '.join(live)}; resume them, or hand back what they did not use with "
+        "privacy_report.py give_up)"
+    )
+
+
+def released_steps(records: list[dict]) -> set[int]:
+    """The steps that some branch released and did not take back."""
+    released = {(r["branch"], r["step"]) for r in records if r["kind"] == "release"}
+    written = {(r["branch"], r["step"]) for r in records if r["kind"] == "wrote"}
+    voided = {(r["branch"], r["step"]) for r in records if r["kind"] == "void"}
+    return {step for _, step in released - (voided - written)}
+
+
+def is_live(records: list[dict], run: str) -> bool:
+    """Whether some of what the run's last branch reserved is neither released nor handed back."""
+    return charged_steps(records, run) > charged_steps(records, run, live=False)
+
+
+def charged_steps(records: list[dict], run: str, live: bool = True) -> int:
+    """The steps that a run is charged for; with `live`, those it still holds in reserve too."""
+    of_run = select_run(records, run)
+    reservations = [r for r in of_run if r["kind"] == "reserve"]
+    last = of_run[-1]["branch"] if of_run else None
+    handed_back = any(r["kind"] == "give_up" and r["branch"] == last for r in of_run)
+    total = 0
+    for reservation in reservations:
+        of_branch = [r for r in of_run if r["branch"] == reservation["branch"]]
+        until = max(released_steps(of_branch), default=reservation["from_step"])
+        if live and reservation is reservations[-1] and not handed_back:
+            until = reservation["event"]["steps"]
+        total += until - reservation["from_step"]
+    return total
+
+
+def charged_events(records: list[dict], only: list[str] | None = None) -> list[dict]:
+    """The mechanisms that a ledger is charged for, one a run, oldest first; of `only` these runs.
+
+    A run whose plan changed before its first step is charged by the plan that it was trained with.
+    """
+    events = []
+    for run in dict.fromkeys(r["run"] for r in records):
+        steps = charged_steps(records, run)
+        if steps and (only is None or run in only):
+            terms = [r for r in records if r["run"] == run and r["kind"] == "reserve"][-1]
+            events.append({**terms["event"], "steps": steps})
+    return events

@@ -1,0 +1,184 @@
+"""Reserve what a run will spend, before an image is read; or find the run to resume."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.errors import UsageError
+from utils.files import CHECKPOINTS, LEDGER, explain_disk_errors, private_folder, write_durably
+from utils.ledger.charges import CHECKPOINT, charged_events, charged_steps, select_run
+from utils.ledger.checkpoints import (
+    empty_unfinished,
+    find_newest_intact,
+    list_differences,
+    list_steps,
+    locate_checkpoint,
+    read_about,
+    sweep,
+    was_left_unfinished,
+)
+from utils.ledger.ledger import Ledger, find_branch, make_run_name
+from utils.ledger.runs import NOTE, Run, find_earlier_branch
+from utils.privacy.accounting import pld_epsilon
+from utils.privacy.plan import PrivacyPlan
+
+
+def open_run(
+    training: TrainingArguments,
+    privacy: PrivacyArguments,
+    plan: PrivacyPlan,
+    agreed: dict,
+    is_private: bool,
+) -> Run:
+    """Reserve what `plan` will spend; or, to resume a run, find its checkpoint.
+
+    Call before an image is read; `confirm` afterwards.
+
+    Raises:
+        UsageError: it would exceed --total_epsilon; there is no such checkpoint; or see `Ledger`.
+    """
+    output_dir = Path(training.output_dir)
+    agreed = {**agreed, "plan": _round_trip(plan)}
+    ledger, cap = find_ledger(output_dir, privacy, link=True), privacy.total_epsilon
+    if training.resume_from_checkpoint is not None:
+        checkpoint = _find_checkpoint(output_dir, training.resume_from_checkpoint)
+        about = read_about(checkpoint)
+        _refuse_changes(checkpoint, about["agreed"] | {"plan": None}, agreed | {"plan": None})
+        ledger.check_resuming(about["run"], about["step"], cap)
+        return Run(output_dir, find_branch(ledger, about["run"]), agreed, checkpoint)
+    with explain_disk_errors(output_dir):
+        earlier = find_earlier_branch(output_dir)
+        if earlier is not None:  # an attempt that ended before its first step
+            earlier.give_up()
+        shutil.rmtree(private_folder(output_dir) / CHECKPOINTS, ignore_errors=True)
+        name = make_run_name()  # noted first, so that a reservation can always be found again
+        write_durably(private_folder(output_dir) / NOTE, name)
+        if privacy.privacy_ledger is not None and not ledger.path.exists():
+            print(f"starting a new ledger, {ledger.path}")
+        branch = ledger.reserve(plan.terms(is_private), cap, name)
+    return Run(output_dir, branch, agreed)
+
+
+def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
+    changed = list_differences(then, now)
+    if changed:
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(f"cannot resume {checkpoint}: {'; '.join(changed[:3])}{more}")
+
+
+def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: bool) -> Run:
+    """The run with its final plan, now that the images were looked at.
+
+    Raises:
+        UsageError: the checkpoint to resume from belongs to another plan, model or adapter; or
+            resuming would exceed --total_epsilon.
+    """
+    agreed = {**run.agreed, "plan": _round_trip(plan)}
+    ledger, terms, cap = run.branch.ledger, plan.terms(is_private), privacy.total_epsilon
+    if agreed == run.agreed and run.checkpoint is None:
+        return run
+    if run.checkpoint is None:  # some images could not be read: fewer units
+        branch = ledger.reserve(terms, cap, run.branch.run, step=0)
+        return replace(run, branch=branch, agreed=agreed)
+    about = read_about(run.checkpoint)
+    _refuse_changes(run.checkpoint, about["agreed"], agreed)
+    settle(run)
+    branch = ledger.reserve(terms, cap, run.branch.run, about["step"])
+    for step in list_steps(run.checkpoints):
+        if step > about["step"]:  # damaged, or passed over: never the latest again
+            aside = f"set-aside-{step}-of-branch-{branch.number - 1}"
+            locate_checkpoint(run.checkpoints, step).rename(run.checkpoints / aside)
+    steps = charged_steps(ledger.records(), branch.run)
+    if steps > plan.steps:
+        print(
+            f"resuming from step {about['step']} charges {steps - plan.steps} steps once more: "
+            f"their noisy results exist already. The run will come to epsilon "
+            f"{pld_epsilon(plan.events(steps), plan.delta):.3f}"
+        )
+    return replace(run, branch=branch, agreed=agreed, recharged=steps - plan.steps)
+
+
+def _round_trip(plan: PrivacyPlan) -> dict:
+    """The plan as a checkpoint remembers it: as it comes back from JSON."""
+    return json.loads(json.dumps(asdict(plan)))
+
+
+def settle(run: Run) -> None:
+    """Bring the ledger up to date with the checkpoints on disk after a crash.
+
+    A checkpoint that was announced and is there, whole, was written. One whose unfinished folder is
+    still there did not come to be: what it holds is destroyed unread, and the release taken back.
+    One of which nothing is there may be anywhere, and stays charged.
+    """
+    records, folder = run.branch.ledger.records(), run.checkpoints
+    of_branch = [
+        r
+        for r in select_run(records, run.branch.run)
+        if r["branch"] == run.branch.number and r.get("output") == CHECKPOINT
+    ]
+    settled = {r["step"] for r in of_branch if r["kind"] in ("wrote", "void")}
+    pending = sorted({r["step"] for r in of_branch if r["kind"] == "release"} - settled)
+    empty_unfinished(folder)
+    for step in pending:
+        if was_left_unfinished(folder, step):
+            run.branch.void(step)
+        elif locate_checkpoint(folder, step).exists():
+            run.branch.wrote(step, CHECKPOINT)
+    sweep(folder)
+
+
+def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dict]) -> None:
+    """Raises: UsageError if `events`, all to come, would exceed `--total_epsilon`."""
+    if privacy.total_epsilon is None:
+        return
+    ledger = find_ledger(output_dir, privacy)
+    held = charged_events(ledger.records())
+    spent = pld_epsilon([*held, *events], privacy.target_delta)
+    if spent > privacy.total_epsilon:
+        raise UsageError(
+            f"both stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "
+            f"--total_epsilon {privacy.total_epsilon:g}"
+        )
+
+
+def find_ledger(output_dir: Path, privacy: PrivacyArguments, link: bool = False) -> Ledger:
+    """The ledger of a run: `--privacy_ledger`, or one of its own.
+
+    With `link` a shared one is linked to from OUTPUT_DIR/private, so that it can be found again.
+
+    Raises:
+        UsageError: the folder's run is in another ledger.
+    """
+    here, shared = private_folder(output_dir) / LEDGER, privacy.privacy_ledger
+    if shared is None or here.resolve() == Path(shared).resolve():
+        return Ledger(here)
+    if here.exists():
+        raise UsageError(
+            f"the run in {output_dir} is recorded in {here.resolve()}, not in {shared}"
+        )
+    if link:
+        here.unlink(missing_ok=True)  # a link to a ledger that was moved
+        here.symlink_to(Path(shared).resolve())
+    return Ledger(shared)
+
+
+def _find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    checkpoints = private_folder(output_dir) / CHECKPOINTS
+    if wanted == "latest":
+        path, sentences = find_newest_intact(checkpoints)
+        for sentence in sentences:
+            print(sentence)
+        return path
+    path = Path(wanted)
+    if not path.is_absolute() and not path.is_dir():
+        path = checkpoints / wanted
+    named = re.fullmatch(r"checkpoint-\d+|set-aside-.*", path.name)
+    if path.resolve().parent != checkpoints.resolve() or not named:
+        known = ", ".join(f"checkpoint-{step}" for step in list_steps(checkpoints)) or "none"
+        raise UsageError(
+            f"--resume_from_checkpoint {wanted}: not a checkpoint of {output_dir}; there: {known}"
+        )
+    return path

@@ -1,0 +1,187 @@
+"""One training run: its folder, its branch in the ledger, its checkpoints, and what it publishes.
+
+The order of things is the privacy argument (contract: "the ledger is ahead of the release"): the
+plan is reserved before an image is read; a release is on record before the file that shows it
+exists; a file is on record as written once it does.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils.arguments.training import TrainingArguments
+from utils.errors import UsageError, on_main_process
+from utils.files import (
+    CACHE,
+    CHECKPOINTS,
+    LATENTS,
+    LEDGER,
+    LOGS,
+    PRIVATE,
+    explain_disk_errors,
+    hash_file,
+    make_private,
+    private_folder,
+    sync_file,
+)
+from utils.ledger.charges import CHECKPOINT, WEIGHTS, charged_events, charged_steps
+from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
+from utils.ledger.ledger import Branch, Ledger, find_branch
+from utils.ledger.statement import build_statement, write_statement
+from utils.privacy.accounting import account
+from utils.privacy.plan import PrivacyPlan
+
+NOTE = "run"  # in private/: the name of the folder's run, noted before it is reserved
+IN_USE = "in_use.lock"  # in private/: held by the process that works here
+SELECTION = "selection"  # the folder of a first stage
+
+
+def claim_output_dir(training: TrainingArguments) -> FileLock:
+    """Make the folder of a new run, with its `private/` (mode 0700), or find that of the run to
+    resume. Nobody else can claim it while the lock that is returned lives.
+
+    A folder is free if no run in it has released anything.
+
+    Raises:
+        UsageError: the folder holds another run or other files, holds none to resume, is in use, or
+            cannot be written.
+    """
+    path, private = Path(training.output_dir), private_folder(training.output_dir)
+    resumes = training.resume_from_checkpoint is not None
+    if resumes and not private.is_dir():
+        raise UsageError(f"--output_dir {path} holds no run to resume")
+    if not resumes and not _is_free(path):
+        raise UsageError(
+            f"--output_dir {path} already holds files; name a new folder for this run, or resume "
+            "the run that it holds: --resume_from_checkpoint latest"
+        )
+    try:
+        make_private(private)
+        lock = FileLock(private / IN_USE, blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"--output_dir {path} is in use by another process") from error
+    except OSError as error:
+        raise UsageError(f"cannot make --output_dir {path}: {error}") from error
+    return lock
+
+
+def _is_free(path: Path) -> bool:
+    if not path.exists():
+        return True
+    if not path.is_dir() or {e.name for e in path.iterdir()} - {PRIVATE, SELECTION}:
+        return False
+    ours = {
+        CACHE,
+        LATENTS,
+        LOGS,
+        CHECKPOINTS,
+        LEDGER,
+        f"{LEDGER}.lock",
+        IN_USE,
+        NOTE,
+        f"{NOTE}.tmp",
+    }
+    private = private_folder(path)
+    if private.is_dir() and {entry.name for entry in private.iterdir()} - ours:
+        return False
+    branch = find_earlier_branch(path)
+    return branch is None or charged_steps(branch.ledger.records(), branch.run, live=False) == 0
+
+
+def find_earlier_branch(output_dir: Path) -> Branch | None:
+    """The branch of the run that this folder was used for, if it got as far as its reservation."""
+    note = private_folder(output_dir) / NOTE
+    ledger = Ledger(private_folder(output_dir) / LEDGER)
+    name = note.read_text().strip() if note.exists() else None
+    known = any(record["run"] == name for record in ledger.records())
+    return find_branch(ledger, name) if known else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may spend.
+
+    Attributes:
+        output_dir: where it publishes; its checkpoints are in private/.
+        branch: where it is charged.
+        agreed: all that a checkpoint must agree with to be resumed from.
+        checkpoint: the one to resume from; None for a new run.
+        recharged: steps that are charged beyond the plan, since an older checkpoint was resumed
+            from.
+    """
+
+    output_dir: Path
+    branch: Branch
+    agreed: dict
+    checkpoint: Path | None = None
+    recharged: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return private_folder(self.output_dir) / CHECKPOINTS
+
+    def save(self, step: int, state_dict: Callable[[], dict], limit: int) -> None:
+        """Write a checkpoint of what `state_dict` returns, and keep the `limit` newest.
+
+        Raises:
+            UsageError: the ledger or the disk does not take it; on every process.
+        """
+        on_main_process(lambda: self._save(step, state_dict, limit))
+
+    def _save(self, step: int, state_dict: Callable[[], dict], limit: int) -> None:
+        about = {"run": self.branch.run, "agreed": self.agreed}
+        announce_checkpoint(self.checkpoints, step)
+        self.branch.release(step, CHECKPOINT)
+        save_checkpoint(self.checkpoints, step, state_dict(), about)
+        self.branch.wrote(step, CHECKPOINT)
+        rotate(self.checkpoints, limit)
+
+    def saved_state(self) -> dict:
+        """What the checkpoint to resume from holds."""
+        return read_state(self.checkpoint)
+
+    def publish(self, export: Callable[[Path], None], plan: PrivacyPlan, is_private: bool) -> dict:
+        """Export the weights, and write the statement that accounts for them; returns it.
+
+        The weights appear in the output folder last, after their release is on record and
+        privacy.json is there. Doing it again is safe.
+
+        Raises:
+            UsageError: the ledger or the disk does not take it.
+        """
+        staging = private_folder(self.output_dir) / "staging"
+        self.branch.release(plan.steps, WEIGHTS)
+        with explain_disk_errors(self.output_dir):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            export(staging)
+            paths = sorted(path for path in staging.rglob("*") if path.is_file())
+            files = {str(path.relative_to(staging)): hash_file(path) for path in paths}
+            for path in paths:
+                sync_file(path)
+            entry = self.branch.wrote(plan.steps, WEIGHTS, files)
+            statement = self._statement(plan, is_private, files, entry)
+            write_statement(statement, self.output_dir)
+            for path in staging.iterdir():
+                target = self.output_dir / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+            staging.rmdir()
+        return statement
+
+    def _statement(self, plan: PrivacyPlan, is_private: bool, files: dict, entry: dict) -> dict:
+        records = self.branch.ledger.records()[: entry["index"] + 1]
+        of_run = charged_events(records, [*plan.builds_on, self.branch.run])
+        everything = charged_events(records)
+        statement = build_statement(plan, of_run, account(of_run, plan.delta), is_private)
+        ledger = {"run": self.branch.run, "entry": entry["hash"]}
+        if len(everything) > len(of_run):
+            epsilon = account(everything, plan.delta)
+            ledger["everything"] = {"events": everything, "epsilon": epsilon.both_relations()}
+        return statement | {"files": files, "ledger": ledger}

@@ -1,0 +1,260 @@
+"""The story of every private training script: load, adapt, plan, fine-tune, publish."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from utils.arguments.publishing import PublishArguments
+from utils.arguments.training import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+)
+from utils.data.latents import prepare_losses
+from utils.errors import Stopped, StopRequest, on_main_process
+from utils.files import CARD, explain_disk_errors, write_durably
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.hub.cards import Facts, build_model_card
+from utils.hub.upload import publish_model
+from utils.ledger.runs import Run
+from utils.methods.planning import PlanFor, describe, preview, reserve
+from utils.methods.publishing import check_repository, describe_setup, save_samples
+from utils.methods.saliency_file import find_paid_selection, join_ledger
+from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.models.pipelines import collect_trained_modules
+from utils.privacy.accounting import account
+from utils.privacy.optimizers import build_optimizer
+from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.training import TrainingState, UnitLosses, private_steps
+
+
+@dataclass(frozen=True)
+class Method:
+    """What differs between the published methods.
+
+    Attributes:
+        name: its tag on the model card.
+        adapt: makes some weights of a frozen pipeline trainable.
+        export: saves those weights to a folder.
+        usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
+        settings: the method's arguments; a run that is resumed must have the same.
+        saliency_file: the selection that it builds on, or None.
+    """
+
+    name: str
+    adapt: Callable[[DiffusionPipeline], None]
+    export: Callable[[DiffusionPipeline, Path], None]
+    usage: str
+    settings: object
+    saliency_file: str | None = None
+
+
+def run_method(
+    method: Method,
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    hub: PublishArguments,
+) -> None:
+    """Fine-tune a public pipeline on private images, and publish the result.
+
+    Raises:
+        UsageError: bad input of any kind, before anything is trained.
+    """
+    accelerator, _lock = start(training)
+    check_repository(hub, privacy, training)
+    privacy = join_ledger(privacy, method.saliency_file)
+
+    # Adapt the public model.
+    stage = load_stage(accelerator, model, data, privacy, training)
+    method.adapt(stage.pipeline)
+    engine = PerUnitGradients(collect_trained_modules(stage.pipeline))
+    unit_bytes = rehearse(stage.pipeline, engine, privacy.noise_multiplicity, stage.resolution)
+
+    # Plan what will be spent, and reserve it.
+    plan_for = find_terms(method, stage, data, privacy, training)
+    if training.dry_run:
+        private_set, plan = preview(accelerator, data, privacy, training, plan_for)
+        accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
+        return
+    adapter = collect_adapter_tensors(stage)
+    agreed = collect_settings(method.name, method.settings, data, training) | {
+        "base_model_checksum": stage.base_checksum,
+        "trained": engine.names,
+        "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
+    }
+    private_set, plan, run = reserve(accelerator, data, privacy, training, agreed, plan_for)
+    accelerator.print(announce(plan, run, engine, private_set.skipped))
+
+    # Train by DP-SGD.
+    unit_losses, encoded_dir = prepare_losses(
+        stage.pipeline,
+        private_set,
+        stage.resolution,
+        training,
+        plan.noise_multiplicity,
+        stage.randomness,
+    )
+    state = build_training_state(engine, adapter, plan, training)
+    if run.checkpoint is not None:
+        state.load_state_dict(run.saved_state())
+    state.recharged = run.recharged
+    fine_tune(stage, state, unit_losses, plan, run, training)
+
+    # Publish: the ledger, then the statement, then the weights that it accounts for.
+    on_main_process(lambda: publish(method, stage, plan, run, training, hub))
+    sentence = f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
+    finish(stage, training, encoded_dir, sentence)
+    accelerator.end_training()
+    if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
+        print(f"published {publish_model(run.output_dir, hub)}")
+
+
+def find_terms(
+    method: Method,
+    stage: Stage,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> PlanFor:
+    """What makes the plan for a number of units, after the selection that the method builds on.
+
+    Raises:
+        UsageError: see `find_paid_selection`.
+    """
+    output_dir, base = Path(training.output_dir), stage.base_checksum
+    prior, builds_on = on_main_process(
+        lambda: find_paid_selection(method.saliency_file, output_dir, privacy, base)
+    )
+    terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
+    return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)
+
+
+def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:
+    """The plan of a training stage; `terms` are the steps and other fields of `PrivacyPlan`.
+
+    Raises:
+        UsageError: see `make_plan`.
+    """
+    return make_plan(
+        target_epsilon=privacy.target_epsilon,
+        noise_multiplier=privacy.noise_multiplier,
+        num_units=num_units,
+        expected_batch_size=privacy.expected_batch_size,
+        max_grad_norm=privacy.max_grad_norm,
+        delta=privacy.target_delta,
+        noise_multiplicity=privacy.noise_multiplicity,
+        clipping=privacy.clipping,
+        **terms,
+    )
+
+
+def announce(plan: PrivacyPlan, run: Run, engine: PerUnitGradients, skipped: int) -> str:
+    """One sentence before training: what will train, and what it will cost."""
+    spent = account(plan.events(plan.steps + run.recharged), plan.delta)
+    return (
+        f"{plan.num_units} private units ({skipped} unreadable images, skipped), "
+        f"{engine.num_parameters:,} trainable parameters, noise multiplier "
+        f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
+        f"at delta {plan.delta:g}"
+    )
+
+
+def collect_adapter_tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    """By name, what is trained or is not the public model's: all that a checkpoint must hold."""
+    known = {id(parameter) for parameter in stage.public}
+    named = collect_trained_modules(stage.pipeline).named_parameters()
+    return {name: p for name, p in named if p.requires_grad or id(p) not in known}
+
+
+def publish(
+    method: Method,
+    stage: Stage,
+    plan: PrivacyPlan,
+    run: Run,
+    training: TrainingArguments,
+    hub: PublishArguments,
+) -> None:
+    """Write the weights with their statement, then the card and the samples.
+
+    Raises:
+        UsageError: see `Run.publish`.
+    """
+    is_private = stage.randomness.is_private
+    statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, is_private)
+    facts = Facts(
+        method=method.name,
+        usage=method.usage,
+        base_model=stage.base_model,
+        pipeline=type(stage.pipeline).__name__,
+        prompts=training.validation_prompt,
+        num_samples=training.num_validation_images,
+        setup=describe_setup(training, plan, method.settings, stage.resolution),
+        license=hub.hub_license,
+    )
+    with explain_disk_errors(run.output_dir):
+        write_durably(run.output_dir / CARD, build_model_card(facts, statement))
+        save_samples(stage.pipeline, training, stage.resolution)
+
+
+def build_training_state(
+    engine: PerUnitGradients,
+    adapter: dict[str, torch.Tensor],
+    plan: PrivacyPlan,
+    training: TrainingArguments,
+) -> TrainingState:
+    """Optimizer, schedule and moving average, at step 0."""
+    optimizer = build_optimizer(training, engine.parameters, plan)
+    lr_scheduler = get_scheduler(
+        training.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=plan.steps,
+    )
+    average = None
+    if training.ema_decay:
+        average = EMAModel(engine.parameters, decay=training.ema_decay)
+    return TrainingState(engine, optimizer, lr_scheduler, average, adapter)
+
+
+def fine_tune(
+    stage: Stage,
+    state: TrainingState,
+    unit_losses: UnitLosses,
+    plan: PrivacyPlan,
+    run: Run,
+    training: TrainingArguments,
+) -> None:
+    """Take the private steps that are left, saving checkpoints; end with the weights to publish.
+
+    Raises:
+        Stopped: asked to by a signal, after a checkpoint.
+    """
+    accelerator, limit = stage.accelerator, training.checkpoints_total_limit
+    if training.report_to is not None:
+        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
+    if run.checkpoint is None:
+        run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed
+    with StopRequest() as request:
+        for step in private_steps(
+            accelerator, state, unit_losses, plan, stage.randomness, training.train_batch_size
+        ):
+            signal = request.anywhere(accelerator)
+            if signal or step % training.checkpointing_steps == 0 or step == plan.steps:
+                run.save(step, state.state_dict, limit)
+            if signal:
+                raise Stopped(
+                    f"stopped after step {step} of {plan.steps}, at a checkpoint: resume with "
+                    "--resume_from_checkpoint latest",
+                    signal,
+                )
+    if state.average is not None:
+        state.average.copy_to(state.engine.parameters)

@@ -1,0 +1,112 @@
+"""From the private rows to a plan: a preview of it, or one reserved before an image is read."""
+
+import json
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from datasets import Dataset
+
+from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
+from utils.data.private_set import PrivateSet, load_private_set
+from utils.data.rows import load_rows, number_units, read_captions
+from utils.errors import UsageError, on_main_process
+from utils.files import CACHE, private_folder
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.ledger.reservations import confirm, find_ledger, open_run
+from utils.ledger.runs import Run
+from utils.privacy.accounting import account
+from utils.privacy.plan import PrivacyPlan, summarise_plan
+
+# The plan for a number of units; raises UsageError if it is impossible.
+PlanFor = Callable[[int], PrivacyPlan]
+
+
+def preview(
+    accelerator: Accelerator,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    plan_for: PlanFor,
+) -> tuple[PrivateSet, PrivacyPlan]:
+    """Load the private rows, and plan what would be spent on them; nothing is reserved.
+
+    Raises:
+        UsageError: bad data, or an impossible plan (see `reserve`).
+    """
+    rows, plan = _load_and_plan(accelerator, data, training, plan_for)
+    is_private = privacy.debug_noise_seed is None
+
+    def check() -> None:
+        ledger = find_ledger(training.output_dir, privacy)
+        ledger.check(plan.terms(is_private), privacy.total_epsilon)
+
+    on_main_process(check)
+    return _check_images(rows, data, plan, plan_for)
+
+
+def reserve(
+    accelerator: Accelerator,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    agreed: dict,
+    plan_for: PlanFor,
+) -> tuple[PrivateSet, PrivacyPlan, Run]:
+    """Load the private rows, and plan and reserve what will be spent on them.
+
+    An impossible plan is refused before any image is read. Whatever `datasets` caches of the images
+    stays under OUTPUT_DIR/private.
+
+    Args:
+        agreed: what a checkpoint must agree with, beside the plan.
+
+    Raises:
+        UsageError: bad data or an impossible plan (see `load_rows`, `read_captions`, `make_plan`,
+            `open_run` and `confirm`).
+    """
+    rows, plan = _load_and_plan(accelerator, data, training, plan_for)
+    is_private = privacy.debug_noise_seed is None
+    run = on_main_process(lambda: open_run(training, privacy, plan, agreed, is_private))
+    try:
+        private_set, plan = _check_images(rows, data, plan, plan_for)
+        run = on_main_process(lambda: confirm(run, privacy, plan, is_private))
+    except UsageError:
+        if run.checkpoint is None:
+            on_main_process(run.branch.give_up)
+        raise
+    return private_set, plan, run
+
+
+def _load_and_plan(
+    accelerator: Accelerator, data: DataArguments, training: TrainingArguments, plan_for: PlanFor
+) -> tuple[Dataset, PrivacyPlan]:
+    with accelerator.main_process_first():
+        rows = load_rows(data, private_folder(training.output_dir) / CACHE)
+    read_captions(rows, data.caption_column, data.label_column, data.caption_template)
+    return rows, plan_for(int(number_units(rows, data.privacy_unit_column).max()) + 1)
+
+
+def _check_images(
+    rows: Dataset, data: DataArguments, plan: PrivacyPlan, plan_for: PlanFor
+) -> tuple[PrivateSet, PrivacyPlan]:
+    """The readable rows; if units were lost with the others, a plan for those that are left."""
+    private_set = load_private_set(rows, data)
+    if private_set.num_units != plan.num_units:
+        plan = plan_for(private_set.num_units)
+    return private_set, plan
+
+
+def describe(
+    private_set: PrivateSet,
+    plan: PrivacyPlan,
+    engine: PerUnitGradients,
+    unit_bytes: int,
+    training: TrainingArguments,
+) -> str:
+    """The report of `--dry_run`, as JSON; `unit_bytes` is the memory of one unit's gradients."""
+    report = summarise_plan(plan, account(plan.events(), plan.delta)) | {
+        "unreadable_images": private_set.skipped,
+        "trainable_parameters": engine.num_parameters,
+        "per_unit_gradient_bytes": unit_bytes * min(training.train_batch_size, plan.num_units),
+    }
+    return json.dumps(report, indent=2)

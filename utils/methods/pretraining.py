@@ -1,0 +1,191 @@
+"""The public stage: an autoencoder, then a text encoder and a U-Net, trained from scratch.
+
+Nothing here is private.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm import tqdm
+
+from utils.data.images import scale_to_unit_range, tile_images
+from utils.errors import UsageError
+from utils.files import CHECKPOINTS, replace_file, write_durably
+from utils.models.denoising import denoising_loss, tokenize_captions
+from utils.models.public_models import (
+    build_autoencoder,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+)
+from utils.sampling.generation import generate
+
+
+class AutoencoderObjective(nn.Module):
+    """Pixel loss plus a light KL term, on uint8 images [batch, 3, R, R]."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, pixels):
+        images = scale_to_unit_range(pixels)
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.sample()
+        kl = posterior.kl().mean() / latents[0].numel()
+        return F.mse_loss(self.vae.decode(latents).sample, images) + self.kl_weight * kl
+
+
+class DenoiserObjective(nn.Module):
+    """The denoising loss of a U-Net and the text encoder that guides it."""
+
+    def __init__(self, unet, text_encoder, scheduler):
+        super().__init__()
+        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
+
+    def forward(self, latents, token_ids):
+        embeddings = self.text_encoder(token_ids).last_hidden_state
+        noise = torch.randn_like(latents)
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(steps, (len(latents),), device=latents.device)
+        losses = denoising_loss(self.unet, self.scheduler, latents, embeddings, noise, timesteps)
+        return losses.mean()
+
+
+def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) -> nn.Module:
+    """Train `objective` and return its moving average; `sample_batch(indices)` makes its inputs.
+
+    The rows of step t depend on the seed, t and the process alone: a resumed run continues exactly.
+    """
+    state_dir = Path(args.output_dir) / CHECKPOINTS / name
+    optimizer = torch.optim.AdamW(objective.parameters(), learning_rate, weight_decay=1e-4)
+    scheduler = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=min(500, steps // 10), num_training_steps=steps
+    )
+    average = copy.deepcopy(objective).to(accelerator.device)
+    ema = EMAModel(average.parameters(), args.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    first = 0
+    if (state_dir / "state.pt").exists():
+        saved = torch.load(state_dir / "state.pt", map_location="cpu", weights_only=True)
+        accelerator.unwrap_model(model).load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        ema.load_state_dict(saved["ema"])
+        first = saved["step"]
+    bar = tqdm(range(steps), name, initial=first, disable=not accelerator.is_main_process)
+    for step in range(first, steps):
+        torch.manual_seed(
+            args.seed + 1009 * (step * accelerator.num_processes + accelerator.process_index)
+        )
+        loss = model(*sample_batch(args.train_batch_size))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        ema.step(accelerator.unwrap_model(model).parameters())
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        done = step + 1 == steps
+        if accelerator.is_main_process and (done or (step + 1) % args.checkpointing_steps == 0):
+            state = {
+                "model": accelerator.unwrap_model(model).state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "ema": ema.state_dict(),
+                "step": step + 1,
+            }
+            save_state(state, state_dir)
+    ema.copy_to(average.parameters())
+    return average.eval().requires_grad_(False)
+
+
+def save_state(state: dict, state_dir: Path) -> None:
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with replace_file(state_dir / "state.pt") as aside:
+        torch.save(state, aside)
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device) -> torch.Tensor:
+    """Mean latents of uint8 images, unscaled: [N, 4, r, r]."""
+    batches = pixels.split(256)
+    encoded = [
+        vae.encode(scale_to_unit_range(b.to(device))).latent_dist.mean.cpu() for b in batches
+    ]
+    return torch.cat(encoded)
+
+
+def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
+    torch.manual_seed(args.seed)  # the same start, whether or not a stage was resumed
+    objective = AutoencoderObjective(
+        build_autoencoder(tuple(args.autoencoder_channels)), args.kl_weight
+    )
+
+    def sample_batch(size):
+        return (pixels[torch.randint(len(pixels), (size,))].to(accelerator.device),)
+
+    steps, rate = args.autoencoder_steps, args.autoencoder_learning_rate
+    return fit(accelerator, "autoencoder", objective, sample_batch, steps, rate, args).vae
+
+
+def train_denoiser(accelerator, latents, captions, tokenizer, args) -> DenoiserObjective:
+    """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability."""
+    torch.manual_seed(args.seed)
+    text_encoder = build_text_encoder(tokenizer, args.text_width, args.text_layers)
+    unet = build_unet(latents.shape[-1], tuple(args.unet_channels), args.text_width)
+    objective = DenoiserObjective(unet, text_encoder, build_scheduler(args.prediction_type))
+    distinct = ["", *sorted(set(captions))]
+    token_table = tokenize_captions(tokenizer, distinct)
+    row_of = {caption: i for i, caption in enumerate(distinct)}
+    caption_rows = torch.tensor([row_of[caption] for caption in captions])
+
+    def sample_batch(size):
+        rows = torch.randint(len(latents), (size,))
+        dropped = torch.rand(size) < args.caption_dropout
+        ids = token_table[caption_rows[rows].masked_fill(dropped, 0)]
+        return latents[rows].to(accelerator.device), ids.to(accelerator.device)
+
+    return fit(
+        accelerator,
+        "denoiser",
+        objective,
+        sample_batch,
+        args.denoiser_steps,
+        args.learning_rate,
+        args,
+    )
+
+
+def save_grids(pipeline, pixels, captions, output_dir: Path, seed: int) -> None:
+    """Save reconstructions.png (originals above their reconstructions) and samples.png."""
+    originals = scale_to_unit_range(pixels[:16].to(pipeline.device))
+    with torch.no_grad():
+        rebuilt = pipeline.vae(originals).sample.clamp(-1, 1)
+    both = torch.cat([originals, rebuilt]).add(1).div(2).permute(0, 2, 3, 1).cpu().numpy()
+    tile_images(pipeline.numpy_to_pil(both), 16).save(output_dir / "reconstructions.png")
+    prompts = sorted(set(captions))[:16]
+    images = generate(
+        pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed
+    )
+    tile_images(images, 8).save(output_dir / "samples.png")
+
+
+def check_settings(output_dir: Path, settings: dict, is_main: bool) -> None:
+    """Raises: UsageError if the folder holds checkpoints of a run with other settings."""
+    path = output_dir / CHECKPOINTS / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise UsageError(f"{output_dir} holds a run with other settings; name another --output_dir")
+    if is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(settings, indent=2))

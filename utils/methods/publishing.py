@@ -1,0 +1,78 @@
+"""What a training script publishes beside its weights: the card, samples, and the repository."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from utils.arguments.publishing import PublishArguments
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.data.images import tile_images
+from utils.errors import UsageError, on_main_process
+from utils.files import GRID, SAMPLES
+from utils.hub.upload import make_repo
+from utils.privacy.plan import PrivacyPlan
+from utils.sampling.generation import generate, use_dpm_solver
+
+
+def check_repository(
+    hub: PublishArguments, privacy: PrivacyArguments, training: TrainingArguments
+) -> None:
+    """With `--push_to_hub`, make the repository before anything is spent, or find that it is there.
+
+    Raises:
+        UsageError: see `make_repo`; or it was not named, or the result must not be published.
+    """
+    if not hub.push_to_hub or training.dry_run:
+        return
+    if privacy.debug_noise_seed is not None:
+        raise UsageError("--debug_noise_seed makes what is NOT PRIVATE: --push_to_hub is refused")
+    if hub.hub_model_id is None:
+        raise UsageError("--push_to_hub needs --hub_model_id, the repository to publish in")
+    on_main_process(lambda: make_repo(hub.hub_model_id, hub))
+
+
+def describe_setup(
+    training: TrainingArguments, plan: PrivacyPlan, settings: object, resolution: int
+) -> dict[str, object]:
+    """How it was trained, for the card: nothing about the data, and no seed."""
+    rate, schedule = f"{training.learning_rate:g}", training.lr_scheduler
+    setup = {
+        "steps": plan.steps,
+        "expected batch size, B": f"{plan.expected_batch_size:g} units",
+        "noise multiplicity, K": f"{plan.noise_multiplicity} draws a unit",
+        "clipping bound, C": f"{plan.max_grad_norm:g} ({plan.clipping})",
+        "optimizer": f"{training.optimizer}, learning rate {rate}, {schedule} schedule",
+        "timesteps": training.timestep_sampling,
+        "resolution": f"{resolution} pixels",
+        "precision": "fp32" if training.mixed_precision == "no" else training.mixed_precision,
+    }
+    if training.ema_decay:
+        setup["moving average of the weights"] = f"decay {training.ema_decay:g}"
+    for name, value in asdict(settings).items():
+        if isinstance(value, list):
+            few = len(value) <= 12
+            value = ", ".join(f"`{v}`" for v in value) if few else f"{len(value)} of them"
+        if value is not None and value is not False:
+            setup[name.replace("_", " ")] = value
+    return setup
+
+
+def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments, resolution: int) -> None:
+    """Generate images of the trained model into samples/, balanced over the prompts, and a grid."""
+    folder = Path(training.output_dir) / SAMPLES
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+    folder.mkdir()
+    prompts, count = training.validation_prompt, training.num_validation_images
+    use_dpm_solver(pipeline)
+    images = []
+    for start in range(0, count, 16):
+        indices = list(range(start, min(start + 16, count)))
+        chosen = [prompts[i % len(prompts)] for i in indices]
+        images += generate(pipeline, chosen, indices, training.seed or 0, resolution=resolution)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:04}.png")
+    if images:
+        columns = min(len(prompts), 10) if len(prompts) > 1 else 8
+        tile_images(images, columns).save(folder / GRID)

@@ -1,0 +1,290 @@
+"""The story of a selection: score, release with noise, keep, publish (DP-SAPF's first stage)."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.arguments.methods import LoraArguments, SaliencyArguments
+from utils.arguments.training import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+)
+from utils.data.latent_files import choose_latents_folder
+from utils.data.latents import prepare_losses
+from utils.data.private_set import PrivateSet
+from utils.errors import UsageError, on_main_process
+from utils.files import (
+    CHECKPOINTS,
+    LEDGER,
+    SALIENCY,
+    explain_disk_errors,
+    private_folder,
+    write_durably,
+)
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.ledger.checkpoints import list_differences, list_steps
+from utils.ledger.reservations import check_room_for
+from utils.ledger.runs import SELECTION, claim_output_dir
+from utils.methods.choice import Keep, build_keep, conclude
+from utils.methods.fine_tuning import plan_training
+from utils.methods.planning import describe, preview, reserve
+from utils.methods.saliency import Scoring, build_scoring, find_candidates, summed_scores
+from utils.methods.saliency_file import Saliency, read_saliency
+from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.privacy.accounting import account
+from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
+from utils.privacy.plan import PrivacyPlan, make_plan
+
+
+def run_selection(
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+    args: SaliencyArguments,
+) -> None:
+    """Rank matrices by the private images, and publish the selection in `training.output_dir`.
+
+    Raises:
+        UsageError: bad input of any kind, before an image is read where that is possible.
+    """
+    accelerator, _lock = start(training)
+    stage = load_stage(accelerator, model, data, privacy, training)
+    candidates = find_candidates(stage.pipeline.unet, args.scope)
+    scoring = build_scoring(list(candidates), args)
+    keep = build_keep(candidates, scoring, lora)
+    if args.mechanism == "random":  # reads nothing, costs nothing
+        choose_at_random(stage, scoring, keep, args, training)
+        return
+
+    # Plan the one release, and reserve it.
+    engine = make_engine(stage, candidates)
+    unit_bytes = rehearse(
+        stage.pipeline, engine, privacy.noise_multiplicity, stage.resolution, norms_only=True
+    )
+
+    def plan_for(num_units: int) -> PrivacyPlan:
+        plan = plan_selection(num_units, privacy, args, scoring, data.privacy_unit_column)
+        check_later_training(plan, privacy, training, args)
+        return plan
+
+    if training.dry_run:
+        private_set, plan = preview(accelerator, data, privacy, training, plan_for)
+        accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
+        later = plan_later_training(privacy, training.max_train_steps, plan)
+        if later is not None:
+            accelerator.print("training, after it:", json.dumps(later.event(), indent=2))
+        return
+    settings = collect_settings("selection", args, data, training)
+    agreed = settings | {"base_model_checksum": stage.base_checksum}
+    private_set, plan, run = reserve(accelerator, data, privacy, training, agreed, plan_for)
+    accelerator.print(announce(plan, len(candidates)))
+
+    # Score every sampled unit, and release the sum with noise.
+    encoded_dir = None
+    if run.checkpoint is None:
+        noisy, encoded_dir = release_scores(stage, engine, scoring, private_set, plan, training)
+        run.save(1, lambda: {"noisy_scores": noisy}, 1)  # paid for: never lose it
+    else:
+        noisy = run.saved_state()["noisy_scores"]
+
+    # Everything from here on sees the noisy scores only.
+    keep = replace(keep, plan=plan_later_training(privacy, training.max_train_steps, plan))
+    scores, is_private = noisy.double().numpy(), stage.randomness.is_private
+    saliency = conclude(scores, scoring, keep, args, stage.base_checksum, plan)
+    saliency = replace(saliency, run=run.branch.run, private=is_private)
+    on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, is_private))
+    finish(stage, training, encoded_dir, describe_selection(saliency, training))
+
+
+def make_engine(stage: Stage, candidates: dict[str, nn.Module]) -> PerUnitGradients:
+    """An engine that measures the gradients of the candidates, and of nothing else."""
+    for module in candidates.values():
+        module.weight.requires_grad_(True)
+    return PerUnitGradients(stage.pipeline.unet)
+
+
+def choose_at_random(
+    stage: Stage,
+    scoring: Scoring,
+    keep: Keep,
+    args: SaliencyArguments,
+    training: TrainingArguments,
+) -> None:
+    """Select without looking at the private images."""
+    scores = np.random.default_rng(training.seed).random(len(scoring.candidates))
+    saliency = conclude(scores, scoring, keep, args, stage.base_checksum)
+    if not training.dry_run:
+        on_main_process(lambda: export(saliency, Path(training.output_dir)))
+    stage.accelerator.print(describe_selection(saliency, training))
+
+
+def announce(plan: PrivacyPlan, num_candidates: int) -> str:
+    """One sentence before the ranking: of what, and what it will cost."""
+    spent = account(plan.events(), plan.delta)
+    return (
+        f"ranking {num_candidates} matrices by {plan.num_units} private units: epsilon "
+        f"{spent.add_or_remove_one:.3f} at delta {plan.delta:g} (noise multiplier "
+        f"{plan.noise_multiplier:.3f})"
+    )
+
+
+def plan_selection(
+    num_units: int,
+    privacy: PrivacyArguments,
+    args: SaliencyArguments,
+    scoring: Scoring,
+    unit_column: str | None,
+) -> PrivacyPlan:
+    """One noisy release of the summed scores, as one step of the Poisson-sampled Gaussian.
+
+    Raises:
+        UsageError: see `make_plan`; or no budget was named.
+    """
+    sigma, epsilon = args.selection_noise_multiplier, args.selection_epsilon
+    if sigma is None and epsilon is None:
+        if privacy.target_epsilon is None:
+            raise UsageError("give --selection_noise_multiplier, --selection_epsilon or a target")
+        epsilon = args.selection_share * privacy.target_epsilon
+    return make_plan(
+        target_epsilon=epsilon,
+        noise_multiplier=sigma,
+        num_units=num_units,
+        expected_batch_size=args.sampling_rate * num_units,
+        steps=1,
+        max_grad_norm=scoring.sensitivity,
+        delta=privacy.target_delta,
+        noise_multiplicity=privacy.noise_multiplicity,
+        clipping=privacy.clipping,
+        unit_column=unit_column,
+        purpose="selection",
+    )
+
+
+def plan_later_training(
+    privacy: PrivacyArguments, steps: int, selection: PrivacyPlan
+) -> PrivacyPlan | None:
+    """What the training that is to follow will spend; None if no budget for it was named.
+
+    Raises:
+        UsageError: see `make_plan`.
+    """
+    if privacy.target_epsilon is None and privacy.noise_multiplier is None:
+        return None
+    terms = {"steps": steps, "unit_column": selection.unit_column, "prior": (selection.event(),)}
+    return plan_training(selection.num_units, privacy, **terms)
+
+
+def check_later_training(
+    plan: PrivacyPlan,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    args: SaliencyArguments,
+) -> None:
+    """Refuse now, if ever, what could not be trained after the selection.
+
+    Raises:
+        UsageError: see `make_plan` and `check_room_for`; or --top_ratio auto has no plan to look
+            at.
+    """
+    later = plan_later_training(privacy, training.max_train_steps, plan)
+    if later is None and args.top_ratio == "auto":
+        raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
+    if training.resume_from_checkpoint is None:
+        both = [plan.event()] if later is None else later.events()
+        check_room_for(Path(training.output_dir), privacy, both)
+
+
+def release_scores(
+    stage: Stage,
+    engine: PerUnitGradients,
+    scoring: Scoring,
+    private_set: PrivateSet,
+    plan: PrivacyPlan,
+    training: TrainingArguments,
+) -> tuple[torch.Tensor, Path]:
+    """The noisy mean of the scores of a Poisson batch [S], and the folder of the encoded images."""
+    accelerator, randomness = stage.accelerator, stage.randomness
+    unit_losses, encoded_dir = prepare_losses(
+        stage.pipeline,
+        private_set,
+        stage.resolution,
+        training,
+        plan.noise_multiplicity,
+        randomness,
+    )
+    batch = sample_poisson_batch(plan, randomness, accelerator)
+    share = batch[accelerator.process_index :: accelerator.num_processes]
+    total = summed_scores(
+        accelerator,
+        engine,
+        unit_losses,
+        share,
+        scoring,
+        training.train_batch_size,
+        show_progress=accelerator.is_main_process and plan.sampling_rate == 1,
+    )
+    noisy = add_noise_once(total.to(accelerator.device), plan, randomness, accelerator)
+    return noisy.cpu(), encoded_dir
+
+
+def export(saliency: Saliency, folder: Path) -> None:
+    """Write saliency.json and saliency.png."""
+    from utils.methods.plots import plot_saliency  # needs matplotlib
+
+    with explain_disk_errors(folder):
+        plot_saliency(saliency, folder / "saliency.png")
+        write_durably(folder / SALIENCY, saliency.to_json())
+
+
+def describe_selection(saliency: Saliency, training: TrainingArguments) -> str:
+    """The last sentence of a selection."""
+    counts = f"{len(saliency.selected)} of {len(saliency.candidates)} matrices"
+    if training.dry_run:
+        return f"would select {counts}"
+    return f"selected {counts}: saliency.json and saliency.png in {training.output_dir}"
+
+
+def select_first(
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+    args: SaliencyArguments,
+) -> str:
+    """Select into OUTPUT_DIR/selection, unless an earlier attempt at this run has paid for it;
+    returns the saliency file, which a dry run does not make.
+
+    Raises:
+        UsageError: see `run_selection`; or the earlier selection had other settings.
+    """
+    output_dir = Path(training.output_dir)
+    folder = output_dir / SELECTION
+    found = folder / SALIENCY
+    if found.exists():
+        changed = list_differences(read_saliency(found).settings, asdict(args))
+        if changed:
+            raise UsageError(f"{found} was made with other settings: {'; '.join(changed)}")
+        return str(found)
+    on_main_process(lambda: claim_output_dir(training).release())
+    ledger = privacy.privacy_ledger or private_folder(output_dir) / LEDGER
+    paid = list_steps(private_folder(folder) / CHECKPOINTS)  # an earlier attempt, interrupted
+    if training.resume_from_checkpoint is not None and not paid:
+        raise UsageError(f"--output_dir {output_dir} holds no selection to resume from")
+    within = replace(
+        training,
+        output_dir=str(folder),
+        resume_from_checkpoint="latest" if paid else None,
+        latents_dir=str(choose_latents_folder(training)),
+        discard_latents=False,
+    )
+    run_selection(model, data, replace(privacy, privacy_ledger=str(ledger)), within, lora, args)
+    return str(found)

@@ -1,0 +1,161 @@
+"""What every private stage does on a public model: its opening, its rehearsal and its end.
+
+A stage (selection, training) is a run in the ledger. Both stories, `selection.run_selection` and
+`fine_tuning.run_method`, open here, on public data alone; plan in `planning`; and end here.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from diffusers import DiffusionPipeline
+from filelock import FileLock
+
+from utils.arguments.training import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+)
+from utils.data.latent_files import discard_copies
+from utils.errors import PATIENCE, UsageError, on_main_process
+from utils.files import LOGS, private_folder
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.ledger.runs import claim_output_dir
+from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
+from utils.privacy.randomness import SecretRandomness, make_randomness
+from utils.privacy.training import checksum
+
+# What may change when a run is resumed: where, how fast, and what is shown.
+FREE_TO_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
+    *("train_batch_size", "mixed_precision", "gradient_checkpointing", "strict_images", "seed"),
+    *("validation_prompt", "num_validation_images", "report_to", "latents_dir", "discard_latents"),
+    "dry_run",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage whose public model is loaded; it has read no private image.
+
+    Attributes:
+        accelerator, randomness: its processes and devices, and its secret random numbers.
+        pipeline: frozen, on its device. resolution: of its images, in pixels.
+        public: all weights of the pipeline, before an adapter joins them.
+        base_checksum: of those weights. base_model: folder or Hub id.
+    """
+
+    accelerator: Accelerator
+    randomness: SecretRandomness
+    pipeline: DiffusionPipeline
+    resolution: int
+    public: list[torch.nn.Parameter]
+    base_checksum: int
+    base_model: str
+
+
+def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
+    """Claim the output folder, seed what is not private, and set up the devices.
+
+    Nobody else can claim the folder while what is returned lives.
+
+    Raises:
+        UsageError: see `claim_output_dir`; or there is no such tracker.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            log_with=training.report_to,
+            project_dir=private_folder(training.output_dir) / LOGS,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except (ValueError, ImportError) as error:
+        if training.report_to is None:
+            raise
+        raise UsageError(f"--report_to {training.report_to}: {error}") from error
+    if training.seed is not None:
+        set_seed(training.seed)
+    lock = []
+    on_main_process(lambda: lock.append(claim_output_dir(training)))
+    return accelerator, lock
+
+
+def load_stage(
+    accelerator: Accelerator,
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> Stage:
+    """Load the public model, and make the secret random numbers.
+
+    Raises:
+        UsageError: see `make_randomness`, `load_pipeline` and `choose_resolution`.
+    """
+    randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
+    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    resolution = choose_resolution(pipeline, data.resolution)
+    pipeline.to(accelerator.device)
+    if training.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    public = [parameter for part in list_parts(pipeline) for parameter in part.parameters()]
+    return Stage(
+        accelerator=accelerator,
+        randomness=randomness,
+        pipeline=pipeline,
+        resolution=resolution,
+        public=public,
+        base_checksum=checksum(public).item(),
+        base_model=model.pretrained_model_name_or_path,
+    )
+
+
+def rehearse(
+    pipeline: DiffusionPipeline,
+    engine: PerUnitGradients,
+    num_draws: int,
+    resolution: int,
+    norms_only: bool = False,
+) -> int:
+    """One step on a blank image, before any private one is read; returns a unit's bytes.
+
+    Raises:
+        UsageError: a trainable layer is not used by this model.
+        RuntimeError: a layer mixes rows of the batch.
+    """
+    unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
+    latents = torch.zeros(num_draws, unet.config.in_channels, side, side, device=engine.device)
+    ids = tokenize(pipeline, [""] * num_draws)
+    timesteps = torch.zeros(num_draws, dtype=torch.long, device=engine.device)
+    with engine.recording(1, norms_only) as record:
+        text = encode_text(pipeline, ids, resolution)
+        losses = denoising_loss(unet, pipeline.scheduler, latents, text, latents, timesteps)
+        losses.mean().backward()
+    return record.nbytes()
+
+
+def collect_settings(
+    name: str, settings: object, data: DataArguments, training: TrainingArguments
+) -> dict:
+    """The arguments that a checkpoint must agree with, as they come back from JSON; `settings` are
+    those of the method."""
+    groups = {"method": settings, "data": data, "training": training}
+    kept = {
+        group: {k: v for k, v in asdict(values).items() if k not in FREE_TO_CHANGE}
+        for group, values in groups.items()
+    }
+    return json.loads(json.dumps(kept | {"name": name}))
+
+
+def finish(
+    stage: Stage, training: TrainingArguments, encoded_dir: Path | None, sentence: str
+) -> None:
+    """After all is published: delete the copies of private images if asked to, and say so."""
+    if training.discard_latents:
+        discard_copies(Path(training.output_dir), encoded_dir)
+    stage.accelerator.print(sentence)

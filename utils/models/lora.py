@@ -1,0 +1,42 @@
+"""LoRA on the U-Net: what DP-LoRA and DP-SAPF train."""
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from utils.arguments.methods import LoraArguments
+from utils.errors import UsageError
+from utils.models.targets import resolve_targets
+
+
+def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
+    """Put a trainable LoRA beside the target modules; B starts at zero: nothing changes yet.
+
+    Raises:
+        UsageError: an unknown target, or a rank or alpha below 1.
+    """
+    if args.rank < 1 or (args.lora_alpha is not None and args.lora_alpha < 1):
+        raise UsageError("--rank and --lora_alpha must be at least 1")
+    targets = resolve_targets(pipeline.unet, args.target_modules)
+    alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    pipeline.unet.add_adapter(
+        LoraConfig(
+            r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+        )
+    )
+    if args.freeze_lora_a:
+        for name, parameter in pipeline.unet.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+
+
+def save_lora(pipeline: DiffusionPipeline, output_dir: Path) -> None:
+    """Save the adapter with its alpha, without which it would reload at the wrong scale."""
+    pipeline.save_lora_weights(
+        output_dir,
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
+        **_collate_lora_metadata({"unet": pipeline.unet}),
+    )

@@ -1,0 +1,191 @@
+"""Small models in the Stable Diffusion layout, to be trained from scratch on public images.
+
+They differ from Stable Diffusion 1.5 in size only, so everything that works on one works on both.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def build_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges are learned from `captions`.
+
+    All 256 bytes are in the vocabulary, so any prompt can be encoded, not only those seen.
+    """
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    empty = CLIPTokenizer()
+    trainable = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trainable.normalizer = empty.backend_tokenizer.normalizer
+    trainable.pre_tokenizer = empty.backend_tokenizer.pre_tokenizer
+    trainable.train_from_iterator(
+        sorted(set(captions)),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[start, end],
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    learned = trainable.get_vocab()
+    # CLIP's vocabulary holds every byte twice: inside a word, and at its end ("</w>").
+    bytes_twice = alphabet + [byte + "</w>" for byte in alphabet]
+    words = bytes_twice + sorted(set(learned) - set(bytes_twice) - {start, end}, key=learned.get)
+    vocab = {word: index for index, word in enumerate(words + [start, end])}
+    merges = [tuple(merge) for merge in _list_merges(trainable)]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def _list_merges(tokenizer: Tokenizer) -> list[list[str]]:
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
+def build_autoencoder(channels: tuple[int, ...], layers: int = 1) -> AutoencoderKL:
+    """An AutoencoderKL on RGB images with 4 latent channels; it divides the resolution by
+    2 ** (len(channels) - 1)."""
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=layers,
+        latent_channels=4,
+        norm_num_groups=min(16, channels[0] // 2),
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 32),
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(
+    sample_size: int, channels: tuple[int, ...], text_width: int
+) -> UNet2DConditionModel:
+    """A U-Net with cross-attention at every resolution, for latents of `sample_size` pixels."""
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+        norm_num_groups=min(16, channels[0] // 2),
+    )
+
+
+def build_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+STABLE_DIFFUSION = {
+    "1.5": ({"cross_attention_dim": 768}, {"layers": 12, "heads": 12, "act": "quick_gelu"}),
+    "2.1": (
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        {"layers": 23, "heads": 16, "act": "gelu"},
+    ),
+}
+
+
+def random_weights(kind: type[nn.Module], *configuration, **more) -> nn.Module:
+    """A model in fp16 whose weights are made quickly: small, and ones where they scale a norm."""
+    with torch.device("meta"):
+        model = kind(*configuration, **more)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("position_ids"):
+            tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
+        elif tensor.ndim == 1:
+            tensor.fill_(float("norm" in name and name.endswith("weight")))
+        else:
+            tensor.uniform_(-0.03, 0.03, generator=generator)
+    return model.to(torch.float16)
+
+
+def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 or 2.1, all sizes as published, random weights in fp16: for tests and
+    timings. A tokenizer learned from a few captions stands for CLIP's."""
+    unet, text = STABLE_DIFFUSION[version]
+    tokenizer = build_tokenizer(captions, 600, 77)
+    width = unet["cross_attention_dim"]
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=text["layers"], num_attention_heads=text["heads"],
+        hidden_act=text["act"], max_position_embeddings=77,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    vae = random_weights(
+        AutoencoderKL,
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    return assemble_pipeline(
+        vae,
+        random_weights(CLIPTextModel, config),
+        tokenizer,
+        random_weights(UNet2DConditionModel, sample_size=64, **unet),
+        build_scheduler("v_prediction" if version == "2.1" else "epsilon"),
+    )
+
+
+def save_in_fp16(pipeline: StableDiffusionPipeline, folder: str | Path) -> None:
+    """Save with weights in fp16, such that a plain `from_pretrained` gives fp32 throughout.
+
+    diffusers loads its models in fp32 unless asked otherwise, transformers in the type that their
+    configuration names; left at fp16, the text encoder would not fit the U-Net it guides.
+    """
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    path = Path(folder) / "text_encoder" / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,35 @@
+"""Target modules: which layers of a model a pattern names."""
+
+import difflib
+import re
+
+from torch import nn
+
+from utils.errors import UsageError
+
+
+def resolve_targets(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Full names of the Linear and Conv2d modules that each pattern names by suffix (as peft does).
+
+    Raises:
+        UsageError: a pattern matches nothing; near misses are named.
+    """
+    leaves = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    chosen = set()
+    for pattern in patterns:
+        matched = [n for n in leaves if n == pattern or n.endswith("." + pattern)]
+        if not matched:
+            raise UsageError(_no_such_module(pattern, leaves))
+        chosen.update(matched)
+    return [name for name in leaves if name in chosen]
+
+
+def _no_such_module(pattern: str, leaves: list[str]) -> str:
+    suffixes = sorted({re.sub(r"^.*?\.(?=[a-z_]+(\.\d+)?$)", "", name) for name in leaves})
+    near = [s for s in suffixes if s.startswith(pattern.split(".")[0])]
+    near += difflib.get_close_matches(pattern, suffixes, n=3, cutoff=0.5)
+    near = list(dict.fromkeys(near)) or suffixes
+    return (
+        f"target module '{pattern}' matches no Linear or Conv2d layer; "
+        f"did you mean {', '.join(near)}?"
+    )

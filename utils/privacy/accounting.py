@@ -1,0 +1,149 @@
+"""What mechanisms cost: epsilon by two accountants, and the noise that fits a budget.
+
+An event says what a mechanism did, as in `events` of the privacy statement. Epsilon is for adding
+or removing one unit, and also given for replacing one.
+"""
+
+import math
+from dataclasses import dataclass
+
+import dp_accounting
+import numpy as np
+from dp_accounting.pld import PLDAccountant
+
+from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
+from utils.errors import UsageError
+
+ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
+PLD_INTERVAL = 1e-3  # discretisation of the privacy loss; PLD rounds it up, never down
+PRV_EPSILON_ERROR = 0.01
+
+
+def _dp_event(events: list[dict]) -> dp_accounting.DpEvent:
+    composed = []
+    for event in events:
+        if event["mechanism"] != "poisson_subsampled_gaussian":
+            raise UsageError(f"unknown mechanism '{event['mechanism']}'")
+        gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
+        sampled = dp_accounting.PoissonSampledDpEvent(event["sampling_rate"], gaussian)
+        composed.append(dp_accounting.SelfComposedDpEvent(sampled, event["steps"]))
+    return dp_accounting.ComposedDpEvent(composed)
+
+
+def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
+    """Epsilon of all `events` composed, by privacy loss distributions (Koskela et al. 2020;
+    dp-accounting); an upper bound."""
+    accountant = PLDAccountant(relation, PLD_INTERVAL)
+    return accountant.compose(_dp_event(events)).get_epsilon(delta)
+
+
+def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> list[float]:
+    """The epsilon of `events`, by PLD, at each of `deltas`."""
+    accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(events))
+    return [accountant.get_epsilon(delta) for delta in deltas]
+
+
+def prv_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
+    """The same by privacy random variables (Gopi et al. 2021; Opacus)."""
+    # Opacus takes seconds to import.
+    from opacus.accountants import PRVAccountant
+
+    from utils.privacy.replace_one import ReplaceOnePRVAccountant
+
+    accountant = PRVAccountant() if relation == ADD_OR_REMOVE_ONE else ReplaceOnePRVAccountant()
+    accountant.history = [(e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events]
+    with np.errstate(divide="ignore"):  # Opacus takes log(1 - q), also where q is 1
+        return float(accountant.get_epsilon(delta, eps_error=PRV_EPSILON_ERROR))
+
+
+def calibrate_noise_multiplier(
+    epsilon: float, delta: float, q: float, steps: int, prior: tuple[dict, ...] = ()
+) -> float:
+    """The smallest sigma (to 1e-4) whose PLD epsilon, composed with the events in `prior`, is at
+    most `epsilon`, add or remove one.
+
+    Raises:
+        UsageError: epsilon is not positive, or too small for any noise up to `LARGEST_NOISE`.
+    """
+    if not 0 < epsilon < math.inf:
+        raise UsageError(f"--target_epsilon {epsilon} must be positive: no finite noise reaches it")
+
+    def event(sigma: float) -> dp_accounting.DpEvent:
+        return _dp_event(
+            [
+                *prior,
+                {
+                    "mechanism": "poisson_subsampled_gaussian",
+                    "noise_multiplier": sigma,
+                    "sampling_rate": q,
+                    "steps": steps,
+                },
+            ]
+        )
+
+    def spent(sigma: float) -> float:
+        return (
+            PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(event(sigma)).get_epsilon(delta)
+        )
+
+    if prior and pld_epsilon(list(prior), delta) >= epsilon:
+        raise UsageError(
+            f"--target_epsilon {epsilon:g} is spent already by what this run builds on, which "
+            f"comes to {pld_epsilon(list(prior), delta):.3f} at delta {delta:g}"
+        )
+    low, high = SMALLEST_NOISE, 1.0
+    while spent(high) > epsilon:
+        low, high = high, 2 * high
+        if high > LARGEST_NOISE:
+            raise UsageError(
+                f"--target_epsilon {epsilon:g} at delta {delta:g} needs a noise multiplier above "
+                f"{LARGEST_NOISE:g}: allow a larger epsilon, or take fewer steps"
+            )
+    if low == SMALLEST_NOISE and spent(low) <= epsilon:
+        return low
+    sigma = dp_accounting.calibrate_dp_mechanism(
+        lambda: PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL),
+        event,
+        epsilon,
+        delta,
+        dp_accounting.ExplicitBracketInterval(low, high),
+        tol=1e-4,
+    )
+    return float(sigma)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Epsilon of some events at one delta, by both accountants and under both relations."""
+
+    delta: float
+    add_or_remove_one: float
+    replace_one: float
+    prv: float
+    prv_replace_one: float
+
+    def both_relations(self) -> dict:
+        return {"add_or_remove_one": self.add_or_remove_one, "replace_one": self.replace_one}
+
+
+def account(events: list[dict], delta: float) -> Spent:
+    """Account for `events` twice.
+
+    Raises:
+        RuntimeError: PLD and PRV differ by more than their numerical error.
+    """
+    spent = Spent(
+        delta=delta,
+        add_or_remove_one=pld_epsilon(events, delta),
+        replace_one=pld_epsilon(events, delta, REPLACE_ONE),
+        prv=prv_epsilon(events, delta),
+        prv_replace_one=prv_epsilon(events, delta, REPLACE_ONE),
+    )
+    for pld, prv in (
+        (spent.add_or_remove_one, spent.prv),
+        (spent.replace_one, spent.prv_replace_one),
+    ):
+        if abs(prv - pld) > 3 * PRV_EPSILON_ERROR + 0.01 * pld:
+            raise RuntimeError(f"the accountants disagree: PLD {pld:.4f}, PRV {prv:.4f}")
+    return spent

@@ -1,0 +1,62 @@
+"""Pictures of what privacy costs."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import FormatStrFormatter
+from tqdm import tqdm
+
+from utils.privacy.accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE, epsilon_curve, pld_epsilon
+from utils.privacy.plan import PrivacyPlan
+
+
+def plot_spent(events: list[dict], delta: float, path: str) -> None:
+    """Epsilon over the steps, in the order of the ledger, and (epsilon, delta), as one picture."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    before, steps, values = 0, [0], [0.0]
+    for number, event in enumerate(events):
+        for done in np.unique(np.linspace(1, event["steps"], 12).astype(int)).tolist():
+            steps.append(before + done)
+            values.append(pld_epsilon([*events[:number], {**event, "steps": done}], delta))
+        before += event["steps"]
+        left.axvline(before, color="0.85", zorder=0)
+    left.plot(steps, values, color="C0")
+    left.set(xlabel="steps", ylabel="epsilon", title=f"spent, at delta {delta:g}", ylim=(0, None))
+    deltas = np.logspace(np.log10(delta) - 4, -2, 60)
+    for relation, label in ((ADD_OR_REMOVE_ONE, "add or remove one"), (REPLACE_ONE, "replace one")):
+        right.semilogy(epsilon_curve(events, deltas, relation), deltas, label=label)
+    right.axhline(delta, color="0.7", linestyle=":", zorder=0)
+    right.set(xlabel="epsilon", ylabel="delta", title="everything together")
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_noise_trade_off(chosen: PrivacyPlan, path: str) -> None:
+    """Epsilon against the noise multiplier, for the planned batch and smaller and larger ones."""
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    sigmas = np.geomspace(max(0.3, chosen.noise_multiplier / 3), chosen.noise_multiplier * 3, 14)
+    for factor in tqdm((0.25, 0.5, 1, 2), "plotting", leave=False):
+        batch = min(factor * chosen.expected_batch_size, chosen.num_units)
+        event = {**chosen.event(), "sampling_rate": batch / chosen.num_units}
+        values = [
+            pld_epsilon([{**event, "noise_multiplier": sigma}], chosen.delta) for sigma in sigmas
+        ]
+        axes.loglog(sigmas, values, label=f"B = {batch:g}", linewidth=2 if factor == 1 else 1)
+    spent = pld_epsilon([chosen.event()], chosen.delta)
+    axes.plot(chosen.noise_multiplier, spent, "o", color="black", label="the plan")
+    axes.set(
+        xlabel="noise multiplier",
+        ylabel=f"epsilon at delta {chosen.delta:g}",
+        title=f"{chosen.num_units} units, {chosen.steps} steps",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(FormatStrFormatter(""))
+    axes.set_xticks([s for s in (0.3, 0.5, 1, 2, 4, 8, 16, 32) if sigmas[0] <= s <= sigmas[-1]])
+    axes.legend(frameon=False)
+    axes.grid(which="both", color="0.92")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,245 @@
+"""Batched text-to-image generation, over processes, into folders that `datasets` reads."""
+
+import io
+import json
+import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+from tqdm import tqdm
+
+from utils.arguments.sampling import DEFAULT_STEPS, SamplingArguments
+from utils.arguments.training import ModelArguments
+from utils.data.images import tile_images
+from utils.data.rows import fill_template
+from utils.errors import UsageError, on_main_process
+from utils.files import GRID, METADATA, SAMPLING_SETTINGS, STATEMENT, hash_file, write_durably
+from utils.models.adapters import fetch_adapter, load_adapter
+from utils.models.pipelines import choose_resolution, get_device, load_pipeline
+from utils.sampling.shards import Piece, plan_image_files, plan_shards, read_pieces, write_piece
+
+
+def use_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Switch to DPM-Solver++ (Lu et al. 2022), keeping the pipeline's noise schedule."""
+    config = pipeline.scheduler.config
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+    return pipeline
+
+
+@torch.no_grad()
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    indices: list[int],
+    seed: int,
+    num_steps: int = DEFAULT_STEPS,
+    guidance_scale: float = 2.0,
+    resolution: int | None = None,
+) -> list[Image.Image]:
+    """One image a prompt, in one batch; the image of index i starts from noise of `seed` and i.
+
+    The same image comes out whatever the batch it is in (up to floating-point rounding).
+    """
+    side = choose_resolution(pipeline, resolution)
+    size = side // pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, size, size)
+    noise = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
+        for index in indices
+    ]
+    return pipeline(
+        prompts,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        latents=torch.stack(noise).to(get_device(pipeline), pipeline.unet.dtype),
+        height=side,
+        width=side,
+    ).images
+
+
+def read_prompts(args: SamplingArguments) -> list[dict]:
+    """One entry a prompt: its text, and its label where class names were given.
+
+    Raises:
+        UsageError: not exactly one source of prompts, a missing or empty file, a bad template.
+    """
+    given = [args.prompts is not None, args.prompts_file is not None, args.class_names is not None]
+    if sum(given) != 1:
+        raise UsageError("give exactly one of --prompts, --prompts_file and --class_names")
+    if args.class_names is not None:
+        return [
+            {"text": fill_template(args.caption_template, name), "label": name}
+            for name in args.class_names
+        ]
+    texts = args.prompts
+    if args.prompts_file is not None:
+        path = Path(args.prompts_file)
+        if not path.is_file():
+            raise UsageError(f"--prompts_file {path}: there is no such file")
+        texts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not texts:
+        raise UsageError("there are no prompts")
+    return [{"text": text} for text in texts]
+
+
+def hash_adapter(adapter: Path) -> dict[str, str]:
+    """The SHA-256 of each of its weights, and of its statement, by name."""
+    paths = [*adapter.glob("*.safetensors"), *adapter.glob("unet/*.safetensors")]
+    paths += [adapter / STATEMENT] if (adapter / STATEMENT).exists() else []
+    return {str(path.relative_to(adapter)): hash_file(path) for path in sorted(paths)}
+
+
+def claim_folder(folder: Path, settings: dict, adapter: Path | None) -> None:
+    """Start or resume a folder of images; it gets a copy of the adapter's statement.
+
+    Raises:
+        UsageError: it holds something else, or images made with other settings.
+    """
+    record = folder / SAMPLING_SETTINGS
+    if record.exists():
+        if json.loads(record.read_text()) != settings:
+            raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder} already holds other files")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(record, json.dumps(settings, indent=2))
+    if adapter is not None and (adapter / STATEMENT).exists():
+        shutil.copyfile(adapter / STATEMENT, folder / STATEMENT)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All that generating a folder of images needs; no image was generated yet.
+
+    Attributes:
+        pipeline: with the adapter, on its device. prompts: one entry a prompt (`read_prompts`).
+        adapter: the folder of the adapter, which was downloaded if it is on the Hub; or None.
+    """
+
+    pipeline: DiffusionPipeline
+    prompts: list[dict]
+    adapter: Path | None
+
+
+def prepare_generation(
+    model: ModelArguments, sampling: SamplingArguments, folder: Path, state: PartialState
+) -> Generation:
+    """Load the pipeline of `model`, with `sampling.adapter`, of any kind, if it is named; and claim
+    the folder. The adapter's statement goes into it.
+
+    Raises:
+        UsageError: see `read_prompts`, `load_pipeline` and `load_adapter`; or the folder holds
+            something else, or images of other settings or of an adapter that has changed.
+    """
+    prompts = read_prompts(sampling)
+    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    choose_resolution(pipeline, sampling.resolution)  # refused now, if ever
+    settings, adapter = asdict(sampling) | asdict(model), None
+    del settings["batch_size"]  # it changes no image
+    if sampling.adapter is not None:
+        adapter = fetch_adapter(sampling.adapter, sampling.adapter_revision)
+        load_adapter(pipeline, adapter)
+        settings["adapter_files"] = hash_adapter(adapter)
+    on_main_process(lambda: claim_folder(folder, settings, adapter))
+    pipeline.to(state.device, torch.bfloat16 if sampling.mixed_precision == "bf16" else None)
+    return Generation(use_dpm_solver(pipeline), prompts, adapter)
+
+
+def generate_folder(
+    prepared: Generation, sampling: SamplingArguments, folder: Path, state: PartialState
+) -> None:
+    """Generate the images that `folder` does not hold yet, each process its share.
+
+    Leaves one file an image and metadata.jsonl, or shards, with the columns text, and label for
+    class names; and grid.png. Images are balanced over the prompts.
+    """
+    prompts, pipeline = prepared.prompts, prepared.pipeline
+    entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
+    if sampling.output_format == "parquet":
+        pieces = plan_shards(len(entries), choose_resolution(pipeline, sampling.resolution))
+    else:
+        pieces = plan_image_files(len(entries))
+    missing = [piece for piece in pieces if not (folder / piece.name).exists()]
+    state.wait_for_everyone()  # all have looked, before anyone writes
+    share = missing[state.process_index :: state.num_processes]
+    generate_pieces(pipeline, entries, share, sampling, folder)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if sampling.output_format == "png":
+            write_metadata(folder, entries)
+        save_grid(folder, pieces, min(len(prompts), 10) if len(prompts) > 1 else 8)
+    state.wait_for_everyone()
+
+
+def write_metadata(folder: Path, entries: list[dict]) -> None:
+    """metadata.jsonl, as `datasets` reads it, of a folder of images."""
+    lines = [json.dumps({"file_name": f"{i:06}.png", **entry}) for i, entry in enumerate(entries)]
+    write_durably(folder / METADATA, "\n".join(lines) + "\n")
+
+
+def save_grid(folder: Path, pieces: list[Piece], columns: int) -> None:
+    """grid.png: the first images of a set, up to ten rows of them."""
+    first = islice(read_pieces(folder, pieces), 10 * columns)
+    images = [Image.open(io.BytesIO(content)) for content in first]
+    tile_images(images, columns).save(folder / GRID)
+
+
+def generate_pieces(
+    pipeline: DiffusionPipeline,
+    entries: list[dict],
+    pieces: list[Piece],
+    sampling: SamplingArguments,
+    folder: Path,
+) -> None:
+    """Generate image i from entry i, for those of the given pieces; files are whole or absent.
+
+    Images are compressed and written while the next batch is generated.
+    """
+    indices = [i for piece in pieces for i in piece.images]
+    is_main = PartialState().is_local_main_process
+    bar = tqdm(total=len(indices), desc="images", disable=not is_main)
+    waiting, pngs, writing = deque(pieces), {}, []
+    with ThreadPoolExecutor(2) as pool:
+
+        def write(piece: Piece, waited_for: list[Future]) -> None:
+            write_piece(folder, piece, [png.result() for png in waited_for], entries)
+
+        for start in range(0, len(indices), sampling.batch_size):
+            part = indices[start : start + sampling.batch_size]
+            images = generate(
+                pipeline,
+                [entries[i]["text"] for i in part],
+                part,
+                sampling.seed,
+                sampling.num_inference_steps,
+                sampling.guidance_scale,
+                sampling.resolution,
+            )
+            for written in writing:
+                written.result()
+            pngs |= {
+                i: pool.submit(encode_png, image) for i, image in zip(part, images, strict=True)
+            }
+            writing = []
+            while waiting and waiting[0].images[-1] in pngs:
+                piece = waiting.popleft()
+                writing.append(pool.submit(write, piece, [pngs.pop(i) for i in piece.images]))
+            bar.update(len(part))
+        for written in writing:
+            written.result()
+    bar.close()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
