@@ -9,9 +9,10 @@
 
 Canaries are put among the training images, each in or out by a coin; the real training loop runs;
 an attacker who sees what it released guesses which were in (Steinke, Nasr and Jagielski 2023). With
-`--canaries gradients` each canary's gradient is a direction of its own, as long as clipping allows,
-and the attacker sees the noisy sum of every step: the worst case that epsilon must cover. With
-`images` the canaries are images of noise, and the attacker sees their loss before and after.
+`--canaries gradients` each canary's gradient has a separate direction, and the largest norm that
+clipping allows; the attacker sees the noisy sum of every step: the worst case that epsilon must
+cover. With `images` the canaries are images of noise, and the attacker sees their loss before and
+after.
 
 Writes audit.json and audit.png to --output_dir. A bound far below the reported epsilon proves
 little by itself; that the mutants are caught proves that the audit can see.

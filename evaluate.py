@@ -18,8 +18,8 @@
         --synthetic runs/digits/loda_images --test_data_dir runs/digits/private
 
 Writes metrics.json, report.html beside it, and pictures of the closest private images into private/
-beside them. What read private images says so (covered_by_epsilon: false): publish it only if those
-images may be used that way.
+beside them. Figures that were computed from private images are marked (covered_by_epsilon: false):
+publish them only if those images may be used that way.
 """
 
 import importlib.machinery
@@ -29,13 +29,21 @@ from pathlib import Path
 
 
 def main():
-    # Imported here, since `import evaluate` runs this file too, and wants something else.
-    from utils.arguments.evaluation import EvaluateArguments, ExtractorArguments, GenerateFirst
+    # Imported here, since `import evaluate` runs this file too, and means the library.
+    from utils.arguments.evaluation import (
+        EvaluateArguments,
+        ExtractorArguments,
+        GenerateFirstArguments,
+    )
     from utils.arguments.parsing import parse
     from utils.arguments.sampling import SamplingArguments
 
     arguments = parse(
-        EvaluateArguments, ExtractorArguments, GenerateFirst, SamplingArguments, description=__doc__
+        EvaluateArguments,
+        ExtractorArguments,
+        GenerateFirstArguments,
+        SamplingArguments,
+        description=__doc__,
     )
     from utils.evaluation.measuring import evaluate_set
 
@@ -57,5 +65,5 @@ if __name__ == "__main__":
     from utils.errors import run_script
 
     run_script(main)
-elif __name__ == "evaluate":  # imported, not run: whoever did meant the library
+elif __name__ == "evaluate":  # imported, not run: the importer means the library
     load_library()

@@ -34,7 +34,7 @@ class ShowArguments:
 
     path: str = option("run folder, ledger (.jsonl), statement (.json) or Hub id", positional=True)
     revision: str | None = option("revision of a Hub id", None)
-    plot: str = option("picture to plot", "privacy_report.png")
+    plot: str = option("file of the plot", "privacy_report.png")
     json: bool = option("print one JSON object at the end", False)
 
 
@@ -50,14 +50,14 @@ class VerifyArguments:
 class PlanArguments:
     """how much noise for how much epsilon"""
 
-    num_units: int = option("N")
+    num_units: int = option("N, the number of privacy units")
     config: str | None = option("YAML file of a run, for what is not given here", None)
     expected_batch_size: float | None = option("B, units a step", None)
     max_train_steps: int | None = option("private steps", None)
-    target_delta: float | None = option("below 1/N", None)
-    target_epsilon: float | None = option("find the noise for it", None)
-    noise_multiplier: float | None = option("or find the epsilon of this noise", None)
-    plot: str = option("picture to plot", "privacy_plan.png")
+    target_delta: float | None = option("delta of epsilon, below 1/N", None)
+    target_epsilon: float | None = option("find the noise for this epsilon", None)
+    noise_multiplier: float | None = option("sigma: find its epsilon, instead", None)
+    plot: str = option("file of the plot", "privacy_plan.png")
     json: bool = option("print one JSON object at the end", False)
 
 
@@ -108,15 +108,15 @@ def show(args: ShowArguments) -> None:
 
 def summarise_runs(records: list[dict]) -> list[dict]:
     """What each run of a ledger planned and released, and whether it is over."""
-    from utils.ledger.charges import charged_steps, is_live, select_run
+    from utils.ledger.charges import count_charged_steps, is_live, select_run
 
     runs = []
     for run in dict.fromkeys(r["run"] for r in records):
-        of_run = select_run(records, run)
-        given_up = of_run[-1]["kind"] == "give_up"
+        run_records = select_run(records, run)
+        given_up = run_records[-1]["kind"] == "give_up"
         state = "given up" if given_up else "unfinished" if is_live(records, run) else "finished"
-        planned = [r for r in of_run if r["kind"] == "reserve"][-1]["event"]["steps"]
-        released = charged_steps(records, run, live=False)
+        planned = [r for r in run_records if r["kind"] == "reserve"][-1]["event"]["steps"]
+        released = count_charged_steps(records, run, live=False)
         runs.append({"run": run, "released": released, "planned": planned, "state": state})
     return runs
 
@@ -213,7 +213,7 @@ def calibrate_table(chosen, targets: set[float]) -> list[dict]:
 
 
 def give_up(args: GiveUpArguments) -> None:
-    from utils.ledger.charges import charged_steps
+    from utils.ledger.charges import count_charged_steps
     from utils.ledger.ledger import Ledger, find_branch
 
     path = Path(args.ledger)
@@ -221,7 +221,7 @@ def give_up(args: GiveUpArguments) -> None:
         raise UsageError(f"there is no ledger {path}")
     ledger = Ledger(path)
     find_branch(ledger, args.run).give_up()
-    released = charged_steps(ledger.records(), args.run)
+    released = count_charged_steps(ledger.records(), args.run)
     print(f"run {args.run} is charged for the {released} steps that it released, and no more")
 
 

@@ -32,7 +32,7 @@ from utils.errors import on_main_process, run_script
 
 @dataclass
 class OutputArguments:
-    """Where to."""
+    """The output folder."""
 
     output_dir: str = option("folder of the images")
 
@@ -55,7 +55,7 @@ def main():
 
     state, folder = PartialState(), Path(output.output_dir)
     statement = section = None
-    if hub.push_to_hub:  # refused now, if ever
+    if hub.push_to_hub:  # refuse before anything is generated
         if sampling.adapter is not None:
             adapter = fetch_adapter(sampling.adapter, sampling.adapter_revision)
             statement = on_main_process(lambda: read_verified_statement(adapter))

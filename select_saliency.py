@@ -1,4 +1,4 @@
-"""DP-SAPF's first stage: spend a sliver of the budget to learn where to spend the rest.
+"""DP-SAPF's first stage: spend a small part of the budget to learn where to spend the rest.
 
     accelerate launch select_saliency.py --config examples/digits/dp_lora.yaml \\
         --output_dir runs/digits/selection
@@ -11,8 +11,8 @@
 The gradients of the private images say which weight matrices of the public model matter, and noise
 makes that private (Gong et al. 2026). Takes the arguments of train_dp_lora.py, so one config serves
 both stages: --target_epsilon is for both together, and the selection takes --selection_share of it.
-Writes saliency.json (noisy scores and the selected names), saliency.png, privacy.json, and its
-entry in the ledger, which training composes with its own.
+Writes saliency.json (noisy scores and the selected names), saliency.png, privacy.json, and an entry
+in the ledger; its cost is composed with that of the training that follows.
 """
 
 from utils.arguments.methods import SHARED, LoraArguments, SaliencyArguments

@@ -57,7 +57,7 @@ def main():
         check_repository(hub, privacy, training)
         selection = select_first(model, data, privacy, training, lora, saliency)
         if training.dry_run and not Path(selection).exists():
-            return  # the plans of both stages were shown
+            return  # the plans of both stages were printed
     if selection is not None:
         lora = replace(lora, target_modules=read_saliency(selection).selected)
     method = Method(

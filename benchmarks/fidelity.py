@@ -106,7 +106,7 @@ def main():
             for name, images in load_sets(args, cache).items():
                 start = time.perf_counter()
                 seen = extract(first(images, args.num_images), "image", network, state, name)
-                metrics = measure_fidelity(seen, held_out, known=True, public=True)
+                metrics = measure_fidelity(seen, held_out, has_epsilon=True, public=True)
                 rows.append(
                     {
                         "set": args.name,

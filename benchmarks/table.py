@@ -65,7 +65,7 @@ def trained_weights(adapter: Path) -> int:
         return sum(file.get_tensor(name).numel() for name in file.keys())
 
 
-def row_of_generator(method: str, dataset: str) -> dict:
+def measure_generator(method: str, dataset: str) -> dict:
     folder = RUNS / method
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def row_of_generator(method: str, dataset: str) -> dict:
     }
 
 
-def row_of_dp_sgd_classifier(dataset: str, seeds: int = 3) -> dict:
+def measure_dp_sgd_classifier(dataset: str, seeds: int = 3) -> dict:
     """Each seed is a run of its own, with the whole budget."""
     where = ["--dataset_name", dataset, *BUDGET, "--json"]
     runs = [
@@ -107,7 +107,7 @@ def row_of_dp_sgd_classifier(dataset: str, seeds: int = 3) -> dict:
     }
 
 
-def row_of_real_images(dataset: str) -> dict:
+def measure_real_images(dataset: str) -> dict:
     """The same classifiers, trained on the private images: no privacy."""
     output = RUNS / "nonprivate-classifier.json"
     start = time.perf_counter()
@@ -151,11 +151,11 @@ def main():
         if any(row["method"] == method for row in known()):
             continue
         if method == "dp-sgd-classifier":
-            row = row_of_dp_sgd_classifier(args.dataset_name)
+            row = measure_dp_sgd_classifier(args.dataset_name)
         elif method == "nonprivate-classifier":
-            row = row_of_real_images(args.dataset_name)
+            row = measure_real_images(args.dataset_name)
         else:
-            row = row_of_generator(method, args.dataset_name)
+            row = measure_generator(method, args.dataset_name)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         rows = [*known(), {"set": "mnist", "method": method, "delta": DELTA, **row}]
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")

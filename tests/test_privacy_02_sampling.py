@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.worlds import TAIL, assert_normal, build_plan, measure_update
-from utils.audit.mutants import broken
+from utils.audit.mutants import break_loop
 from utils.privacy import training
 from utils.privacy.randomness import SecretRandomness, SecureRandomness
 
@@ -37,7 +37,7 @@ def test_every_unit_is_drawn_independently_with_probability_q(accelerator, sourc
 
 
 def test_shuffled_batches_are_caught(accelerator):
-    with broken("shuffled_batches"), pytest.raises(AssertionError):
+    with break_loop("shuffled_batches"), pytest.raises(AssertionError):
         test_every_unit_is_drawn_independently_with_probability_q(accelerator, SecretRandomness)
 
 

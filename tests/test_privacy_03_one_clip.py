@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import utils.privacy.training
 from tests.worlds import HOSTILE, LinearWorld, UNetWorld, build_plan
 from utils.arguments.training import CLIPPING_MODES
-from utils.audit.mutants import broken
+from utils.audit.mutants import break_loop
 from utils.privacy.dp_sgd import clipped_sum
 
 
@@ -120,7 +120,7 @@ def test_the_replay_catches_broken_clipping(accelerator, monkeypatch, mutant):
 def test_the_replay_catches_double_bounds(accelerator):
     """The same mutant that the audit runs."""
     world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
-    with broken("double_clip_bound"):
+    with break_loop("double_clip_bound"):
         assert world.largest_move(accelerator, max_grad_norm=0.15) > 0.29
 
 
@@ -129,7 +129,7 @@ def test_the_replay_catches_copies_clipped_one_by_one(accelerator):
     world = LinearWorld(["huge", "huge", "ordinary"], draws=4)
     everyone, rest = torch.arange(3), torch.arange(1, 3)
     plan = build_plan(noise_multiplicity=4, max_grad_norm=0.15)
-    with broken("copies_clipped_one_by_one"):
+    with break_loop("copies_clipped_one_by_one"):
         whole, without = (
             utils.privacy.training.clipped_gradient_sum(
                 accelerator, world.engine, world.losses, units, plan, 8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.worlds import assert_normal, build_plan, measure_update
-from utils.audit.mutants import broken
+from utils.audit.mutants import break_loop
 from utils.privacy import training
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan
@@ -41,7 +41,7 @@ def test_the_noise_tests_catch_broken_noise(accelerator, monkeypatch, mutant):
     if mutant == "noise_twice":
         monkeypatch.setattr(training, "add_noise_once", _noise_twice)
         mutant = None
-    with broken(mutant), pytest.raises(AssertionError):
+    with break_loop(mutant), pytest.raises(AssertionError):
         assert_normal(measure_update(accelerator, plan), 2**0.5)
 
 

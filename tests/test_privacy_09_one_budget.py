@@ -11,7 +11,7 @@ from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, 
 from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
-from utils.ledger.charges import charged_events
+from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.privacy.accounting import pld_epsilon
@@ -30,7 +30,7 @@ def test_runs_on_one_ledger_are_composed(tmp_path):
     for steps in (5, 7):
         branch = ledger.reserve(terms(steps), total_epsilon=epsilon_after(5, 7) + 1e-6)
         branch.release(steps, "weights")
-    events = charged_events(ledger.records())
+    events = list_charged_events(ledger.records())
     assert [event["steps"] for event in events] == [5, 7]
     assert pld_epsilon(events, 1e-4) == epsilon_after(5, 7)
     with pytest.raises(UsageError, match="above --total_epsilon"):
@@ -44,7 +44,7 @@ def test_what_a_live_run_reserved_counts_until_it_is_handed_back(tmp_path):
     with pytest.raises(UsageError, match=f"unfinished: {live.run}"):
         ledger.reserve(terms(5), cap)
     live.give_up()
-    assert charged_events(ledger.records())[0]["steps"] == 3
+    assert list_charged_events(ledger.records())[0]["steps"] == 3
     ledger.reserve(terms(5), cap)
     with pytest.raises(UsageError, match="above --total_epsilon"):
         ledger.reserve(terms(1), cap)

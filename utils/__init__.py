@@ -1,6 +1,6 @@
 """The map of the house: each room in a line, floor by floor. A room imports only from below.
 
-    methods/        the private stages
+    methods/        the stages: the private ones, and public pretraining
         fine_tuning         the story of every training script: load, adapt, plan, train, publish
         selection           the story of a selection: score, release with noise, keep, publish
         stages              what both stories share: their opening, their rehearsal and their end
@@ -14,12 +14,12 @@
     audit/          what an attacker can prove about a run
         audited_run         the real loop, or a mutant of it, with canaries among the images
         canaries            units whose presence an attacker tries to guess
-        auditing            from guesses to a lower bound on epsilon
+        auditing            from scores and guesses to a lower bound on epsilon
         mutants             the loop broken on purpose, in the ways that published code is
     evaluation/     are the images good, useful, and does any give someone away?
         measuring           the story of an evaluation
-        features            feature extractors, and what they make of a set
-        fidelity            distances to real images, seen through an extractor
+        features            feature extractors, and the features of a set
+        fidelity            how much images look like real ones, seen through an extractor
         downstream          classifiers trained on synthetic images, tested on real ones
         memorisation        nearest neighbours among the private images, and copies of them
         report              report.html
@@ -33,11 +33,11 @@
         cards               model and dataset cards
         privacy_words       a privacy statement in words
         evaluation_card     a card's section on evaluate.py's figures
-    data/           private rows to latents
+    data/           rows to images, captions, latents and losses
         rows                loading a split; the caption, label and unit of each row
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units
-        latent_files        latents and token ids on disk, encoded once, under private/
+        latent_files        latents and token ids on disk, encoded once
         latents             units to the losses of their draws
     models/         public pipelines and what trains in them
         pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
@@ -45,7 +45,7 @@
         targets             which layers a target pattern names
         lora                LoRA on the U-Net (DP-LoRA, DP-SAPF)
         loda/               LoDA (DP-LoDA): loda.py and pipeline.py travel with each adapter
-        own_weights         the model's own weights (DP-LDM, DP-Diffusion)
+        own_weights         weights of the model itself (DP-LDM, DP-Diffusion)
         adapters            loading what a training script published
         public_models       small models in Stable Diffusion's layout, and ones of its real shape
     ledger/         what was spent, on record before it is released
@@ -59,7 +59,7 @@
     privacy/        differential privacy
         training            the one private training loop
         dp_sgd              its pieces: Poisson sampling, clipping, noise
-        randomness          secret random numbers: noise and batches
+        randomness          secret random numbers: batches, draws and noise
         plan                every number that the privacy of a run depends on
         accounting          epsilon by two accountants, and the noise that fits a budget
         replace_one         the PRV accountant for replacing one unit

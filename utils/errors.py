@@ -42,7 +42,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
 
-    def anywhere(self, accelerator) -> int:
+    def find_signal(self, accelerator) -> int:
         """The number of the signal that any process has received; 0 for none."""
         import torch
 

@@ -35,7 +35,7 @@ def results(epsilon: float | None = 9.98) -> dict:
     )
     entries = {"epsilon": {"value": epsilon, "std": None, "covered_by_epsilon": True}}
     entries |= measure_fidelity(
-        synthetic, ExtractedFeatures(features[40:], None, about), known=True, public=False
+        synthetic, ExtractedFeatures(features[40:], None, about), has_epsilon=True, public=False
     )
     entries["accuracy"] = {
         "value": 0.912,

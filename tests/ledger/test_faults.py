@@ -14,7 +14,7 @@ from tests.worlds import LinearWorld, assert_normal, build_plan, train
 from utils.arguments.training import TrainingArguments
 from utils.errors import UsageError
 from utils.ledger import runs
-from utils.ledger.charges import CHECKPOINT, charged_steps
+from utils.ledger.charges import CHECKPOINT, count_charged_steps
 from utils.ledger.checkpoints import (
     announce_checkpoint,
     list_steps,
@@ -58,7 +58,7 @@ def test_a_signal_ends_training_at_a_checkpoint(tiny_base, image_folder, tmp_pat
     assert 0 < last < 500 and f"stopped after step {last} of 500" in said
 
     records = Ledger(output / "private" / "ledger.jsonl").records()
-    assert charged_steps(records, records[0]["run"], live=False) == last
+    assert count_charged_steps(records, records[0]["run"], live=False) == last
     assert not (output / "privacy.json").exists()
 
 
@@ -208,7 +208,7 @@ def test_only_a_checkpoint_that_is_still_unfinished_is_taken_back(tmp_path):
 
     def charged() -> int:
         settle(run)
-        return charged_steps(branch.ledger.records(), branch.run, live=False)
+        return count_charged_steps(branch.ledger.records(), branch.run, live=False)
 
     announce_checkpoint(run.checkpoints, 2)
     branch.release(2, CHECKPOINT)

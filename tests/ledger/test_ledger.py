@@ -8,7 +8,7 @@ import pytest
 from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
-from utils.ledger.charges import charged_events, charged_steps, is_live
+from utils.ledger.charges import count_charged_steps, is_live, list_charged_events
 from utils.ledger.ledger import Ledger, find_branch
 from utils.ledger.verification import check_records
 
@@ -29,7 +29,9 @@ def charge(ledger, branch) -> tuple[int, int]:
     """What a run is charged for: released, and with what it holds in reserve."""
     records = ledger.records()
     assert check_records(records) == []
-    return charged_steps(records, branch.run, live=False), charged_steps(records, branch.run)
+    return count_charged_steps(records, branch.run, live=False), count_charged_steps(
+        records, branch.run
+    )
 
 
 def test_a_straight_run_is_charged_as_it_releases(ledger):
@@ -101,7 +103,7 @@ def test_a_plan_may_change_before_anything_is_released(ledger):
     fewer = build_plan(steps=10, num_units=190).terms(True)
     branch = ledger.reserve(fewer, run=branch.run, step=0)
     assert charge(ledger, branch) == (0, 10)
-    event = charged_events(ledger.records())[0]
+    event = list_charged_events(ledger.records())[0]
     assert event["sampling_rate"] == fewer["event"]["sampling_rate"]
 
 

@@ -17,7 +17,7 @@ from utils.methods.saliency import (
     build_scoring,
     find_candidates,
     find_layer,
-    summed_scores,
+    sum_scores,
 )
 from utils.methods.selection import plan_selection
 from utils.models.lora import add_lora
@@ -38,7 +38,7 @@ def largest_move(accelerator, mechanism: str, kinds: list[str]) -> tuple[float, 
 
     def total(units):
         indices = torch.tensor(units)
-        return summed_scores(accelerator, world.engine, world.losses, indices, scoring, 4)
+        return sum_scores(accelerator, world.engine, world.losses, indices, scoring, 4)
 
     everyone = list(range(len(kinds)))
     whole = total(everyone)
@@ -108,7 +108,7 @@ def test_the_ranking_is_that_of_float64_gradients_one_unit_at_a_time(accelerator
     assert engine.names == [f"{name}.weight" for name in candidates]
     args = SaliencyArguments(scope=scope, selection_clip=0.5)
     scoring = build_scoring(list(candidates), args)
-    found = summed_scores(accelerator, engine, world.losses, units, scoring, 2)
+    found = sum_scores(accelerator, engine, world.losses, units, scoring, 2)
 
     world.unet.double()
     world.tensors = [t.double() if t.is_floating_point() else t for t in world.tensors]

@@ -16,7 +16,7 @@ from utils.ledger.verification import find_problems, read_source
 from utils.methods import choice, plots, saliency_file, selection
 from utils.methods.choice import Keep
 from utils.methods.saliency import (
-    summed_scores,
+    sum_scores,
 )
 from utils.methods.saliency_file import read_saliency
 from utils.privacy.accounting import pld_epsilon
@@ -145,10 +145,8 @@ def test_a_selection_that_was_interrupted_is_not_paid_for_twice(
         assert not (output / "selection" / "saliency.json").exists()
         assert "No space left" in train_here(arguments)
     calls = []
-    whole = selection.summed_scores
-    monkeypatch.setattr(
-        selection, "summed_scores", lambda *a, **k: calls.append(1) or whole(*a, **k)
-    )
+    whole = selection.sum_scores
+    monkeypatch.setattr(selection, "sum_scores", lambda *a, **k: calls.append(1) or whole(*a, **k))
     assert "saved the weights" in train_here(arguments) and not calls
     statement = read_json(output / "privacy.json")
     assert [e["steps"] for e in statement["events"]] == [1, 3]
@@ -192,7 +190,7 @@ def test_reproducible_noise_stamps_both_stages(tiny_base, image_folder, tmp_path
 def test_the_length_of_the_bar_does_not_tell_the_batch(accelerator, capsys):
     world = LinearWorld(["ordinary"] * 6)
     scoring = scoring_for(world.engine.names, "squared_norm")
-    summed_scores(accelerator, world.engine, world.losses, torch.arange(6), scoring, 1)
+    sum_scores(accelerator, world.engine, world.losses, torch.arange(6), scoring, 1)
     assert "scoring" not in capsys.readouterr().err
 
 
@@ -200,13 +198,13 @@ def test_a_selection_samples_the_batch_that_it_accounts_for(
     tiny_base, image_folder, tmp_path, monkeypatch, capsys
 ):
     """At rate 1/2 all 40 units are in with probability 2^-40; and no bar shows how many are."""
-    sampled, whole = [], selection.summed_scores
+    sampled, whole = [], selection.sum_scores
 
     def spy(accelerator, engine, losses, indices, *rest, **named):
         sampled.append(indices)
         return whole(accelerator, engine, losses, indices, *rest, **named)
 
-    monkeypatch.setattr(selection, "summed_scores", spy)
+    monkeypatch.setattr(selection, "sum_scores", spy)
     more = ["--sampling_rate", 0.5, "--train_batch_size", 1, "--scope", "attention"]
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
     assert "selected" in train_here(arguments, "select_saliency")

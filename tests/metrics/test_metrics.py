@@ -15,8 +15,8 @@ from utils.metrics.frechet_distance.frechet_distance import frechet_distance
 from utils.metrics.kernel_distance.kernel_distance import kernel_distance
 from utils.metrics.nearest_neighbor_ratio.nearest_neighbor_ratio import (
     compute_ratio,
-    distances_to_both,
-    nearest,
+    find_nearest,
+    measure_both_distances,
 )
 from utils.metrics.precision_recall_density_coverage.precision_recall_density_coverage import (
     precision_recall_density_coverage,
@@ -96,7 +96,7 @@ def test_precision_recall_density_coverage_by_definition(digits, block):
 
 def test_nearest_neighbours_by_definition(digits):
     queries, points = digits[1][:50], digits[0][:300]
-    distances, numbers = nearest(queries, points, k=4, block=16)
+    distances, numbers = find_nearest(queries, points, k=4, block=16)
     every = np.linalg.norm(queries[:, None].astype(np.float64) - points[None], axis=2)
     assert (numbers == np.argsort(every, axis=1)[:, :4]).all()
     np.testing.assert_allclose(distances, np.sort(every, axis=1)[:, :4], rtol=1e-5)
@@ -106,12 +106,12 @@ def test_a_copying_generator_is_told_from_an_honest_one(digits):
     generator = np.random.default_rng(1)
     private, held_out = digits[0], digits[1][:500]
     copies = private[:200] + generator.normal(scale=0.01, size=(200, 32)).astype(np.float32)
-    summary = compute_ratio(*distances_to_both(copies, private, held_out))
+    summary = compute_ratio(*measure_both_distances(copies, private, held_out))
     assert summary["nearest_neighbor_ratio"] < 0.5 and summary["share_nearer"] > 0.75
     both = np.concatenate([private, held_out])
     order = np.random.default_rng(2).permutation(len(both))  # so that neither half is nearer
     summary = compute_ratio(
-        *distances_to_both(digits[1][500:], both[order[:600]], both[order[600:]])
+        *measure_both_distances(digits[1][500:], both[order[:600]], both[order[600:]])
     )
     assert abs(summary["share_nearer"] - 0.5) < 5 * summary["standard_error"]
 

@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from tests.conftest import ROOT, build_tiny_pipeline
+from tests.conftest import build_tiny_pipeline
 from utils.arguments.methods import LoDAArguments
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.adapters import load_adapter
 from utils.models.denoising import denoising_loss
+from utils.models.loda import loda
 from utils.models.loda.adapter import add_loda, save_loda
 from utils.models.loda.loda import LoDAConfig, LoDALayer, load_loda
 from utils.models.pipelines import load_pipeline
@@ -105,10 +106,10 @@ def test_strangers_draw_the_same_images(tiny_base, saved, tmp_path, code):
 
 
 def test_the_published_files_import_nothing_of_this_project():
-    for name in ("loda.py", "loda_pipeline.py"):
-        text = (ROOT / "utils" / name).read_text()
+    for name in ("loda.py", "pipeline.py"):
+        text = Path(loda.__file__).with_name(name).read_text()
         assert "utils." not in text.replace("peft.utils", "")
-    assert "from peft.tuners.lora" not in (ROOT / "utils" / "loda.py").read_text()
+    assert "from peft.tuners.lora" not in Path(loda.__file__).read_text()
 
 
 def test_peft_round_trip_with_several_adapters(tmp_path):

@@ -35,7 +35,7 @@ class AuditArguments:
     canaries: str = option("what the canaries are", "gradients", choices=["gradients", "images"])
     num_canaries: int | None = option("default: 80,000 gradients, or 1,000 images", None)
     confidence: float = option("probability that the bound is right", 0.95)
-    mutant: str | None = option("break the loop this way", None, choices=MUTANTS)
+    mutant: str | None = option("break the loop in this way", None, choices=MUTANTS)
     mutants: bool = option("run the real loop, then every mutant, and print a table", False)
     mutant_epsilon: float = option("epsilon that the mutants report, with --mutants", 2.0)
     seed: int = option("seed of the coins and of the adapter; never of the noise", 0)

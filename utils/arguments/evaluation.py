@@ -19,22 +19,26 @@ class EvaluateArguments:
     test_dataset_name: str | None = option(
         "real images that nothing was trained on: Hub id or folder of parquet files", None
     )
-    test_data_dir: str | None = option("the same: image folder, instead", None)
-    test_split: str = option("split of those", "test")
-    test_is_public: bool = option("those may be shown, and numbers about them published", False)
-    private_dataset_name: str | None = option(
-        "what the adapter was trained on, for memorisation: Hub id or folder of parquet files", None
+    test_data_dir: str | None = option("image folder, instead of --test_dataset_name", None)
+    test_split: str = option("split of the test images", "test")
+    test_is_public: bool = option(
+        "the test images may be shown, and numbers about them published", False
     )
-    private_data_dir: str | None = option("the same: image folder, instead", None)
-    private_split: str = option("split of those", "train")
+    private_dataset_name: str | None = option(
+        "images that the adapter was trained on, for memorisation: Hub id or folder of parquet "
+        "files",
+        None,
+    )
+    private_data_dir: str | None = option("image folder, instead of --private_dataset_name", None)
+    private_split: str = option("split of the private images", "train")
     image_column: str = option("column of the images, in all sets", "image")
     label_column: str = option("column of the labels, for utility", "label")
     metrics: list[str] | None = option(
         f"which of {', '.join(MEASURED)}; default: all that the sets allow", None
     )
-    evaluation_resolution: int = option("classifiers and neighbours see this many pixels", 32)
+    evaluation_resolution: int = option("side of the images for classifiers and neighbours", 32)
     classifiers: list[str] = option(f"any of {', '.join(CLASSIFIERS)}", ["cnn"])
-    classifier_seeds: int = option("classifiers trained of each, each with another seed", 3)
+    classifier_seeds: int = option("classifiers of each kind, each with another seed", 3)
     classifier_steps: int = option("optimizer steps of a classifier, 128 images each", 600)
     train_on_real: bool = option(
         "for reference, also train the classifiers on the private images", False
@@ -76,11 +80,11 @@ class EvaluateArguments:
 
 
 @dataclass
-class GenerateFirst(ModelArguments):
+class GenerateFirstArguments(ModelArguments):
     """Generate the synthetic set first: the public pipeline, with the options of sample.py."""
 
     pretrained_model_name_or_path: str | None = option(
-        "generate the images into --synthetic with this pipeline first; default: they are there",
+        "generate the images into --synthetic with this pipeline first; default: use those in it",
         None,
     )
 
@@ -91,7 +95,7 @@ class ExtractorArguments:
 
     extractor: str = option(
         "efficientnet-lite0: ImageNet features that come with the requirements; inception: the "
-        "usual one of FID, downloaded; clip; classifier: our own, trained on public images",
+        "usual one of FID, downloaded; clip; classifier: a small one, trained on --public_data",
         "efficientnet-lite0",
         choices=["efficientnet-lite0", "inception", "clip", "classifier"],
     )

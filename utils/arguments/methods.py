@@ -69,7 +69,7 @@ class LdmArguments:
     train_text_encoder: bool = option(
         "train the conditioning too: a LoRA on the text encoder, under the same clip", False
     )
-    text_encoder_rank: int = option("rank of that LoRA", 4)
+    text_encoder_rank: int = option("rank of the LoRA on the text encoder", 4)
 
 
 @dataclass
@@ -125,9 +125,9 @@ class SaliencyArguments:
     sampling_rate: float = option("probability that a unit is in the one batch of selection", 1.0)
     selection_clip: float = option("bound on a unit's gradient over all candidates together", 1.0)
     selection_noise_multiplier: float | None = option("sigma of the selection", None)
-    selection_epsilon: float | None = option("or the budget of the selection", None)
+    selection_epsilon: float | None = option("epsilon of the selection, instead", None)
     selection_share: float = option(
-        "or the selection's share of --target_epsilon, if neither is given", 0.05
+        "share of --target_epsilon for the selection, if neither is given", 0.05
     )
 
     def __post_init__(self):

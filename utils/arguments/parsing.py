@@ -158,5 +158,5 @@ def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
             try:
                 value = action.type(value)  # YAML reads 1e-5 as text
             except ValueError as error:
-                raise UsageError(f"--config {path}: {name} is no number: {value}") from error
+                raise UsageError(f"--config {path}: {name} is not a number: {value}") from error
         action.default, action.required = value, False

@@ -32,7 +32,7 @@ class DataArguments:
         None,
     )
     resolution: int | None = option(
-        "images are resized and centre-cropped to this many pixels; default: what the model makes",
+        "images are resized and centre-cropped to this many pixels; default: that of the model",
         None,
     )
     strict_images: bool = option(
@@ -76,7 +76,7 @@ class PrivacyArguments:
         False,
     )
     debug_noise_seed: int | None = option(
-        "reproducible noise, for debugging: everything it makes is stamped NOT PRIVATE", None
+        "reproducible noise, for debugging: every result is stamped NOT PRIVATE", None
     )
     privacy_ledger: str | None = option(
         "ledger to record this run in, shared by all runs on the same data; default: "
@@ -112,7 +112,7 @@ class TrainingArguments:
     adam_weight_decay: float = option("AdamW's weight decay", 0.01)
     adam_epsilon: float = option("AdamW's epsilon", 1e-8)
     ema_decay: float = option(
-        "publish an exponential moving average of the weights, which costs no privacy; 0: the last",
+        "publish a moving average of the weights, which costs no privacy; 0: the last weights",
         0.0,
     )
     timestep_sampling: str = option(
@@ -138,7 +138,8 @@ class TrainingArguments:
     )
     num_validation_images: int = option("how many images to generate at the end", 16)
     checkpointing_steps: int = option(
-        "a checkpoint every so many steps, and at the first and the last; they cost no privacy", 20
+        "a checkpoint every so many steps, before the first and after the last; they cost no privacy",
+        20,
     )
     checkpoints_total_limit: int = option("how many checkpoints to keep", 2)
     resume_from_checkpoint: str | None = option(

@@ -18,7 +18,7 @@ from utils.arguments.methods import LoraArguments
 from utils.arguments.training import DataArguments
 from utils.audit.auditing import measure
 from utils.audit.canaries import GradientCanaries, ImageCanaries
-from utils.audit.mutants import broken
+from utils.audit.mutants import break_loop
 from utils.data.latents import Objective
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows
@@ -98,20 +98,20 @@ def make_audit_plan(args: AuditArguments, epsilon: float, num_units: int) -> Pri
 
 
 def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str | None) -> dict:
-    """Train once, through the real loop, and measure. Returns the finding, and the scores."""
+    """Train once, through the real loop, and measure. Returns the finding, scores included."""
     accelerator = Accelerator()
-    world = build_canaries(args, data, accelerator.device)
-    plan = make_audit_plan(args, epsilon, world.num_units)
+    canaries = build_canaries(args, data, accelerator.device)
+    plan = make_audit_plan(args, epsilon, canaries.num_units)
     randomness = make_randomness(args.secure_noise)
-    engine = PerUnitGradients(world.trained)
+    engine = PerUnitGradients(canaries.trained)
     optimizer = torch.optim.AdamW(engine.parameters, lr=args.learning_rate)
-    optimizer.register_step_pre_hook(lambda *_: world.watch(plan))
+    optimizer.register_step_pre_hook(lambda *_: canaries.watch(plan))
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
     def compute_losses(indices: torch.Tensor) -> torch.Tensor:
-        return world.losses(indices, Objective(plan.noise_multiplicity), randomness)
+        return canaries.losses(indices, Objective(plan.noise_multiplicity), randomness)
 
-    with broken(mutant):
+    with break_loop(mutant):
         state = TrainingState(engine, optimizer, constant)
         for _ in private_steps(
             accelerator, state, compute_losses, plan, randomness, args.train_batch_size
@@ -119,7 +119,7 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
             pass
     guesses = args.num_canaries // CANARIES_PER_GUESS[args.canaries]
     finding = measure(
-        world.scores(plan), world.included.numpy(), guesses, plan.delta, args.confidence
+        canaries.scores(plan), canaries.included.numpy(), guesses, plan.delta, args.confidence
     )
     reported = pld_epsilon([plan.event()], plan.delta)
     caught = finding["lower_bound"] > reported

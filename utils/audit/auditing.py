@@ -3,7 +3,9 @@
 Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run". Each of m canaries
 is put into the training set or left out by a fair coin. The auditor sees what training released,
 scores every canary, and says of the r highest-scoring ones that they were in. Were the training
-(epsilon, delta)-private, too many right guesses would be too lucky.
+(epsilon, delta)-private, so many right guesses would be too unlikely.
+
+Here are the attacker's scores, the bound that guesses prove, and a plot of the findings.
 """
 
 from pathlib import Path

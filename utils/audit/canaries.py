@@ -1,7 +1,7 @@
 """Canaries for the audit: units whose presence an attacker tries to guess.
 
-Both kinds sit behind the same face: `num_units`, `trained` (the modules that train), `losses` (what
-the private loop calls), `watch` (what the attacker sees at each step) and `scores`.
+Both kinds have the same interface: `included`, `num_units`, `trained` (the modules that train),
+`losses` (what the private loop calls), `watch` (what the attacker sees at each step) and `scores`.
 
 Unit u < n is an ordinary one; unit n + j is the j-th canary that is in.
 """
@@ -25,7 +25,7 @@ from utils.privacy.randomness import SecretRandomness
 
 
 class GradientCanaries:
-    """Canaries whose gradients are orthogonal: canary i's is weight i of a layer of its own.
+    """Canaries with orthogonal gradients: each changes one weight of an extra layer, and no other.
 
     Args:
         included: [m] booleans, which canaries are in.
@@ -70,9 +70,9 @@ class GradientCanaries:
         unet, device = self.pipeline.unet, self.pipeline.device
         side = 2 ** (len(unet.config.block_out_channels) - 1)
         latents = torch.zeros(count, unet.config.in_channels, side, side, device=device)
-        words = encode_text(self.pipeline, tokenize(self.pipeline, [""] * count), 8 * side)
+        text = encode_text(self.pipeline, tokenize(self.pipeline, [""] * count), 8 * side)
         steps = torch.zeros(count, dtype=torch.long, device=device)
-        return denoising_loss(unet, self.pipeline.scheduler, latents, words, latents, steps)
+        return denoising_loss(unet, self.pipeline.scheduler, latents, text, latents, steps)
 
     def watch(self, plan: PrivacyPlan) -> None:
         """What the attacker sees at a step: the noisy sum, along each canary's direction."""
@@ -99,8 +99,8 @@ class ImageCanaries:
         folder: Path,
     ):
         self.pipeline, self.included = pipeline, included
-        everyone = add_noise_images(ordinary, len(included), resolution)
-        self.units, _ = encode_units(pipeline, everyone, resolution, folder)
+        private_set = add_noise_images(ordinary, len(included), resolution)
+        self.units, _ = encode_units(pipeline, private_set, resolution, folder)
         self.num_ordinary = len(self.units.count) - len(included)
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
@@ -109,17 +109,17 @@ class ImageCanaries:
 
     def losses(self, indices: torch.Tensor, objective: Objective, randomness: SecretRandomness):
         """The real loss of ordinary images and canaries alike: [U]."""
-        who = torch.cat([torch.arange(self.num_ordinary), self.num_ordinary + self.present])
-        return unit_losses(self.pipeline, self.units, who[indices], objective, randomness)
+        units = torch.cat([torch.arange(self.num_ordinary), self.num_ordinary + self.present])
+        return unit_losses(self.pipeline, self.units, units[indices], objective, randomness)
 
     @torch.no_grad()
     def _canary_losses(self) -> torch.Tensor:
         """Each canary's loss over the same 16 draws, whenever it is asked for: [m]."""
-        randomness = SecretRandomness(debug_seed=0)  # the attacker's own
-        everyone = self.num_ordinary + torch.arange(len(self.included))
+        randomness = SecretRandomness(debug_seed=0)  # the attacker chooses it
+        canaries = self.num_ordinary + torch.arange(len(self.included))
         parts = [
             unit_losses(self.pipeline, self.units, part, Objective(16), randomness).cpu()
-            for part in everyone.split(64)
+            for part in canaries.split(64)
         ]
         return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""The private loop, broken on purpose in the ways that published code is: proof that tests bite.
+"""The private loop, broken on purpose as published code was: the audit and tests must catch it.
 
 Only `audit_privacy.py` and the tests use these. Each replaces one piece that the loop in
 `privacy/training.py` calls.
@@ -68,7 +68,7 @@ PIECES = {  # by mutant: the piece that it replaces, and what makes the replacem
 
 
 @contextmanager
-def broken(name: str | None) -> Iterator[None]:
+def break_loop(name: str | None) -> Iterator[None]:
     """Within this context `private_steps` is the mutant `name`; None leaves it as it is."""
     if name is None:
         yield

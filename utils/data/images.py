@@ -1,4 +1,4 @@
-"""Images: which rows' can be read, decoded and cropped to pixels, in batches; and sheets of them.
+"""The images of rows: find the readable ones, read them as batches of pixels, tile them.
 
 Nothing here holds more than a few rows' images at a time.
 """
@@ -137,7 +137,7 @@ def crop_to_pixels(image: PILImage.Image, resolution: int) -> torch.Tensor:
 
 
 def scale_to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [0, 255] -> float [-1, 1], what autoencoders are fed."""
+    """uint8 [0, 255] -> float [-1, 1], the input of autoencoders."""
     return pixels.float() / 127.5 - 1.0
 
 

@@ -1,4 +1,7 @@
-"""Images and captions -> memory-mapped files of latents and token ids, once, under private/."""
+"""Images and captions -> memory-mapped files of latents and token ids, encoded once.
+
+They are as private as the images, and go to OUTPUT_DIR/private or --latents_dir.
+"""
 
 import hashlib
 import json
@@ -53,24 +56,24 @@ def encode_rows(
     Raises:
         UsageError: they cannot be written, or the images changed since they were checked.
     """
-    shapes = _shapes(pipeline, private_set, resolution, random_flip)
-    wanted = [shapes, _digest(pipeline, private_set, resolution)]
+    shapes = _plan_shapes(pipeline, private_set, resolution, random_flip)
+    wanted = [shapes, _hash_inputs(pipeline, private_set, resolution)]
     encoded_dir = folder / hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    with _locked(encoded_dir):
+    with _lock(encoded_dir):
         if not on_main_process(encoded_dir.exists):
             _encode_into(encoded_dir, pipeline, private_set, resolution, shapes)
-        latents, tokens = (_mapped(encoded_dir / name, shape) for name, shape in shapes.items())
+        latents, tokens = (_map_file(encoded_dir / name, shape) for name, shape in shapes.items())
     return latents, tokens, encoded_dir
 
 
-def _mapped(path: Path, shape: list[int]) -> torch.Tensor:
-    """A file as a tensor, of which only what is used is read."""
+def _map_file(path: Path, shape: list[int]) -> torch.Tensor:
+    """A file as a tensor; only the parts that are used are read from disk."""
     dtype = torch.float32 if path.suffix == ".f32" else torch.int32
     return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
 
 
 @contextmanager
-def _locked(encoded_dir: Path) -> Iterator[None]:
+def _lock(encoded_dir: Path) -> Iterator[None]:
     """Only one run at a time makes or deletes these files; others wait."""
     lock = FileLock(encoded_dir.with_suffix(".lock"))
 
@@ -87,8 +90,8 @@ def _locked(encoded_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: bool) -> dict:
-    """Of the files, by name."""
+def _plan_shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: bool) -> dict:
+    """The shape of each file, by name."""
     rows, side = len(private_set.rows), resolution // pipeline.vae_scale_factor
     channels = pipeline.vae.config.latent_channels
     return {
@@ -97,8 +100,8 @@ def _shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip: boo
     }
 
 
-def _digest(pipeline, private_set: PrivateSet, resolution: int) -> str:
-    """Of all that the files depend on, but for their shapes."""
+def _hash_inputs(pipeline, private_set: PrivateSet, resolution: int) -> str:
+    """A digest of all that the files depend on, except their shapes."""
     digest = hashlib.sha256(f"{ENCODING} {resolution}".encode() + private_set.digests.tobytes())
     for caption in private_set.captions:
         digest.update(hashlib.sha256(caption.encode(errors="surrogatepass")).digest())
@@ -197,9 +200,9 @@ def _encode_span(
             views = [images, images.flip(-1)] if flips else [images]
             encoded = torch.stack([encode_images(pipeline, view) for view in views], 1)
             latents.write(encoded.float().cpu().numpy().tobytes())
-            words = private_set.captions[first : first + len(pixels)]
-            tokens.write(tokenize(pipeline, words).int().numpy().tobytes())
-            cut += count_cut(pipeline, words)
+            captions = private_set.captions[first : first + len(pixels)]
+            tokens.write(tokenize(pipeline, captions).int().numpy().tobytes())
+            cut += count_cut(pipeline, captions)
             first += len(pixels)
             bar.update(len(pixels))
         for file in (latents, tokens):
@@ -215,7 +218,7 @@ def choose_latents_folder(training: TrainingArguments) -> Path:
 
 
 def discard_copies(output_dir: Path, encoded_dir: Path | None) -> None:
-    """Delete what a run made of its private images: its latents, and what `datasets` cached.
+    """Delete the copies of a run's private images: its latents, and what `datasets` cached.
 
     Raises:
         UsageError: they cannot be deleted; on every process.
@@ -235,7 +238,7 @@ def discard_copies(output_dir: Path, encoded_dir: Path | None) -> None:
         except OSError as error:
             raise UsageError(f"--discard_latents: {error}; delete them by hand") from error
 
-    with _locked(encoded_dir) if encoded_dir is not None else nullcontext():
+    with _lock(encoded_dir) if encoded_dir is not None else nullcontext():
         on_main_process(discard_or_explain)
 
 

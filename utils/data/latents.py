@@ -1,4 +1,7 @@
-"""Units -> the losses of their draws, from latents and text that were computed once."""
+"""Units -> the losses of their draws, from latents that were encoded once.
+
+Text is encoded once too, unless there are many distinct captions or the text encoder trains.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +55,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class EncodedUnits:
-    """The private set, encoded. Its tensors are files, of which only what is sampled is read.
+    """The private set, encoded. `latents` and `tokens` are files: only sampled rows are read.
 
     Attributes:
         resolution: of the images, in pixels.
@@ -120,12 +123,12 @@ def encode_units(
     latents, tokens, encoded_dir = files
     text, caption_rows = None, None
     if not trains_text(pipeline):
-        text, caption_rows = _few_captions(pipeline, tokens, resolution)
+        text, caption_rows = _encode_if_few(pipeline, tokens, resolution)
     units = group_rows_by_unit(private_set.unit_of_row)
     return EncodedUnits(resolution, latents, tokens, text, caption_rows, *units), encoded_dir
 
 
-def _few_captions(
+def _encode_if_few(
     pipeline: DiffusionPipeline, tokens: torch.Tensor, resolution: int
 ) -> tuple[dict | None, torch.Tensor | None]:
     """`text` and `caption_rows` of `EncodedUnits`, if few captions are distinct."""
@@ -151,8 +154,10 @@ def prepare_losses(
     num_draws: int,
     randomness: SecretRandomness,
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Path]:
-    """Encode the private set; returns what gives units, by index [U], their losses [U]; and the
-    folder of the encoded images.
+    """Encode the private set.
+
+    Returns a function from the indices of units [U] to their losses [U], and the folder of the
+    encoded images.
 
     Raises:
         UsageError: see `encode_units`.

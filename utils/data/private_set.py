@@ -23,7 +23,7 @@ class PrivateSet:
         rows: the dataset; its images are in `image_column`.
         captions: [rows]. unit_of_row: [rows], the privacy unit, 0 ... N - 1.
         skipped: rows left out because their image could not be read.
-        digests: [rows, 32], the SHA-256 of each image's bytes, to know them again; never published.
+        digests: [rows, 32], the SHA-256 of each image's bytes, to detect changes; never published.
     """
 
     rows: Dataset

@@ -79,7 +79,7 @@ def require_column(rows: Dataset, column: str, argument: str) -> None:
 
 
 class Column(Sequence):
-    """One text a row, read and made when asked for: [rows].
+    """One text a row, read from disk when it is needed: [rows].
 
     `to_text` makes the text of one value of `column`.
     """
@@ -113,7 +113,7 @@ def read_captions(
     """
     if caption_column is not None:
         require_column(rows, caption_column, "--caption_column")
-        return Column(rows, caption_column, _first_caption)
+        return Column(rows, caption_column, _choose_first)
     labels = read_labels(rows, label_column)
     fill_template(template, "")  # refused now, not at the first row
     return Column(rows, label_column, lambda value: fill_template(template, labels.to_text(value)))
@@ -130,7 +130,7 @@ def fill_template(template: str, label: str) -> str:
     return template.replace("{label}", label.replace("_", " "))
 
 
-def _first_caption(value) -> str:
+def _choose_first(value) -> str:
     if isinstance(value, list):
         value = value[0] if value else None
     return "" if value is None else str(value)

@@ -30,8 +30,8 @@ def measure_downstream_accuracy(
     seeds: int,
     state: PartialState,
 ) -> dict:
-    """Accuracy of classifiers, over networks and seeds: mean and standard deviation; by class, and
-    who was taken for whom. Each process trains its share of the classifiers.
+    """Accuracy of classifiers, over networks and seeds: mean and standard deviation; by class; and
+    which classes were confused. Each process trains its share of the classifiers.
 
     Raises:
         UsageError: the two sets have no class in common.

@@ -52,14 +52,14 @@ class Extractor:
     network: Network
 
     def about(self) -> dict:
-        """What every number that rests on it says about it."""
+        """What is reported beside every number that this extractor gave."""
         resize = RESIZE.format(self.resolution)
         return {"extractor": self.name, "extractor_weights": self.weights, "resize": resize}
 
 
 @dataclass(frozen=True)
 class ExtractedFeatures:
-    """What an extractor made of a set of images.
+    """The features of a set of images.
 
     Attributes:
         features: [N, d]. log_probabilities: of the extractor's classes, [N, c]; None without any.
@@ -181,8 +181,8 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
     """Train the classifier on `--public_data`, and save it, whole or not at all."""
     if args.public_data is None:
         raise UsageError(
-            f"--classifier_weights {path} is not there: to make it, name --public_data, labelled "
-            "images that anyone may see"
+            f"--classifier_weights {path} does not exist: to train it, name --public_data, "
+            "labelled images that anyone may see"
         )
     rows, _ = keep_readable(load_split(args.public_data, None, None, "train"), "image")
     labels = list(read_labels(rows, "label"))
@@ -209,8 +209,7 @@ def normalise_pixels(pixels: torch.Tensor, mean, deviation) -> torch.Tensor:
 def extract(
     rows: Dataset, image_column: str, extractor: Extractor, state: PartialState, what: str
 ) -> ExtractedFeatures:
-    """The features of all rows, in order, on every process; each reads a contiguous
-    share.
+    """The features of all rows, in order, on every process; each reads a contiguous share.
 
     Images are read a batch at a time; what is kept is their features.
 

@@ -20,12 +20,12 @@ NEIGHBOURS = 5
 
 
 def measure_fidelity(
-    synthetic: ExtractedFeatures, real: ExtractedFeatures, known: bool, public: bool
+    synthetic: ExtractedFeatures, real: ExtractedFeatures, has_epsilon: bool, public: bool
 ) -> dict[str, dict]:
     """The metrics by name, each with its value, its spread, and what it was computed from.
 
     Args:
-        known: whether an epsilon covers the synthetic images.
+        has_epsilon: whether an epsilon covers the synthetic images.
         public: whether the real images are public.
 
     Raises:
@@ -40,7 +40,7 @@ def measure_fidelity(
     entries = {}
 
     def put(name: str, value: float, spread: float | None = None, **more) -> None:
-        entry = {"value": value, "std": spread, "covered_by_epsilon": known and public}
+        entry = {"value": value, "std": spread, "covered_by_epsilon": has_epsilon and public}
         entries[name] = entry | about | more
 
     with tqdm(total=4, desc="fidelity", leave=False) as bar:
@@ -54,7 +54,8 @@ def measure_fidelity(
         bar.update()
         if synthetic.log_probabilities is not None:
             put("inception_score", *inception_score(synthetic.log_probabilities))
-            entries["inception_score"]["covered_by_epsilon"] = known  # it sees no real image
+            # It sees no real image.
+            entries["inception_score"]["covered_by_epsilon"] = has_epsilon
             del entries["inception_score"]["num_real"]
         bar.update()
     return entries
@@ -68,7 +69,7 @@ def inception_score(log_probabilities: np.ndarray, splits: int = 10) -> tuple[fl
     """
     splits = min(splits, len(log_probabilities))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # that it keeps what it is given
+        warnings.simplefilter("ignore")  # it warns that it keeps all features
         torch.manual_seed(0)
         score = InceptionScore(feature=nn.Identity(), splits=splits, sync_on_compute=False)
         score.update(torch.from_numpy(log_probabilities.astype(np.float64)))

@@ -13,7 +13,7 @@ from utils.arguments.evaluation import (
     MEASURED,
     EvaluateArguments,
     ExtractorArguments,
-    GenerateFirst,
+    GenerateFirstArguments,
 )
 from utils.arguments.sampling import SamplingArguments
 from utils.data.images import keep_readable, read_pixel_batches
@@ -33,7 +33,7 @@ from utils.sampling.synthetic_sets import read_privacy
 def evaluate_set(
     args: EvaluateArguments,
     extractor: ExtractorArguments,
-    model: GenerateFirst,
+    model: GenerateFirstArguments,
     sampling: SamplingArguments,
 ) -> None:
     """Measure a synthetic set, and write metrics.json and report.html.
@@ -83,7 +83,7 @@ def choose_output(args: EvaluateArguments, folder: Path) -> Path:
     if args.output_file is not None:
         return Path(args.output_file)
     ours = any((folder / name).is_file() for name in (METADATA, SAMPLING_SETTINGS))
-    # `datasets` would read it as one more image set, in a folder of any other kind.
+    # In a folder of any other kind, `datasets` would read metrics.json as part of the set.
     return (folder if ours else Path("runs") / folder.name) / METRICS
 
 

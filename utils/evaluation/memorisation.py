@@ -15,15 +15,16 @@ from PIL import Image, ImageDraw
 from utils.files import make_private, private_folder, write_durably
 from utils.metrics.nearest_neighbor_ratio.nearest_neighbor_ratio import (
     compute_ratio,
-    distances_to_both,
-    nearest,
+    find_nearest,
+    measure_both_distances,
 )
 
 NEIGHBOURS = 50
 COPY = (
     "closeness is the distance to the nearest image over the mean distance to the nearest "
-    f"{NEIGHBOURS}; a copy is less than half as far from its nearest private image, so measured, "
-    "as it and all other synthetic images, but for four, are from their nearest held-out one"
+    f"{NEIGHBOURS}; a synthetic image counts as a copy if its closeness to the private images is "
+    "below half of its closeness to the held-out images, and below half of the fifth smallest "
+    "closeness of any synthetic image to the held-out images"
 )
 
 
@@ -52,10 +53,11 @@ class Neighbours:
         """Half of the fifth smallest closeness of a synthetic image to an image that nothing was
         trained on.
 
-        Closeness is that of Carlini et al. 2023, section 4.2, who flag what is below 1/2; real sets
-        with twins in them need the control, and to stand a few blank images it is the fifth that
-        counts. An honest generator meets private images as it meets held-out ones; in m dimensions,
-        one below half of that is a matter of chance, 5 x 2^-m.
+        Closeness is that of Carlini et al. 2023, section 4.2, who flag what is below 1/2. Real sets
+        can hold near-duplicates, so the limit comes from the held-out images; it is the fifth
+        smallest, so that a few blank images do not lower it. A generator that copies nothing is as
+        close to private images as to held-out ones: in m dimensions, one of its images is below
+        the limit with a probability of about 5 x 2^-m.
         """
         fifth = min(4, len(self.control) - 1)
         return float(np.partition(self.control, fifth)[fifth]) / 2
@@ -70,9 +72,9 @@ def compare(
     space: str, synthetic: np.ndarray, private: np.ndarray, held_out: np.ndarray
 ) -> Neighbours:
     """Nearest neighbours of synthetic rows [N, d] among private [M, d] and held-out [H, d] ones."""
-    closeness, numbers = closeness_to(synthetic, private)
-    control, _ = closeness_to(synthetic, held_out)
-    both = distances_to_both(synthetic, private, held_out)
+    closeness, numbers = measure_closeness(synthetic, private)
+    control, _ = measure_closeness(synthetic, held_out)
+    both = measure_both_distances(synthetic, private, held_out)
     return Neighbours(space, *both, closeness, numbers, control)
 
 
@@ -88,10 +90,10 @@ def compare_spaces(
     ]
 
 
-def closeness_to(synthetic: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def measure_closeness(synthetic: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance to the nearest row over the mean distance to the nearest fifty (or as many as there
     are), and the number of the nearest: [N] twice."""
-    distances, numbers = nearest(synthetic, real, min(NEIGHBOURS, len(real)))
+    distances, numbers = find_nearest(synthetic, real, min(NEIGHBOURS, len(real)))
     mean = np.maximum(distances.mean(1), np.finfo(np.float32).tiny)
     return distances[:, 0] / mean, numbers[:, 0]
 
@@ -123,11 +125,11 @@ def summarise_neighbours(spaces: list[Neighbours]) -> dict[str, dict]:
 def save_pairs(spaces: list[Neighbours], pixels: dict[str, torch.Tensor], folder: Path) -> None:
     """Write what shows private images into `folder`/private, mode 0700: the closest pairs as a
     picture a space, and which rows are taken for copies of which."""
-    aside = make_private(private_folder(folder))
+    private = make_private(private_folder(folder))
     copies = {}
     for found in spaces:
         sheet = tile_closest_pairs(found, pixels["synthetic"], pixels["private"])
-        sheet.save(aside / f"closest_{found.space}.png")
+        sheet.save(private / f"closest_{found.space}.png")
         copies[found.space] = [
             {
                 "synthetic_row": int(row),
@@ -136,7 +138,7 @@ def save_pairs(spaces: list[Neighbours], pixels: dict[str, torch.Tensor], folder
             }
             for row in found.copies()
         ]
-    write_durably(aside / "copies.json", json.dumps(copies, indent=2) + "\n")
+    write_durably(private / "copies.json", json.dumps(copies, indent=2) + "\n")
 
 
 def tile_closest_pairs(found: Neighbours, synthetic, private, count: int = 20) -> Image.Image:

@@ -43,9 +43,9 @@ def plot_quality_trade_off(runs: list[tuple[str, dict]], metric: str, label: str
         for index, (epsilon, name, entry) in enumerate(points):
             place = levels.index(epsilon)
             axis.errorbar(place, entry["value"], entry["std"] or 0, marker="o", color=BLUE)
-            aside = (8, 6 if index % 2 else -12)
+            offset = (8, 6 if index % 2 else -12)
             axis.annotate(
-                name, (place, entry["value"]), xytext=aside, textcoords="offset points", fontsize=9
+                name, (place, entry["value"]), xytext=offset, textcoords="offset points", fontsize=9
             )
         axis.set_xticks(range(len(levels)), [f"{level:.3g}" for level in levels])
         axis.set(xlabel="epsilon", ylabel=label)

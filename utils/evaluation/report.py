@@ -50,7 +50,7 @@ class Page:
 
 
 def read_runs(paths: list[str]) -> list[tuple[str, dict]]:
-    """Other runs' metrics.json, each named after its folder (or its own name, if it has one).
+    """Other runs' metrics.json; each is named after its folder, or after a file of another name.
 
     Raises:
         UsageError: one cannot be read.
@@ -92,8 +92,8 @@ def write_report(page: Page, path: Path) -> None:
 def _privacy(page: Page) -> str:
     epsilon, words = page.results.get("epsilon"), ""
     if page.statement is not None:
-        words = _words(describe_plainly(page.statement, "these images"))
-        words += _words(describe_formally(page.statement))
+        words = _mark_up(describe_plainly(page.statement, "these images"))
+        words += _mark_up(describe_formally(page.statement))
     elif epsilon is not None:
         words = (
             "<p>No adapter was used. Whatever the model's training data were, this page promises "
@@ -117,14 +117,14 @@ def _privacy(page: Page) -> str:
     if private:
         note = (
             '<p class="private">Figures marked "not covered by epsilon" were computed from images '
-            "that are not public, or of which nobody knows; and so was what follows from them. Do "
-            "not publish them, or this page, unless those people agreed to it.</p>"
+            "that are not public, or whose privacy is unknown. Do not publish these figures, or "
+            "this page, unless the people in those images agreed to it.</p>"
         )
     return f'<section class="card" aria-label="Privacy">{numbers}{words}{note}</section>'
 
 
-def _words(markdown: str) -> str:
-    """Paragraphs of text in which only bold and code are marked."""
+def _mark_up(markdown: str) -> str:
+    """Markdown as HTML paragraphs; only bold and code are understood."""
     text = escape(markdown, quote=False)
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
@@ -188,7 +188,7 @@ def _confusion(accuracy: dict) -> str:
         )
         lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     return (
-        '<div class="wide"><table class="confusion"><caption>Who is taken for whom: rows are real '
+        '<div class="wide"><table class="confusion"><caption>Confused classes: rows are real '
         "classes, columns what the classifiers said, in % of the row</caption>"
         f"<tr><td></td>{head}</tr>{''.join(lines)}</table></div>"
     )

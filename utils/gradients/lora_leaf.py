@@ -1,5 +1,4 @@
-"""A LoRA layer as one autograd function: y = W x + b + s B A x, with the gradients of A and B by
-unit.
+"""A LoRA layer as one autograd function, y = W x + b + s B A x, with per-unit gradients of A and B.
 
 What peft computes in five operations over full-size tensors takes two here, and an update in
 place: the adapter is added where the frozen product already lies, forward and backward.
@@ -51,13 +50,12 @@ class LoraLayer:
 
 
 def find_lora_layers(model: nn.Module) -> dict[nn.Module, LoraLayer]:
-    """By module, the LoRA layers that `run_lora` computes; the engine takes others leaf by
-    leaf."""
-    found = {m: _parts(m) for m in model.modules() if type(m) in (lora.Linear, lora.Conv2d)}
+    """By module, the LoRA layers that `run_lora` runs; `run_leaf` runs the parts of the others."""
+    found = {m: _find_parts(m) for m in model.modules() if type(m) in (lora.Linear, lora.Conv2d)}
     return {module: parts for module, parts in found.items() if parts is not None}
 
 
-def _parts(module: lora.Linear | lora.Conv2d) -> LoraLayer | None:
+def _find_parts(module: lora.Linear | lora.Conv2d) -> LoraLayer | None:
     if len(module.active_adapters) != 1 or module.disable_adapters or module.merged:
         return None
     name = module.active_adapters[0]

@@ -1,9 +1,9 @@
 """One backward pass -> the gradient of every privacy unit.
 
 While `PerUnitGradients.recording` is open, the forward pass of every trainable layer goes through
-an autograd function of ours (`leaves`; for LoRA, `lora_leaf`) whose backward
-pass notes the weight gradient of each unit. Frozen layers cost nothing extra, there are no hooks to
-pair, and recomputed (checkpointed) or reused layers need no special care.
+an autograd function (`leaves`; for LoRA, `lora_leaf`) whose backward pass records the gradient of
+each unit. Frozen layers cost nothing extra, there are no hooks to pair, and recomputed
+(checkpointed) or reused layers need no special care.
 
 Shapes: U units, P trainable parameters in L tensors.
 """
@@ -107,7 +107,7 @@ def _find_leaves(model: nn.Module) -> list[nn.Module]:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    """Refuse what peft offers that would read private data, or that clips do not cover."""
+    """Refuse peft options that read private data, or whose gradients would not be clipped."""
     configs = [getattr(module, "peft_config", {}) for module in model.modules()]
     for name, config in [item for found in configs for item in found.items()]:
         start = getattr(config, "init_lora_weights", None)

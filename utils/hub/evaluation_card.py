@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.arguments.publishing import MetricsArguments
 from utils.errors import UsageError
 
-PLACE = "\n## Training\n"  # of a model card; that of a dataset ends with its evaluation
+PLACE = "\n## Training\n"  # in a model card; a dataset card ends with its evaluation
 
 
 def build_evaluation_section(args: MetricsArguments, statement: dict | None) -> str:
@@ -23,19 +23,19 @@ def build_evaluation_section(args: MetricsArguments, statement: dict | None) -> 
     try:
         results = json.loads(Path(args.metrics_file).read_text())
         about = results.get("epsilon", {})
-        made_with = (about.get("value"), about.get("weights"))
+        found = (about.get("value"), about.get("weights"))
         public = {
             name: entry
             for name, entry in results.items()
             if name != "epsilon" and (entry["covered_by_epsilon"] or args.publish_private_metrics)
         }
-        lines = [_line(name, entry) for name, entry in public.items()]
+        lines = [_format_line(name, entry) for name, entry in public.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--metrics_file {args.metrics_file} cannot be read: {error!r}") from error
     expected = (0.0, None)
     if statement is not None:
         expected = (statement["epsilon"]["add_or_remove_one"], statement["files"])
-    if made_with != expected:
+    if found != expected:
         raise UsageError(f"--metrics_file {args.metrics_file} is about images of other weights")
     if not public:
         raise UsageError(
@@ -53,11 +53,11 @@ def build_evaluation_section(args: MetricsArguments, statement: dict | None) -> 
 
 
 def insert_section(card: str, section: str) -> str:
-    """The card with an `build_evaluation_section` in its place."""
+    """The card with `section` (of `build_evaluation_section`) in its place."""
     return card.replace(PLACE, section + PLACE, 1) if PLACE in card else card + section
 
 
-def _line(name: str, entry: dict) -> str:
+def _format_line(name: str, entry: dict) -> str:
     spread = "" if entry["std"] is None else f" ± {entry['std']:.2g}"
     counts = [f"{entry[key]} {key[4:]}" for key in entry if key.startswith("num_")]
     extractor = f" ({entry['extractor']})" if "extractor" in entry else ""

@@ -1,4 +1,4 @@
-"""A privacy statement in words: plain ones, and those of the field."""
+"""A privacy statement in plain words, and in the terms of differential privacy."""
 
 import math
 
@@ -19,14 +19,14 @@ def describe_plainly(statement: dict, what: str = "this repository") -> str:
         )
     return (
         f"Nobody who sees {what}, whatever else they know, can tell with certainty "
-        f"whether any one {unit} was among the training data: its odds of having been there, as "
-        f"they saw them before, change by a factor of at most e^epsilon = {odds}, "
-        f"but for a chance of delta = {statement['delta']:g}.{weak}"
+        f"whether any one {unit} was among the training data. The odds that they gave to that "
+        f"before change by a factor of at most e^epsilon = {odds}, except with probability "
+        f"delta = {statement['delta']:g}.{weak}"
     )
 
 
 def describe_formally(statement: dict) -> str:
-    """The guarantee in the field's words."""
+    """The guarantee in the terms of differential privacy."""
     if not statement["private"]:
         return f"**{statement['warning']}**"
     epsilon, accountants = statement["epsilon"], statement["accountants"]

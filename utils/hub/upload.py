@@ -27,11 +27,11 @@ OURS = re.compile(
     r"pytorch_lora_weights\.safetensors"
 )
 ATTEMPTS = 4
-PASSING = (408, 429, 500, 502, 503, 504)  # HTTP states that trying again may cure
+TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP states after which a new try may succeed
 
 
 def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") -> str:
-    """Make a repository, or find that it is there; returns its full name, USER/NAME.
+    """Create a repository, unless it exists; returns its full name, USER/NAME.
 
     Raises:
         UsageError: the Hub cannot be reached, or refuses the name or the token.
@@ -104,7 +104,7 @@ def upload(
     """Upload `files`, {path in the repository: path here, or content}, in one commit, which also
     removes what an earlier upload left beside them; returns its address.
 
-    Doing it again is safe. A passing failure is tried again, a few times, ever later.
+    Doing it again is safe. After a temporary failure it waits and tries again, a few times.
 
     Args:
         finish: the command that tries again, for the message.
@@ -128,7 +128,7 @@ def upload(
                 repo_id, operations, commit_message="Publish", repo_type=repo_type
             ).commit_url
         except HUB_ERRORS as error:
-            if attempt == ATTEMPTS - 1 or not _passes(error):
+            if attempt == ATTEMPTS - 1 or not _is_temporary(error):
                 raise UsageError(
                     f"the upload to {repo_id} failed: {_why(error)}. All files are safe here; to "
                     f"publish them:\n{finish}"
@@ -141,12 +141,12 @@ def _to_add(file: Path | bytes) -> str | bytes:
     return file if isinstance(file, bytes) else str(file)
 
 
-def _passes(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
     """Whether trying again may help."""
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in PASSING
+        return error.response is not None and error.response.status_code in TEMPORARY
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload of weights
-        return _passes(error.__cause__)
+        return _is_temporary(error.__cause__)
     return isinstance(error, httpx2.TransportError)
 
 

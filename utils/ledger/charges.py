@@ -28,27 +28,27 @@ def check_can_resume(records: list[dict], run: str, step: int, terms: dict, path
         UsageError: the ledger does not know the run, no checkpoint of that step, or the run has
             released steps under other terms.
     """
-    of_run = select_run(records, run)
-    if not of_run:
+    run_records = select_run(records, run)
+    if not run_records:
         raise UsageError(f"the ledger {path} has no run {run}: name the ledger it was started with")
-    if step and step not in released_steps(of_run):
+    if step and step not in list_released_steps(run_records):
         raise UsageError(f"the ledger {path} has no checkpoint of step {step} of run {run}")
-    before = [r for r in of_run if r["kind"] == "reserve"][-1]
+    before = [r for r in run_records if r["kind"] == "reserve"][-1]
     changed = [key for key in terms if terms[key] != before[key]]
-    if charged_steps(of_run, run, live=False) and changed:
+    if count_charged_steps(run_records, run, live=False) and changed:
         raise UsageError(f"run {run} was started with another {' and '.join(changed)}")
-    return of_run[-1]["branch"]
+    return run_records[-1]["branch"]
 
 
 def check_admissible(records: list[dict], terms: dict, cap: float | None, path: Path) -> None:
     """Raises: UsageError if `terms`, the last of `records`, may not join the others."""
-    charged = {r["run"] for r in records[:-1] if charged_steps(records[:-1], r["run"])}
+    charged = {r["run"] for r in records[:-1] if count_charged_steps(records[:-1], r["run"])}
     charged -= {records[-1]["run"]}
     others = [r for r in records if r["kind"] == "reserve" and r["run"] in charged]
     if any(r["privacy_unit"] != terms["privacy_unit"] for r in others):
         raise UsageError(
             f"the ledger {path} is about another privacy unit than '{terms['privacy_unit']}'; "
-            "give this run a ledger of its own"
+            "give this run another --privacy_ledger"
         )
     foreign = [r for r in others if r["private"] or r["run"] not in terms["builds_on"]]
     if not terms["private"] and (foreign or cap is not None):
@@ -62,18 +62,18 @@ def check_admissible(records: list[dict], terms: dict, cap: float | None, path: 
         )
     if cap is None:
         return
-    spent = pld_epsilon(charged_events(records), terms["delta"])
+    spent = pld_epsilon(list_charged_events(records), terms["delta"])
     if spent > cap:
-        before = charged_events(records[:-1])
+        before = list_charged_events(records[:-1])
         held = pld_epsilon(before, terms["delta"]) if before else 0.0
         raise UsageError(
             f"this run would bring the ledger {path} to epsilon {spent:.3f}, above --total_epsilon "
             f"{cap:g}; what is spent or reserved there comes to {held:.3f} at delta "
-            f"{terms['delta']:g}" + _unfinished(records[:-1])
+            f"{terms['delta']:g}" + _describe_unfinished(records[:-1])
         )
 
 
-def _unfinished(records: list[dict]) -> str:
+def _describe_unfinished(records: list[dict]) -> str:
     live = [run for run in dict.fromkeys(r["run"] for r in records) if is_live(records, run)]
     if not live:
         return ""
@@ -83,7 +83,7 @@ def _unfinished(records: list[dict]) -> str:
     )
 
 
-def released_steps(records: list[dict]) -> set[int]:
+def list_released_steps(records: list[dict]) -> set[int]:
     """The steps that some branch released and did not take back."""
     released = {(r["branch"], r["step"]) for r in records if r["kind"] == "release"}
     written = {(r["branch"], r["step"]) for r in records if r["kind"] == "wrote"}
@@ -93,33 +93,33 @@ def released_steps(records: list[dict]) -> set[int]:
 
 def is_live(records: list[dict], run: str) -> bool:
     """Whether some of what the run's last branch reserved is neither released nor handed back."""
-    return charged_steps(records, run) > charged_steps(records, run, live=False)
+    return count_charged_steps(records, run) > count_charged_steps(records, run, live=False)
 
 
-def charged_steps(records: list[dict], run: str, live: bool = True) -> int:
+def count_charged_steps(records: list[dict], run: str, live: bool = True) -> int:
     """The steps that a run is charged for; with `live`, those it still holds in reserve too."""
-    of_run = select_run(records, run)
-    reservations = [r for r in of_run if r["kind"] == "reserve"]
-    last = of_run[-1]["branch"] if of_run else None
-    handed_back = any(r["kind"] == "give_up" and r["branch"] == last for r in of_run)
+    run_records = select_run(records, run)
+    reservations = [r for r in run_records if r["kind"] == "reserve"]
+    last = run_records[-1]["branch"] if run_records else None
+    handed_back = any(r["kind"] == "give_up" and r["branch"] == last for r in run_records)
     total = 0
     for reservation in reservations:
-        of_branch = [r for r in of_run if r["branch"] == reservation["branch"]]
-        until = max(released_steps(of_branch), default=reservation["from_step"])
+        branch_records = [r for r in run_records if r["branch"] == reservation["branch"]]
+        until = max(list_released_steps(branch_records), default=reservation["from_step"])
         if live and reservation is reservations[-1] and not handed_back:
             until = reservation["event"]["steps"]
         total += until - reservation["from_step"]
     return total
 
 
-def charged_events(records: list[dict], only: list[str] | None = None) -> list[dict]:
+def list_charged_events(records: list[dict], only: list[str] | None = None) -> list[dict]:
     """The mechanisms that a ledger is charged for, one a run, oldest first; of `only` these runs.
 
     A run whose plan changed before its first step is charged by the plan that it was trained with.
     """
     events = []
     for run in dict.fromkeys(r["run"] for r in records):
-        steps = charged_steps(records, run)
+        steps = count_charged_steps(records, run)
         if steps and (only is None or run in only):
             terms = [r for r in records if r["run"] == run and r["kind"] == "reserve"][-1]
             events.append({**terms["event"], "steps": steps})

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `checkpoint-STEP` with `state.pt` (adapter, optimizer, schedule, moving
 average) and `about.json` (step, run, what it must agree with, the hash of state.pt). It is written
-in a folder `unfinished-STEP`, synced and renamed. That folder is there, empty, before the release
-is on record: only where it still is can a release be taken back.
+in a folder `unfinished-STEP`, synced and renamed. That folder is created, empty, before the release
+is on record. A release can be taken back only while the folder still exists.
 """
 
 import json

@@ -71,7 +71,7 @@ class Ledger:
             record = json.loads(line)
             version = record["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{where}: it is no record; restore it from a backup") from error
+            raise UsageError(f"{where}: it is not a record; restore it from a backup") from error
         if version > SCHEMA_VERSION:
             raise UsageError(f"the ledger {self.path} was written by a newer version of this code")
         intact = record.get("index") == number and record.get("previous") == previous
@@ -189,9 +189,11 @@ class Branch:
 
     def _append(self, kind: str, **fields) -> dict:
         with self.ledger.locked() as records:
-            of_run = select_run(records, self.run)
-            given_up = any(r["kind"] == "give_up" and r["branch"] == self.number for r in of_run)
-            if of_run[-1]["branch"] != self.number or (given_up and kind == "release"):
+            run_records = select_run(records, self.run)
+            given_up = any(
+                r["kind"] == "give_up" and r["branch"] == self.number for r in run_records
+            )
+            if run_records[-1]["branch"] != self.number or (given_up and kind == "release"):
                 raise UsageError(
                     f"run {self.run} was resumed or given up elsewhere; this process releases "
                     "nothing more"
@@ -203,7 +205,7 @@ class Branch:
 
 def find_branch(ledger: Ledger, run: str) -> Branch:
     """The last branch of a run. Raises: UsageError if the ledger does not know the run."""
-    of_run = select_run(ledger.records(), run)
-    if not of_run:
+    run_records = select_run(ledger.records(), run)
+    if not run_records:
         raise UsageError(f"the ledger {ledger.path} has no run {run}")
-    return Branch(ledger, run, of_run[-1]["branch"])
+    return Branch(ledger, run, run_records[-1]["branch"])

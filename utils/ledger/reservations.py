@@ -9,7 +9,7 @@ from pathlib import Path
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, LEDGER, explain_disk_errors, private_folder, write_durably
-from utils.ledger.charges import CHECKPOINT, charged_events, charged_steps, select_run
+from utils.ledger.charges import CHECKPOINT, count_charged_steps, list_charged_events, select_run
 from utils.ledger.checkpoints import (
     empty_unfinished,
     find_newest_intact,
@@ -70,7 +70,7 @@ def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
 
 
 def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: bool) -> Run:
-    """The run with its final plan, now that the images were looked at.
+    """The run with its final plan, after the images were checked.
 
     Raises:
         UsageError: the checkpoint to resume from belongs to another plan, model or adapter; or
@@ -91,7 +91,7 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: 
         if step > about["step"]:  # damaged, or passed over: never the latest again
             aside = f"set-aside-{step}-of-branch-{branch.number - 1}"
             locate_checkpoint(run.checkpoints, step).rename(run.checkpoints / aside)
-    steps = charged_steps(ledger.records(), branch.run)
+    steps = count_charged_steps(ledger.records(), branch.run)
     if steps > plan.steps:
         print(
             f"resuming from step {about['step']} charges {steps - plan.steps} steps once more: "
@@ -109,18 +109,18 @@ def _round_trip(plan: PrivacyPlan) -> dict:
 def settle(run: Run) -> None:
     """Bring the ledger up to date with the checkpoints on disk after a crash.
 
-    A checkpoint that was announced and is there, whole, was written. One whose unfinished folder is
-    still there did not come to be: what it holds is destroyed unread, and the release taken back.
-    One of which nothing is there may be anywhere, and stays charged.
+    If a released checkpoint has an unfinished folder, what that holds is destroyed unread, and the
+    release is taken back. Else, if the checkpoint exists, it is recorded as written. Else it may
+    have been moved or copied: it stays charged.
     """
     records, folder = run.branch.ledger.records(), run.checkpoints
-    of_branch = [
+    branch_records = [
         r
         for r in select_run(records, run.branch.run)
         if r["branch"] == run.branch.number and r.get("output") == CHECKPOINT
     ]
-    settled = {r["step"] for r in of_branch if r["kind"] in ("wrote", "void")}
-    pending = sorted({r["step"] for r in of_branch if r["kind"] == "release"} - settled)
+    settled = {r["step"] for r in branch_records if r["kind"] in ("wrote", "void")}
+    pending = sorted({r["step"] for r in branch_records if r["kind"] == "release"} - settled)
     empty_unfinished(folder)
     for step in pending:
         if was_left_unfinished(folder, step):
@@ -135,7 +135,7 @@ def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dic
     if privacy.total_epsilon is None:
         return
     ledger = find_ledger(output_dir, privacy)
-    held = charged_events(ledger.records())
+    held = list_charged_events(ledger.records())
     spent = pld_epsilon([*held, *events], privacy.target_delta)
     if spent > privacy.total_epsilon:
         raise UsageError(
@@ -145,7 +145,7 @@ def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dic
 
 
 def find_ledger(output_dir: Path, privacy: PrivacyArguments, link: bool = False) -> Ledger:
-    """The ledger of a run: `--privacy_ledger`, or one of its own.
+    """The ledger of a run: `--privacy_ledger`, or OUTPUT_DIR/private/ledger.jsonl.
 
     With `link` a shared one is linked to from OUTPUT_DIR/private, so that it can be found again.
 
@@ -179,6 +179,6 @@ def _find_checkpoint(output_dir: Path, wanted: str) -> Path:
     if path.resolve().parent != checkpoints.resolve() or not named:
         known = ", ".join(f"checkpoint-{step}" for step in list_steps(checkpoints)) or "none"
         raise UsageError(
-            f"--resume_from_checkpoint {wanted}: not a checkpoint of {output_dir}; there: {known}"
+            f"--resume_from_checkpoint {wanted}: not a checkpoint of {output_dir}; it has: {known}"
         )
     return path

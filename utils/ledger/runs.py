@@ -28,7 +28,7 @@ from utils.files import (
     private_folder,
     sync_file,
 )
-from utils.ledger.charges import CHECKPOINT, WEIGHTS, charged_events, charged_steps
+from utils.ledger.charges import CHECKPOINT, WEIGHTS, count_charged_steps, list_charged_events
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
 from utils.ledger.statement import build_statement, write_statement
@@ -90,7 +90,9 @@ def _is_free(path: Path) -> bool:
     if private.is_dir() and {entry.name for entry in private.iterdir()} - ours:
         return False
     branch = find_earlier_branch(path)
-    return branch is None or charged_steps(branch.ledger.records(), branch.run, live=False) == 0
+    return (
+        branch is None or count_charged_steps(branch.ledger.records(), branch.run, live=False) == 0
+    )
 
 
 def find_earlier_branch(output_dir: Path) -> Branch | None:
@@ -177,11 +179,11 @@ class Run:
 
     def _statement(self, plan: PrivacyPlan, is_private: bool, files: dict, entry: dict) -> dict:
         records = self.branch.ledger.records()[: entry["index"] + 1]
-        of_run = charged_events(records, [*plan.builds_on, self.branch.run])
-        everything = charged_events(records)
-        statement = build_statement(plan, of_run, account(of_run, plan.delta), is_private)
+        run_events = list_charged_events(records, [*plan.builds_on, self.branch.run])
+        everything = list_charged_events(records)
+        statement = build_statement(plan, run_events, account(run_events, plan.delta), is_private)
         ledger = {"run": self.branch.run, "entry": entry["hash"]}
-        if len(everything) > len(of_run):
+        if len(everything) > len(run_events):
             epsilon = account(everything, plan.delta)
             ledger["everything"] = {"events": everything, "epsilon": epsilon.both_relations()}
         return statement | {"files": files, "ledger": ledger}

@@ -12,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.errors import UsageError
 from utils.files import CARD, CHECKPOINTS, LEDGER, PRIVATE, PUBLISHED, STATEMENT, hash_file
-from utils.ledger.charges import CHECKPOINT, WEIGHTS, charged_events, charged_steps
+from utils.ledger.charges import CHECKPOINT, WEIGHTS, count_charged_steps, list_charged_events
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
 from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import REPLACE_ONE, pld_epsilon, prv_epsilon
@@ -40,7 +40,7 @@ class Source:
 
     def events(self) -> list[dict]:
         if self.ledger is not None:
-            return charged_events(self.ledger.records())
+            return list_charged_events(self.ledger.records())
         return self.statement["events"]
 
 
@@ -60,7 +60,7 @@ def read_source(name: str, revision: str | None) -> Source:
         names = [str(p) for p in found if PRIVATE not in p.parts]
         extras = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
     else:
-        path, names = _from_hub(name, revision)
+        path, names = _download(name, revision)
         extras = [name for name in names if not HARMLESS.fullmatch(name)]
     statement, ledger = path / STATEMENT, path / PRIVATE / LEDGER
     if not statement.exists() and not ledger.exists():
@@ -73,7 +73,7 @@ def read_source(name: str, revision: str | None) -> Source:
     )
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path, list[str]]:
+def _download(name: str, revision: str | None) -> tuple[Path, list[str]]:
     """One commit: what is needed of it, downloaded, and the names of all its files.
 
     Offline, what was downloaded before is all that is known.
@@ -87,7 +87,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, list[str]]:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED))
     except (OSError, ValueError, httpx2.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"'{name}' is no file, folder or Hub id: {reason}") from error
+        raise UsageError(f"'{name}' is not a file, folder or Hub id: {reason}") from error
     if names is None:
         names = [str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()]
     return path, names
@@ -97,11 +97,11 @@ def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}") from error
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
 
 
 def find_problems(source: Source) -> list[str]:
-    """Everything that is wrong with what is there: a sentence each; none if it verifies."""
+    """Everything that is wrong with a source: a sentence each; none if it verifies."""
     problems = []
     try:
         if source.statement is not None:
@@ -148,7 +148,7 @@ def check_statement(statement: dict) -> list[str]:
         return [f"the number of units is {units}"]
     if not 0 < delta < 1 / units:
         problems.append(f"delta {delta:g} is not below 1/N = {1 / units:.3g}")
-    problems += _recomputed(statement["events"], delta, statement["epsilon"], "the statement")
+    problems += _check_epsilon(statement["events"], delta, statement["epsilon"], "the statement")
     if not problems:
         claimed = statement["accountants"]
         pld, prv = claimed["pld"]["epsilon"], claimed["prv"]["epsilon"]
@@ -160,11 +160,11 @@ def check_statement(statement: dict) -> list[str]:
     everything = statement.get("ledger", {}).get("everything")
     if everything is not None:
         epsilon = everything["epsilon"]
-        problems += _recomputed(everything["events"], delta, epsilon, "its ledger's total")
+        problems += _check_epsilon(everything["events"], delta, epsilon, "its ledger's total")
     return problems
 
 
-def _recomputed(events: list[dict], delta: float, claimed: dict, what: str) -> list[str]:
+def _check_epsilon(events: list[dict], delta: float, claimed: dict, what: str) -> list[str]:
     if not events:
         return [f"{what} has no events"]
     for event in events:
@@ -256,14 +256,16 @@ def check_ledger(statement: dict, records: list[dict]) -> list[str]:
     if record["files"] != statement["files"]:
         problems.append("the ledger paid for other files than the statement names")
     terms = [r for r in records[:index] if r["kind"] == "reserve" and r["run"] == run][-1]
-    charged = charged_events(records[: index + 1], [*terms["builds_on"], run])
+    charged = list_charged_events(records[: index + 1], [*terms["builds_on"], run])
     if charged != statement["events"]:
         problems.append("the ledger's events are not those of the statement")
-    everything = charged_events(records[: index + 1])
+    everything = list_charged_events(records[: index + 1])
     stated = statement["ledger"].get("everything", {"events": charged})["events"]
     if stated != everything:
         problems.append("the statement's total is not that of the ledger")
-    before, now = (charged_steps(part, run, live=False) for part in (records[: index + 1], records))
+    before, now = (
+        count_charged_steps(part, run, live=False) for part in (records[: index + 1], records)
+    )
     if now > before:
         problems.append(f"the run has released {now - before} more steps since this statement")
     for key in ("delta", "num_units", "privacy_unit", "private"):

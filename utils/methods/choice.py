@@ -96,7 +96,7 @@ def conclude(
     base_model_checksum: int,
     plan: PrivacyPlan | None = None,
 ) -> Saliency:
-    """What follows from the noisy (or, without a plan, random) scores [S]."""
+    """The selection that follows from noisy scores [S]; without a plan, from random ones."""
     names = scoring.names
     kept = {names[i] for i in keep.choose(scores, args)}
     candidates = list(scoring.candidates)

@@ -247,7 +247,7 @@ def fine_tune(
         for step in private_steps(
             accelerator, state, unit_losses, plan, stage.randomness, training.train_batch_size
         ):
-            signal = request.anywhere(accelerator)
+            signal = request.find_signal(accelerator)
             if signal or step % training.checkpointing_steps == 0 or step == plan.steps:
                 run.save(step, state.state_dict, limit)
             if signal:

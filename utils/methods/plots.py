@@ -26,7 +26,7 @@ def locate_matrix(name: str) -> tuple[str, str]:
     return column.replace("_block", ""), ".".join(parts[2:]) or parts[-1]
 
 
-def _stage(column: str) -> int:
+def _order_column(column: str) -> int:
     """Where a column stands from input to output; the U-Net itself lists its middle last."""
     order = ("conv_in", "time", "down", "mid", "up", "conv_norm", "conv_out")
     return next((i for i, start in enumerate(order) if column.startswith(start)), len(order))
@@ -36,7 +36,7 @@ def plot_saliency(saliency: Saliency, path: Path) -> None:
     """A map of the U-Net from input to output: noisy scores, what is selected (dots), and how often
     it would be again."""
     places = [locate_matrix(name) for name in saliency.candidates]
-    columns = sorted(dict.fromkeys(column for column, _ in places), key=_stage)
+    columns = sorted(dict.fromkeys(column for column, _ in places), key=_order_column)
     rows = list(dict.fromkeys(row for _, row in places))
     panels = [("noisy score", saliency.noisy_scores), ("selected again", saliency.stability)]
     panels = [(title, values) for title, values in panels if values is not None]

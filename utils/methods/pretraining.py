@@ -60,7 +60,7 @@ class DenoiserObjective(nn.Module):
 
 
 def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) -> nn.Module:
-    """Train `objective` and return its moving average; `sample_batch(indices)` makes its inputs.
+    """Train `objective`, and return its moving average; `sample_batch(size)` gives its inputs.
 
     The rows of step t depend on the seed, t and the process alone: a resumed run continues exactly.
     """
@@ -147,8 +147,8 @@ def train_denoiser(accelerator, latents, captions, tokenizer, args) -> DenoiserO
     objective = DenoiserObjective(unet, text_encoder, build_scheduler(args.prediction_type))
     distinct = ["", *sorted(set(captions))]
     token_table = tokenize_captions(tokenizer, distinct)
-    row_of = {caption: i for i, caption in enumerate(distinct)}
-    caption_rows = torch.tensor([row_of[caption] for caption in captions])
+    numbers = {caption: i for i, caption in enumerate(distinct)}
+    caption_rows = torch.tensor([numbers[caption] for caption in captions])
 
     def sample_batch(size):
         rows = torch.randint(len(latents), (size,))

@@ -1,4 +1,4 @@
-"""What a training script publishes beside its weights: the card, samples, and the repository."""
+"""What a run publishes beside its weights: the card's settings, samples, and the repository."""
 
 import shutil
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from utils.sampling.generation import generate, use_dpm_solver
 def check_repository(
     hub: PublishArguments, privacy: PrivacyArguments, training: TrainingArguments
 ) -> None:
-    """With `--push_to_hub`, make the repository before anything is spent, or find that it is there.
+    """With `--push_to_hub`, create the repository, unless it exists, before anything is spent.
 
     Raises:
         UsageError: see `make_repo`; or it was not named, or the result must not be published.

@@ -117,7 +117,7 @@ def build_scoring(candidates: list[str], args: SaliencyArguments) -> Scoring:
     )
 
 
-def summed_scores(
+def sum_scores(
     accelerator: Accelerator,
     engine: PerUnitGradients,
     unit_losses: UnitLosses,

@@ -1,4 +1,4 @@
-"""saliency.json: what a selection chose and how sure it was; and whether a ledger paid for it."""
+"""saliency.json: what a selection chose, and how stably; and whether a ledger paid for it."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.arguments.training import PrivacyArguments
 from utils.errors import UsageError
 from utils.files import LEDGER, SALIENCY, hash_file, private_folder
-from utils.ledger.charges import charged_events, select_run
+from utils.ledger.charges import list_charged_events, select_run
 from utils.ledger.reservations import find_ledger
 
 SCHEMA_VERSION = 1
@@ -60,12 +60,12 @@ def read_saliency(path: str | Path) -> Saliency:
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"--saliency_file {path} is no selection: {error}") from error
+        raise UsageError(f"--saliency_file {path} is not a selection: {error}") from error
 
 
 def join_ledger(privacy: PrivacyArguments, saliency_file: str | None) -> PrivacyArguments:
-    """The same, recording in the ledger of the selection that the run builds on, unless another
-    was named."""
+    """`privacy` with the ledger of the selection that the run builds on, unless `privacy` names
+    one."""
     if saliency_file is None or privacy.privacy_ledger is not None:
         return privacy
     ledger = private_folder(Path(saliency_file).parent) / LEDGER
@@ -98,4 +98,4 @@ def find_paid_selection(
             f"the ledger {ledger.path} did not pay for --saliency_file {saliency_file}: "
             "name the ledger that the selection is in, or select anew"
         )
-    return tuple(charged_events(records, [saliency.run])), (saliency.run,)
+    return tuple(list_charged_events(records, [saliency.run])), (saliency.run,)

@@ -34,7 +34,7 @@ from utils.ledger.runs import SELECTION, claim_output_dir
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.fine_tuning import plan_training
 from utils.methods.planning import describe, preview, reserve
-from utils.methods.saliency import Scoring, build_scoring, find_candidates, summed_scores
+from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
 from utils.methods.saliency_file import Saliency, read_saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.privacy.accounting import account
@@ -188,7 +188,7 @@ def check_later_training(
     training: TrainingArguments,
     args: SaliencyArguments,
 ) -> None:
-    """Refuse now, if ever, what could not be trained after the selection.
+    """Refuse, before anything is spent, what could not be trained after the selection.
 
     Raises:
         UsageError: see `make_plan` and `check_room_for`; or --top_ratio auto has no plan to look
@@ -222,7 +222,7 @@ def release_scores(
     )
     batch = sample_poisson_batch(plan, randomness, accelerator)
     share = batch[accelerator.process_index :: accelerator.num_processes]
-    total = summed_scores(
+    total = sum_scores(
         accelerator,
         engine,
         unit_losses,

@@ -122,7 +122,9 @@ def rehearse(
     resolution: int,
     norms_only: bool = False,
 ) -> int:
-    """One step on a blank image, before any private one is read; returns a unit's bytes.
+    """One forward and backward pass on blank images, before any private image is read.
+
+    Returns the memory that the gradients of one unit take, in bytes.
 
     Raises:
         UsageError: a trainable layer is not used by this model.

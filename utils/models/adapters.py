@@ -26,12 +26,12 @@ def fetch_adapter(adapter: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(adapter, revision=revision, allow_patterns=PUBLISHED))
     except (OSError, ValueError, httpx2.HTTPError) as error:
-        raise UsageError(f"--adapter '{adapter}' is no folder or Hub id: {error}") from error
+        raise UsageError(f"--adapter '{adapter}' is not a folder or Hub id: {error}") from error
 
 
 def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Load what a training script published, whichever kind it is: LoRA, which is
-    added to the weights; LoDA; or a whole fine-tuned U-Net.
+    """Load what a training script published: a LoRA, which is added to the weights; a LoDA; or a
+    whole fine-tuned U-Net.
 
     Raises:
         UsageError: it is none of these, or it does not fit this model.

@@ -37,7 +37,7 @@ def encode_text(
 
     That is `encoder_hidden_states` [n, T, W]; for Stable Diffusion XL, whose W is both encoders'
     widths together, also the pooled `text_embeds` [n, P] and the sizes `time_ids` [n, 6]: every
-    image is called uncropped and of the training resolution, so they depend on no private image.
+    image counts as uncropped and of the training resolution, so they depend on no private image.
 
     Source: Podell et al. 2023, sections 2.1 and 2.2.
     """
@@ -80,6 +80,6 @@ def denoising_loss(unet, scheduler, latents, text, noise, timesteps) -> torch.Te
     else:
         raise UsageError(f"prediction type '{scheduler.config.prediction_type}' is not supported")
     added = dict(text) if isinstance(text, dict) else {"encoder_hidden_states": text}
-    words = added.pop("encoder_hidden_states")
-    predicted = unet(noisy, timesteps, words, added_cond_kwargs=added or None).sample
+    hidden = added.pop("encoder_hidden_states")
+    predicted = unet(noisy, timesteps, hidden, added_cond_kwargs=added or None).sample
     return (predicted.float() - target.float()).square().flatten(1).mean(1)

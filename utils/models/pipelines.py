@@ -36,7 +36,7 @@ def load_pipeline(name_or_path: str, revision: str | None = None) -> DiffusionPi
 
 
 def freeze(part: nn.Module) -> nn.Module:
-    """No gradients and no dropout; and laid out as convolutions and products go fastest."""
+    """Turn off gradients and dropout; choose the fastest memory layout and matrix products."""
     use_fast_linear(part)
     return part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
@@ -69,7 +69,7 @@ def collect_trained_modules(pipeline: DiffusionPipeline) -> nn.Module:
 
 
 def choose_resolution(pipeline: DiffusionPipeline, resolution: int | None) -> int:
-    """`resolution`, or what the model makes, in pixels.
+    """`resolution`, or that of the model, in pixels.
 
     Raises:
         UsageError: the autoencoder, then the U-Net, cannot halve it evenly.

@@ -1,6 +1,7 @@
-"""Small models in the Stable Diffusion layout, to be trained from scratch on public images.
+"""Models in the Stable Diffusion layout: small ones, to train from scratch on public images; and
+ones of the published sizes with random weights, for tests and timings.
 
-They differ from Stable Diffusion 1.5 in size only, so everything that works on one works on both.
+They have the parts of Stable Diffusion 1.5 or 2.1, so what works on one works on all.
 """
 
 import json
@@ -133,7 +134,7 @@ STABLE_DIFFUSION = {
 }
 
 
-def random_weights(kind: type[nn.Module], *configuration, **more) -> nn.Module:
+def build_random_model(kind: type[nn.Module], *configuration, **more) -> nn.Module:
     """A model in fp16 whose weights are made quickly: small, and ones where they scale a norm."""
     with torch.device("meta"):
         model = kind(*configuration, **more)
@@ -161,7 +162,7 @@ def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffu
         hidden_act=text["act"], max_position_embeddings=77,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    vae = random_weights(
+    vae = build_random_model(
         AutoencoderKL,
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -172,9 +173,9 @@ def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffu
     )
     return assemble_pipeline(
         vae,
-        random_weights(CLIPTextModel, config),
+        build_random_model(CLIPTextModel, config),
         tokenizer,
-        random_weights(UNet2DConditionModel, sample_size=64, **unet),
+        build_random_model(UNet2DConditionModel, sample_size=64, **unet),
         build_scheduler("v_prediction" if version == "2.1" else "epsilon"),
     )
 

@@ -19,12 +19,12 @@ def resolve_targets(model: nn.Module, patterns: list[str]) -> list[str]:
     for pattern in patterns:
         matched = [n for n in leaves if n == pattern or n.endswith("." + pattern)]
         if not matched:
-            raise UsageError(_no_such_module(pattern, leaves))
+            raise UsageError(_explain_no_match(pattern, leaves))
         chosen.update(matched)
     return [name for name in leaves if name in chosen]
 
 
-def _no_such_module(pattern: str, leaves: list[str]) -> str:
+def _explain_no_match(pattern: str, leaves: list[str]) -> str:
     suffixes = sorted({re.sub(r"^.*?\.(?=[a-z_]+(\.\d+)?$)", "", name) for name in leaves})
     near = [s for s in suffixes if s.startswith(pattern.split(".")[0])]
     near += difflib.get_close_matches(pattern, suffixes, n=3, cutoff=0.5)

@@ -25,9 +25,8 @@ def sample_poisson_batch(
 def clipped_sum(record: Recording, plan: PrivacyPlan) -> torch.Tensor:
     """Bound each unit's gradient and add them up: [P].
 
-    A unit whose gradient is not finite, or whose norm overflows, counts as zero: its owner's
-    gradient is lost, everyone else's is kept. Adding or removing one unit moves the sum by at most
-    `plan.sensitivity`.
+    A unit whose gradient is not finite, or whose norm overflows, counts as zero; all other units
+    are kept. Adding or removing one unit moves the sum by at most `plan.sensitivity`.
     """
     squared_norms = record.squared_norms()
     unusable = ~squared_norms.sum(1).isfinite()

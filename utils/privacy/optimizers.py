@@ -9,7 +9,7 @@ from utils.privacy.plan import PrivacyPlan
 class DPAdamBC(torch.optim.Optimizer):
     """Adam whose second moment is corrected for the privacy noise (Tang et al. 2024, "DP-AdamBC").
 
-    The noise adds (sigma C / B)^2 to every squared gradient, whatever the data; taking it off again
+    The noise adds (sigma C / B)^2 to every squared gradient, whatever the data; subtracting it
     lets the step follow the signal: m / sqrt(max(v - (sigma C / B)^2, eps)).
 
     Args:

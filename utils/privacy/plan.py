@@ -148,5 +148,5 @@ def _check_plan(plan: PrivacyPlan, target_epsilon: float | None) -> None:
 
 
 def summarise_plan(plan: PrivacyPlan, spent: Spent) -> dict:
-    """The plan and its cost, for `--dry_run` and the log."""
+    """The plan and its cost, for `--dry_run`."""
     return asdict(plan) | {"sampling_rate": plan.sampling_rate, "epsilon": asdict(spent)}

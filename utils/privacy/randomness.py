@@ -1,8 +1,8 @@
 """Secret randomness, kept apart from the seeded randomness of everything else.
 
 Everything random inside private training comes from here: which units are sampled, the noise of
-DP-SGD, and each unit's images, diffusion noise, timesteps and flips. The last need no secrecy of
-their own, but if they came from a generator that anyone can re-seed, adding one unit would visibly
+DP-SGD, and each unit's images, diffusion noise, timesteps and flips. The last need not
+be secret, but if they came from a generator that anyone can re-seed, adding one unit would visibly
 shift the values of all others, and one unit's influence would no longer be bounded by its gradient.
 
 PyTorch's CPU generator keeps only the low 32 bits of its seed (seeds 5 and 5 + 2**32 give the same

@@ -142,7 +142,7 @@ def prepare_generation(
     """
     prompts = read_prompts(sampling)
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
-    choose_resolution(pipeline, sampling.resolution)  # refused now, if ever
+    choose_resolution(pipeline, sampling.resolution)  # refuse a bad resolution early
     settings, adapter = asdict(sampling) | asdict(model), None
     del settings["batch_size"]  # it changes no image
     if sampling.adapter is not None:

@@ -68,12 +68,12 @@ def _write_shard(path: Path, piece: Piece, pngs: list[bytes], entries: list[dict
     images = [{"bytes": png, "path": name} for png, name in zip(pngs, names, strict=True)]
     rows = {"image": images}
     rows |= {column: [entries[i][column] for i in piece.images] for column in columns}
-    with _without_bars():  # the images have one already
+    with _hide_bars():  # generating the images has one already
         Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def _hide_bars() -> Iterator[None]:
     if are_progress_bars_disabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""Synthetic images as a dataset on the Hub."""
+"""Synthetic images as a dataset on the Hub; and the privacy statement that came with a set."""
 
 import json
 from pathlib import Path

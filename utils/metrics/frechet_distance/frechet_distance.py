@@ -21,7 +21,7 @@ CITATION = """@inproceedings{heusel2017gans,
 
 
 class Precomputed(nn.Identity):
-    """Features that are there already, where torchmetrics expects a network."""
+    """Features that are computed already, where torchmetrics expects a network."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -58,7 +58,7 @@ class FrechetDistance(evaluate.Metric):
         )
 
     def compute(self, *, predictions, references):
-        """Nothing is cached on disk, as `evaluate` would: the rows may describe private images."""
+        """Unlike in `evaluate`, nothing is cached on disk: the rows may describe private images."""
         return self._compute(np.asarray(predictions), np.asarray(references))
 
     def _compute(self, predictions, references):

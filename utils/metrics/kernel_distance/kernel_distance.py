@@ -43,7 +43,7 @@ def kernel_distance(
         raise ValueError("a kernel distance needs at least two images in each set")
     subset_size = min(subset_size, len(predictions), len(references))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps what it is given
+        warnings.simplefilter("ignore")  # it warns that it keeps all features
         metric = KernelInceptionDistance(nn.Identity(), subsets, subset_size, sync_on_compute=False)
     metric.update(torch.from_numpy(np.asarray(references, np.float64)), real=True)
     metric.update(torch.from_numpy(np.asarray(predictions, np.float64)), real=False)
@@ -67,7 +67,7 @@ class KernelDistance(evaluate.Metric):
         )
 
     def compute(self, *, predictions, references, **options):
-        """Nothing is cached on disk, as `evaluate` would: the rows may describe private images."""
+        """Unlike in `evaluate`, nothing is cached on disk: the rows may describe private images."""
         return self._compute(np.asarray(predictions), np.asarray(references), **options)
 
     def _compute(self, predictions, references, **options):

@@ -14,7 +14,7 @@ CITATION = """@article{platzer2021holdout,
 }"""
 
 
-def nearest(
+def find_nearest(
     queries: np.ndarray, points: np.ndarray, k: int = 1, block: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
     """Euclidean distances to the k nearest points, nearest first, and their numbers: [N, k] twice.
@@ -42,7 +42,7 @@ def nearest(
     return torch.cat(distances).numpy(), torch.cat(numbers).numpy()
 
 
-def distances_to_both(
+def measure_both_distances(
     predictions: np.ndarray, references: np.ndarray, held_out: np.ndarray, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distance of each synthetic row to its nearest private and nearest held-out row, [N] twice.
@@ -56,12 +56,12 @@ def distances_to_both(
         np.asarray(rows)[np.sort(generator.permutation(len(rows))[:size])]
         for rows in (references, held_out)
     ]
-    to_private, to_others = (nearest(predictions, rows)[0][:, 0] for rows in chosen)
+    to_private, to_others = (find_nearest(predictions, rows)[0][:, 0] for rows in chosen)
     return to_private, to_others
 
 
 def compute_ratio(to_private: np.ndarray, to_others: np.ndarray) -> dict[str, float]:
-    """Summary of `distances_to_both` (after Platzer and Reutterer 2021, section 2.2).
+    """Summary of `measure_both_distances` (after Platzer and Reutterer 2021, section 2.2).
 
     A generator that has learned the distribution, and none of its rows, has a ratio near one, and
     half of its images nearer to either.
@@ -96,9 +96,9 @@ class NearestNeighborRatio(evaluate.Metric):
         )
 
     def compute(self, *, predictions, references, held_out, **options):
-        """Nothing is cached on disk, as `evaluate` would: the rows may describe private images."""
+        """Unlike in `evaluate`, nothing is cached on disk: the rows may describe private images."""
         rows = (np.asarray(predictions), np.asarray(references), np.asarray(held_out))
         return self._compute(*rows, **options)
 
     def _compute(self, predictions, references, held_out, **options):
-        return compute_ratio(*distances_to_both(predictions, references, held_out, **options))
+        return compute_ratio(*measure_both_distances(predictions, references, held_out, **options))

@@ -79,7 +79,7 @@ class PrecisionRecallDensityCoverage(evaluate.Metric):
         )
 
     def compute(self, *, predictions, references, **options):
-        """Nothing is cached on disk, as `evaluate` would: the rows may describe private images."""
+        """Unlike in `evaluate`, nothing is cached on disk: the rows may describe private images."""
         return self._compute(np.asarray(predictions), np.asarray(references), **options)
 
     def _compute(self, predictions, references, **options):

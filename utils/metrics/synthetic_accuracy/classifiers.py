@@ -120,7 +120,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _unit_range(pixels: torch.Tensor) -> torch.Tensor:
+def _scale_to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
@@ -154,7 +154,7 @@ def train_classifier(
         best, best_accuracy = None, -1.0
         for step in tqdm(range(recipe.steps), f"{recipe.network}, seed {recipe.seed}", leave=False):
             rows = trained_on[torch.randint(len(trained_on), (BATCH,), generator=generator)]
-            batch = augment(_unit_range(images[rows]), generator).to(device)
+            batch = augment(_scale_to_unit_range(images[rows]), generator).to(device)
             with _autocast(model, device):
                 logits = model(batch.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.05)
@@ -179,5 +179,5 @@ def predict_classes(model: nn.Module, images: torch.Tensor, device: torch.device
     """The class of each image [N, 3, h, w], uint8, that the model finds likeliest: [N]."""
     model.eval()
     with _autocast(model, device):
-        logits = [model(_unit_range(part.to(device))) for part in images.split(512)]
+        logits = [model(_scale_to_unit_range(part.to(device))) for part in images.split(512)]
     return torch.cat([part.argmax(1).cpu() for part in logits])

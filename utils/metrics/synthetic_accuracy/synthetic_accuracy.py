@@ -38,7 +38,7 @@ class SyntheticAccuracy(evaluate.Metric):
         )
 
     def compute(self, *, predictions, references, prediction_labels, reference_labels, **options):
-        """Nothing is cached on disk, as `evaluate` would: the images may be private."""
+        """Unlike in `evaluate`, nothing is cached on disk: the images may be private."""
         return self._compute(
             *map(_to_tensor, (predictions, references, prediction_labels, reference_labels)),
             **options,

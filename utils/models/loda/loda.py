@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 ACTIVATIONS = ("leaky_relu", "gelu", "identity")
-# peft looks this up in its mappings, and shows it, as a KeyError, to who did not import this file.
+# peft looks this up in its mappings; if this file was not imported, its KeyError shows this text.
 PEFT_TYPE = "LODA: import loda, the file beside this adapter, before loading it"
 NO_MERGE = "a LoDA adapter is not linear, so it cannot be merged into the weights beside it"
 
