@@ -16,13 +16,13 @@ help:  ## show this list
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about 6 minutes)
+demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about five minutes)
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed  ## run the tests (about a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist loadfile
 
-audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about 10 minutes)
+audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants
 
 style: .venv/.installed  ## check style and formatting

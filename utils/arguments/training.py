@@ -138,7 +138,7 @@ class TrainingArguments:
     )
     num_validation_images: int = option("how many images to generate at the end", 16)
     checkpointing_steps: int = option(
-        "a checkpoint every so many steps, before the first and after the last; they cost no privacy",
+        "a checkpoint every so many steps, before the first, after the last; they cost no privacy",
         20,
     )
     checkpoints_total_limit: int = option("how many checkpoints to keep", 2)
