@@ -59,7 +59,7 @@ def test_rows_that_nobody_owns_are_refused(hole):
     draws=st.integers(1, 6),
     seed=st.integers(0, 50),
 )
-def test_a_unit_draws_its_own_rows_only_and_distinct_if_it_can(sizes, draws, seed):
+def test_a_unit_samples_its_rows_only_and_distinct_if_it_can(sizes, draws, seed):
     units = encoded(sizes, seed)
     wanted = torch.arange(len(sizes))
     rows = units.sample_rows(wanted, draws, SecretRandomness())

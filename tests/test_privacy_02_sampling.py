@@ -16,7 +16,7 @@ SOURCES = [SecretRandomness, SecureRandomness]
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_unit_is_drawn_independently_with_probability_q(accelerator, source):
+def test_every_unit_is_sampled_independently_with_probability_q(accelerator, source):
     plan, draws, randomness = build_plan(), 4000, source()
     included = torch.zeros(draws, plan.num_units, dtype=torch.float64)
     for row in included:
@@ -38,7 +38,7 @@ def test_every_unit_is_drawn_independently_with_probability_q(accelerator, sourc
 
 def test_shuffled_batches_are_caught(accelerator):
     with break_loop("shuffled_batches"), pytest.raises(AssertionError):
-        test_every_unit_is_drawn_independently_with_probability_q(accelerator, SecretRandomness)
+        test_every_unit_is_sampled_independently_with_probability_q(accelerator, SecretRandomness)
 
 
 def test_empty_batches_are_emitted(accelerator):

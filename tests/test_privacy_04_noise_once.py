@@ -57,7 +57,7 @@ def test_the_sum_is_divided_by_the_public_batch_size(accelerator, drawn):
     torch.testing.assert_close(mean_of_a_sum(accelerator, drawn), torch.full((7,), drawn / 50))
 
 
-def test_dividing_by_the_drawn_batch_is_caught(accelerator, monkeypatch):
+def test_dividing_by_the_sampled_batch_is_caught(accelerator, monkeypatch):
     def by_the_drawn(total, plan: PrivacyPlan, randomness, accelerator):
         noisy = add_noise_once(total, plan, randomness, accelerator)
         return noisy * plan.expected_batch_size / total.max().clamp_min(1)

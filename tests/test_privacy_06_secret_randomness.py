@@ -36,7 +36,7 @@ def test_a_published_seed_is_caught():
         assert_unlike(draws_after_seeding(published), draws_after_seeding(published))
 
 
-def test_two_runs_that_differ_in_nothing_draw_different_noise(accelerator):
+def test_two_runs_that_differ_in_nothing_get_different_noise(accelerator):
     torch.manual_seed(0)
     first = measure_update(accelerator, build_plan())
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_secure_noise_is_a_sum_of_four_draws_of_the_operating_system(monkeypatch
     torch.testing.assert_close(noise[0], radius * (angle.cos() + angle.sin()))
 
 
-def test_secure_noise_takes_far_more_values_than_one_float_draw():
+def test_secure_noise_takes_far_more_values_than_one_float():
     """A single fp32 Gaussian repeats itself; sums of four fp64 ones do not."""
     randomness = SecureRandomness()
     assert randomness.noise((1,)).dtype == torch.float64

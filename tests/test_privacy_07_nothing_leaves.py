@@ -55,12 +55,12 @@ def told(accelerator, monkeypatch, kind: str) -> list:
     return heard
 
 
-def test_what_is_told_is_the_same_whatever_the_data(accelerator, monkeypatch):
+def test_what_is_shown_is_the_same_whatever_the_data(accelerator, monkeypatch):
     first, second = (told(accelerator, monkeypatch, kind) for kind in ("ordinary", "huge"))
     assert first == second and len(first) == 6
 
 
-def test_a_loop_that_tells_its_batch_size_is_caught(accelerator, monkeypatch):
+def test_a_loop_that_shows_its_batch_size_is_caught(accelerator, monkeypatch):
     whole = training.clipped_gradient_sum
 
     def talkative(accelerator, engine, losses, indices, plan, micro):
@@ -70,4 +70,4 @@ def test_a_loop_that_tells_its_batch_size_is_caught(accelerator, monkeypatch):
     monkeypatch.setattr(training, "clipped_gradient_sum", talkative)
     with pytest.raises(AssertionError):
         for _ in range(5):  # two batch sizes coincide now and then
-            test_what_is_told_is_the_same_whatever_the_data(accelerator, monkeypatch)
+            test_what_is_shown_is_the_same_whatever_the_data(accelerator, monkeypatch)

@@ -128,7 +128,7 @@ def test_what_a_killed_run_left_half_made_is_not_used(
     assert units.latents.abs().sum((1, 2, 3, 4)).min() > 0
 
 
-def test_many_captions_are_embedded_when_drawn_and_give_the_same_losses(
+def test_many_captions_are_embedded_when_sampled_and_give_the_same_losses(
     pipeline, image_folder, tmp_path, monkeypatch
 ):
     private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"

@@ -109,7 +109,7 @@ def test_a_passing_failure_is_tried_again_and_a_lasting_one_keeps_everything(hub
     assert once_more.returncode == 0, once_more.stderr
 
 
-def test_a_bad_token_is_told_before_anything_is_spent(hub, on_hub, image_folder, tmp_path):
+def test_a_bad_token_is_refused_before_anything_is_spent(hub, on_hub, image_folder, tmp_path):
     arguments = train_arguments("user/base", image_folder, tmp_path / "run")
     more = ["--push_to_hub", "--hub_model_id", "user/never", "--hub_token", "hf_wrong"]
     run = on_hub("train_dp_lora.py", *arguments, *more)
@@ -240,7 +240,7 @@ def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
     assert waits == 2 * [1.0, 2.0, 4.0]
 
 
-def test_the_card_shows_private_metrics_only_if_told_to(hub, on_hub, finished, tmp_path):
+def test_the_card_shows_private_metrics_only_if_asked_to(hub, on_hub, finished, tmp_path):
     """What read private images, and figures about other images than this adapter's, stay off it."""
     statement = read_json(finished / "privacy.json")
     epsilon = statement["epsilon"]["add_or_remove_one"]

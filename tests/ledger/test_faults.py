@@ -67,7 +67,7 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "weights", "statement"])
-def test_a_full_disk_is_told_and_nothing_is_lost(
+def test_a_full_disk_gets_a_sentence_and_nothing_is_lost(
     tiny_base, image_folder, tmp_path, monkeypatch, where
 ):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")

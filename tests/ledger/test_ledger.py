@@ -75,7 +75,7 @@ def test_a_checkpoint_that_never_came_to_be_is_taken_back_and_others_are_not(led
     assert charge(ledger, branch)[0] == 4
 
 
-def test_a_run_goes_on_only_from_what_it_released_and_on_its_own_terms(ledger):
+def test_a_run_resumes_only_from_what_it_released_and_on_the_same_terms(ledger):
     branch = ledger.reserve(TERMS)
     checkpoint(branch, 4)
     for step, terms, message in [

@@ -102,7 +102,7 @@ def test_nearest_neighbours_by_definition(digits):
     np.testing.assert_allclose(distances, np.sort(every, axis=1)[:, :4], rtol=1e-5)
 
 
-def test_a_copying_generator_is_told_from_an_honest_one(digits):
+def test_a_copying_generator_is_distinguished_from_an_honest_one(digits):
     generator = np.random.default_rng(1)
     private, held_out = digits[0], digits[1][:500]
     copies = private[:200] + generator.normal(scale=0.01, size=(200, 32)).astype(np.float32)

@@ -70,7 +70,7 @@ def xl_base(tmp_path_factory):
     return folder
 
 
-def test_the_u_net_of_xl_is_told_what_the_pipeline_tells_it(xl_base):
+def test_the_u_net_of_xl_is_conditioned_as_the_pipeline_does(xl_base):
     pipeline = load_pipeline(str(xl_base))
     told = encode_text(pipeline, tokenize(pipeline, ["the digit 3", ""]), 16)
     for row, prompt in enumerate(("the digit 3", "")):
@@ -87,7 +87,7 @@ def test_the_u_net_of_xl_is_told_what_the_pipeline_tells_it(xl_base):
 CONVOLUTIONS = ["--target_modules", "to_q", "to_v", "to_out.0", "proj_in", "conv1", "conv2"]
 
 
-def test_xl_trains_exports_and_draws(xl_base, image_folder, tmp_path, run_script):
+def test_xl_trains_exports_and_generates(xl_base, image_folder, tmp_path, run_script):
     arguments = train_arguments(xl_base, image_folder, tmp_path / "run", *CONVOLUTIONS)
     assert "saved the weights" in train_here([*arguments, "--lora_alpha", 10])
     card = (tmp_path / "run" / "README.md").read_text()
@@ -121,7 +121,7 @@ np.save(output, images)
 
 
 @pytest.mark.parametrize("layout", ["sd", "xl"])
-def test_plain_diffusers_draws_the_same_from_the_hub(tiny_base, xl_base, tmp_path, layout):
+def test_plain_diffusers_generates_the_same_from_the_hub(tiny_base, xl_base, tmp_path, layout):
     """By repository name, in a process without this project; convolutions too, alpha not rank."""
     base = {"sd": tiny_base, "xl": xl_base}[layout]
     pipeline = load_pipeline(str(base))

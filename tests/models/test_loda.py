@@ -98,7 +98,7 @@ np.save(output, images)
 
 
 @pytest.mark.parametrize("code", [PEFT_ALONE, CUSTOM_PIPELINE], ids=["peft", "custom_pipeline"])
-def test_strangers_draw_the_same_images(tiny_base, saved, tmp_path, code):
+def test_strangers_generate_the_same_images(tiny_base, saved, tmp_path, code):
     """In a process that cannot import this project."""
     command = [sys.executable, "-c", code + DRAW, tiny_base, saved[0], tmp_path / "images.npy"]
     run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)

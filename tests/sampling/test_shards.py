@@ -37,7 +37,7 @@ def draw(base, folder, **changes):
     generate_folder(prepare_generation(model, sampling, folder, state), sampling, folder, state)
 
 
-def test_shards_hold_the_images_of_single_files_and_are_drawn_again_if_lost(
+def test_shards_hold_the_images_of_single_files_and_are_made_again_if_lost(
     tiny_base, tmp_path, small_shards
 ):
     one_by_one, in_shards = tmp_path / "files", tmp_path / "shards"

@@ -174,7 +174,7 @@ def test_processes_that_drift_apart_are_caught(tmp_path):
 MORE = ["--checkpointing_steps", 1, "--num_validation_images", 1, "--freeze_lora_a"]
 
 
-def test_a_run_of_two_processes_publishes_and_one_process_goes_on_with_it(
+def test_a_run_of_two_processes_publishes_and_one_process_resumes_it(
     tiny_base, image_folder, tmp_path
 ):
     output = tmp_path / "run"

@@ -209,7 +209,7 @@ np.save(output, images)
 
 
 @pytest.mark.parametrize("alpha", [None, 1, 32])
-def test_plain_diffusers_draws_what_the_trained_model_drew(tiny_base, tmp_path, alpha):
+def test_plain_diffusers_generates_what_the_trained_model_did(tiny_base, tmp_path, alpha):
     """In a process that cannot import this project, also with alpha unlike the rank; and so does
     what sample.py loads, where the adapter is added to the weights."""
     from utils.models.pipelines import load_pipeline
