@@ -86,7 +86,7 @@ def test_it_says_what_was_spent_and_marks_what_is_not_covered(report):
     assert "9.98" in text and "odds" in text and "1e-05" in text
     marks = text.count("not covered by epsilon</div>")
     assert marks == 6 + 1 + 1  # fidelity but for the inception score, accuracy, and neighbours
-    assert "Do not publish them" in text
+    assert "Do not publish these figures" in text
     assert "class &lt;0&gt; &amp; co" in text and "class <0>" not in text
 
 

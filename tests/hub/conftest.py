@@ -80,3 +80,13 @@ def find_secrets(smiths, output) -> list[bytes]:
         *(line[:60] for line in (private / "ledger.jsonl").read_bytes().splitlines()),
         b"exp_avg",  # of AdamW
     ]
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of a finished run, to publish."""
+    import shutil
+
+    output = tmp_path / "finished"
+    shutil.copytree(trained[0], output, symlinks=True)
+    return output

@@ -78,16 +78,6 @@ def from_the_card(on_hub, card: str, output, expected) -> None:
     assert float(counted.stdout.split()[0]) == pytest.approx(stated, abs=1e-6)
 
 
-@pytest.fixture
-def finished(trained, tmp_path):
-    """A copy of a finished run, to publish."""
-    import shutil
-
-    output = tmp_path / "finished"
-    shutil.copytree(trained[0], output, symlinks=True)
-    return output
-
-
 def test_a_passing_failure_is_tried_again_and_a_lasting_one_keeps_everything(hub, on_hub, finished):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     command = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/flaky"]

@@ -263,7 +263,7 @@ def test_mistakes_get_a_sentence(tiny_base, image_folder, tmp_path, more, senten
 
 
 def test_a_damaged_file_is_a_sentence(tmp_path):
-    for content, sentence in [("{", "no selection"), ('{"schema_version": 9}', "newer version")]:
+    for content, sentence in [("{", "not a selection"), ('{"schema_version": 9}', "newer version")]:
         (tmp_path / "saliency.json").write_text(content)
         with pytest.raises(UsageError, match=sentence):
             read_saliency(tmp_path / "saliency.json")

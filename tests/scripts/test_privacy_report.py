@@ -245,7 +245,7 @@ def test_a_dead_run_is_given_up(report, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["show", "nowhere"], "no file, folder or Hub id"),
+    (["show", "nowhere"], "not a file, folder or Hub id"),
     (["verify", "."], "no privacy.json and no ledger"),
     (["give_up", "nothing.jsonl", "x"], "there is no ledger"),
     (["plan", "--num_units", 10, "--expected_batch_size", 5, "--max_train_steps", 1,
