@@ -7,12 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import utils.privacy.training
+from tests.gradients.test_products import alternating
 from tests.worlds import HOSTILE, LinearWorld, UNetWorld, build_plan
 from utils.arguments.training import CLIPPING_MODES
 from utils.audit.mutants import break_loop
+from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.privacy.dp_sgd import clipped_sum
+from utils.privacy.training import clipped_gradient_sum, reduce_micro_batches, split_units
 
 
 @settings(max_examples=120, deadline=None)
@@ -137,3 +141,94 @@ def test_the_replay_catches_copies_clipped_one_by_one(accelerator):
             for units in (everyone, rest)
         )
     assert (whole - without).norm() > 3.9 * 0.15
+
+
+def test_an_estimate_in_fp32_does_not_let_a_unit_count_for_more_than_C(accelerator):
+    """Positions that all but cancel: an fp32 Gram matrix gives 0.71 of the true norm."""
+    x, grads = alternating()
+    layer = nn.Linear(1280, 1280, bias=False)
+    engine = PerUnitGradients(nn.Sequential(layer))
+    losses = lambda units: (layer(x) * grads).sum((1, 2))  # noqa: E731
+    plan = build_plan(max_grad_norm=0.7)
+    total = clipped_gradient_sum(accelerator, engine, losses, torch.tensor([0]), plan, 1)
+    assert 0.99 * 0.7 < total.norm() <= 0.7 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("clipping", CLIPPING_MODES)
+def test_the_bound_holds_at_every_scale(accelerator, scale, clipping):
+    layer = nn.Linear(40, 40)  # few positions: its gradients stay in factors
+    engine = PerUnitGradients(nn.Sequential(layer))
+    x = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
+    for inputs, weight in ((scale * x, 1 / scale), (x / scale, scale), (scale * x, 1.0)):
+        losses = lambda units: (weight * layer(inputs[units])).sum((1, 2))  # noqa: E731, B023
+        plan = build_plan(max_grad_norm=0.1, clipping=clipping)
+        total = clipped_gradient_sum(accelerator, engine, losses, torch.tensor([1]), plan, 1)
+        assert total.norm() <= 0.1 * (1 + 1e-5)
+
+
+def collect_rows(accelerator, world, units: list[int], size: int, autocast: bool) -> dict:
+    """By unit, its row: what the private loop would clip."""
+    rows = []
+
+    def losses(indices):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return world.losses(indices)
+
+    parts = split_units(torch.tensor(units), size)
+    for part in reduce_micro_batches(
+        accelerator, world.engine.recording, losses, parts, lambda record: record.rows().clone()
+    ):
+        rows.append(part)
+    return dict(zip(units, torch.cat(rows), strict=False))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("trainable", ["lora", "all"])
+@pytest.mark.parametrize("added", [0, 3, 5])
+def test_adding_a_unit_changes_nobody_elses_row_by_a_bit(accelerator, trainable, autocast, added):
+    world = UNetWorld(trainable)
+    everyone = list(range(6))  # without the huge one
+    rest = [unit for unit in everyone if unit != added]
+    whole = collect_rows(accelerator, world, everyone, 4, autocast)
+    without = collect_rows(accelerator, world, rest, 4, autocast)
+    assert all(torch.equal(whole[unit], without[unit]) for unit in rest)
+
+
+def test_a_smaller_last_micro_batch_is_caught(accelerator, monkeypatch):
+    """Micro-batches of the old kind: in some shape, somebody's rounding changes."""
+    world, changed = UNetWorld("all"), False
+    whole = collect_rows(accelerator, world, list(range(6)), 4, False)
+    for size in (1, 2, 3, 5, 6):
+        other = collect_rows(accelerator, world, list(range(6)), size, False)
+        changed |= any(not torch.equal(whole[unit], other[unit]) for unit in range(6))
+    assert changed  # so that a shape that depends on the batch would matter
+
+
+def test_blank_places_give_zero_whatever_the_first_unit_is(accelerator):
+    world = LinearWorld(["nan", "ordinary", "huge"])
+    alone = world.total(accelerator, [1], micro=1)
+    torch.testing.assert_close(world.total(accelerator, [0, 1], micro=8), alone)
+    torch.testing.assert_close(world.total(accelerator, [1], micro=8), alone)
+    assert world.total(accelerator, [2], micro=8).norm() <= 1 + 1e-5
+
+
+def test_products_are_never_computed_in_tf32(accelerator, monkeypatch):
+    """Whatever a library or an image set globally; and it is as before afterwards."""
+    world, found = LinearWorld(["ordinary"] * 3), []
+    backends = torch.backends
+
+    def losses(units):
+        found.append((backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision))
+        found.append((backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision))
+        return world.losses(units)
+
+    before = backends.cuda.matmul.fp32_precision
+    backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        units = torch.arange(3)
+        total = clipped_gradient_sum(accelerator, world.engine, losses, units, build_plan(), 2)
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        backends.cuda.matmul.fp32_precision = before
+    assert found == [("ieee", "ieee")] * 4 and total.dtype == torch.float64

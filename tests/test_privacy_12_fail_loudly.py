@@ -110,13 +110,53 @@ def test_a_layer_that_mixes_rows_is_an_error():
             model(torch.ones(3, 2)).sum().backward()
 
 
+class Packed(nn.Module):
+    """Lays the tokens of all units end to end, as a model that saves padding does."""
+
+    def __init__(self, used: int):
+        super().__init__()
+        self.inner, self.used = nn.Linear(4, 4), used
+
+    def forward(self, x):
+        return self.inner(x[:, : self.used].flatten(0, 1)).unflatten(0, (len(x), -1))
+
+
+@pytest.mark.parametrize("used", [2, 3, 4])
+def test_a_layer_that_packs_tokens_is_an_error(used):
+    """Also where the number of its rows can be divided by that of the units."""
+    model = Packed(used)
+    with pytest.raises(RuntimeError, match="mixes rows"):
+        with PerUnitGradients(model, num_draws=3).recording(2):
+            model(torch.ones(6, 4, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("mixed", ["images", "captions"])
+def test_a_model_that_mixes_rows_is_found_before_any_image_is_read(mixed):
+    pipeline = build_tiny_pipeline()
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    engine, whole = PerUnitGradients(unet), unet.forward
+    rehearse(pipeline, engine, 16)
+
+    def mix(sample, timesteps, words, **more):
+        if mixed == "images":
+            sample = sample - sample.mean(0, keepdim=True) / 2
+        else:
+            words = words.flip(0)
+        return whole(sample, timesteps, words, **more)
+
+    unet.forward = mix
+    with pytest.raises(UsageError, match="mixes the rows"):
+        rehearse(pipeline, engine, 16)
+
+
 def test_an_unused_layer_is_found_before_any_image_is_read():
     pipeline = build_tiny_pipeline()
     unet = pipeline.unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     unet.never_called = nn.Linear(2, 2)
     with pytest.raises(UsageError, match="never_called"):
-        rehearse(pipeline, PerUnitGradients(unet), num_draws=2, resolution=16)
+        rehearse(pipeline, PerUnitGradients(unet, num_draws=2), resolution=16)
 
 
 def test_targets_match_by_suffix_and_a_miss_names_its_neighbours():

@@ -42,7 +42,7 @@ class LinearWorld:
         for unit, kind in enumerate(kinds):
             scale = {"huge": 1e6, "overflowing": 1e25, "nan": float("nan"), "inf": float("inf")}
             self.data[unit] *= scale.get(kind, 1.0) if kind != "zero" else 0.0
-        self.draws, self.engine = draws, PerUnitGradients(self.model)
+        self.draws, self.engine = draws, PerUnitGradients(self.model, draws)
 
     def losses(self, indices: torch.Tensor) -> torch.Tensor:
         x = self.data[indices].flatten(0, 1)
@@ -87,7 +87,7 @@ class UNetWorld:
         embeddings = torch.randn(self.units, self.draws, 8, 16, generator=generator)
         timesteps = torch.randint(1000, (self.units, self.draws), generator=generator)
         self.tensors = [latents, embeddings, noise, timesteps]
-        self.scheduler, self.engine = pipeline.scheduler, PerUnitGradients(unet)
+        self.scheduler, self.engine = pipeline.scheduler, PerUnitGradients(unet, self.draws)
 
     def losses(self, indices):
         parts = [tensor[indices].flatten(0, 1) for tensor in self.tensors]

@@ -46,7 +46,7 @@ def unet_inputs(rows: int):
 
 
 def unet_engine_rows(unet, scheduler, units, draws, autocast=False):
-    engine = PerUnitGradients(unet)
+    engine = PerUnitGradients(unet, draws)
     inputs = unet_inputs(units * draws)
     with engine.recording(units) as record:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -139,7 +139,7 @@ def test_a_unet_equals_opacus(trainable):
 
 def test_memory_is_what_the_recording_says_and_factors_keep_it_small():
     model = nn.Sequential(nn.Linear(200, 200, bias=False), nn.Linear(200, 200, bias=False))
-    engine = PerUnitGradients(model)
+    engine = PerUnitGradients(model, num_draws=2)
     with engine.recording(4) as record:
         model(torch.randn(8, 3, 200)).square().sum().backward()
     factors = 2 * (8 * 3 * 200 * 2) * 4  # two layers; input and output gradient; fp32

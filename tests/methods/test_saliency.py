@@ -92,7 +92,7 @@ def test_norms_taken_on_the_fly_are_those_of_the_gradients(accelerator):
         with world.engine.recording(6, norms_only=norms_only) as record:
             world.losses(units).sum().backward()
         squared.append(record.squared_norms())
-        assert not norms_only or record.nbytes() == 6 * 4 * len(world.engine.names)
+        assert not norms_only or record.nbytes() == 6 * 8 * len(world.engine.names)
     torch.testing.assert_close(squared[0], squared[1], rtol=1e-4, atol=1e-12)
 
 
@@ -104,7 +104,7 @@ def test_the_ranking_is_that_of_float64_gradients_one_unit_at_a_time(accelerator
     world.unet.requires_grad_(False)
     for module in candidates.values():
         module.weight.requires_grad_(True)
-    engine, units = PerUnitGradients(world.unet), torch.arange(6)
+    engine, units = PerUnitGradients(world.unet, world.draws), torch.arange(6)
     assert engine.names == [f"{name}.weight" for name in candidates]
     args = SaliencyArguments(scope=scope, selection_clip=0.5)
     scoring = build_scoring(list(candidates), args)

@@ -192,7 +192,7 @@ def test_with_identity_it_equals_a_lora_in_outputs_and_per_unit_gradients():
     steps = torch.randint(1000, (6,), generator=generator)
     scheduler, found = build_tiny_pipeline().scheduler, []
     for unet in paired_unets():
-        engine = PerUnitGradients(unet)
+        engine = PerUnitGradients(unet, num_draws=2)
         with engine.recording(3) as record:
             losses = denoising_loss(unet, scheduler, latents, words, noise, steps)
             losses.view(3, 2).mean(1).sum().backward()

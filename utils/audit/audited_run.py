@@ -103,7 +103,7 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
     canaries = build_canaries(args, data, accelerator.device)
     plan = make_audit_plan(args, epsilon, canaries.num_units)
     randomness = make_randomness(args.secure_noise)
-    engine = PerUnitGradients(canaries.trained)
+    engine = PerUnitGradients(canaries.trained, plan.noise_multiplicity)
     optimizer = torch.optim.AdamW(engine.parameters, lr=args.learning_rate)
     optimizer.register_step_pre_hook(lambda *_: canaries.watch(plan))
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

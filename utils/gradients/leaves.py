@@ -43,7 +43,12 @@ def check_leaf(name: str, module: nn.Module) -> None:
 
 
 def run_leaf(leaf: nn.Module, record: Recording, x: torch.Tensor) -> torch.Tensor:
-    """`leaf(x)`, whose backward pass hands `record` each unit's gradients."""
+    """`leaf(x)`, whose backward pass hands `record` each unit's gradients.
+
+    Raises:
+        RuntimeError: see `Recording.check_rows`.
+    """
+    record.check_rows(x)
     if type(leaf) is nn.Linear:
         return _UnitLinear.apply(x, leaf.weight, leaf.bias, leaf, record)
     if type(leaf) is nn.Conv2d:

@@ -81,6 +81,7 @@ def run_lora(layer: LoraLayer, record: Recording, x: torch.Tensor) -> torch.Tens
     """What peft's layer gives for x, whose backward pass hands `record` each unit's gradients."""
     if layer.module.merged:
         raise UsageError("a LoRA was merged into the weights while it is being trained")
+    record.check_rows(x)
     return _UnitLora.apply(x, layer.base.weight, layer.a.weight, layer.b.weight, layer, record)
 
 

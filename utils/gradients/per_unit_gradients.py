@@ -30,6 +30,7 @@ class PerUnitGradients:
     Attributes:
         names, parameters: the L trainable tensors, in the order of `model.named_parameters()`.
         num_parameters: P.
+        num_draws: K, rows of a batch that belong to each unit.
 
     Raises:
         UsageError: nothing is trainable; a trainable parameter belongs to a layer that is not in
@@ -37,7 +38,8 @@ class PerUnitGradients:
             adapter is initialised from data.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, num_draws: int = 1):
+        self.num_draws = num_draws
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise UsageError("no parameter is trainable, so there is nothing to train privately")
@@ -57,16 +59,22 @@ class PerUnitGradients:
         self._forwards |= {m: partial(run_lora, layer) for m, layer in loras.items()}
 
     @contextmanager
-    def recording(self, num_units: int, norms_only: bool = False) -> Iterator["Recording"]:
+    def recording(
+        self, num_units: int, norms_only: bool = False, num_draws: int | None = None
+    ) -> Iterator[Recording]:
         """Run forward and backward inside; the recording is filled when the context is left.
 
         Call `backward()` on the SUM over units of each unit's own loss. With `norms_only` each
         gradient is measured as it comes, and let go.
 
+        Args:
+            num_draws: K in this pass; default: that of the engine.
+
         Raises:
             UsageError: on leaving, if a trainable parameter received no gradient.
         """
-        record = (NormRecording if norms_only else Recording)(self.parameters, num_units)
+        num_rows = num_units * (self.num_draws if num_draws is None else num_draws)
+        record = (NormRecording if norms_only else Recording)(self.parameters, num_units, num_rows)
         before = {module: vars(module).get("forward") for module in self._forwards}
         for module, forward in self._forwards.items():
             module.forward = partial(forward, record)

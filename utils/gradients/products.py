@@ -12,12 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+EPS_32, EPS_64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+TINY_32 = torch.finfo(torch.float32).tiny
+LARGEST_FACTOR = 1e15  # so that a product of two, over many positions, is far from fp32's limit
+CHUNK = 1024  # squares that are added up in fp32
+
 
 def by_unit(x: torch.Tensor, num_units: int) -> torch.Tensor:
     """[R, ..., d] -> [U, K * ..., d]: a unit's draws and positions side by side."""
-    if len(x) % num_units:
-        raise RuntimeError(f"a layer saw {len(x)} rows for {num_units} units; it mixes rows")
     return x.reshape(num_units, -1, x.shape[-1])
+
+
+def squared_norms_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """||row||^2: [U, size] -> [U], fp64; never below the true one.
+
+    An fp32 sum drifts over millions of squares, so they are added up in chunks, and the chunks in
+    fp64. What rounding within a chunk, and squares too small for fp32, could hide is added.
+    """
+    size = rows.shape[1]
+    whole = size // CHUNK * CHUNK
+    chunks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, CHUNK)), dim=2)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1)
+    total = chunks.double().square().sum(1) + rest.double().square()
+    return total * (1 + (CHUNK + 4) * EPS_32) + size * TINY_32
 
 
 def product_is_smaller(positions: int, out_features: int, in_features: int) -> bool:
@@ -44,18 +61,31 @@ def factor_matrices(leaf, x, grad_output, num_units: int) -> tuple[torch.Tensor,
 
 
 def squared_norms_of_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-    """||G[u]^T X[u]||^2 for every unit, without the product: the sum of XX^T * GG^T. [U].
+    """||G[u]^T X[u]||^2 for every unit, without the product: the sum of XX^T * GG^T. [U], fp64.
 
-    Terms of that sum may cancel. What their rounding could hide is added, so that no unit's norm
-    comes out too small to be clipped.
+    Never below the true norm, nor below that of the product as fp32 will round it
+    (`sum_of_products`), for any input: what rounding could hide is added. That is at most
+    eps (in + out + T^2) L^2 of the sum here, in fp64, and eps T L of the product, in fp32; L, the
+    sum over positions of |x| |g|, stands for all terms that may cancel (Higham 2002, section 3.1).
+
+    A unit with a factor beyond `LARGEST_FACTOR` gets infinity: its product could overflow.
     """
     if x.is_floating_point():
-        gram, lengths = x @ x.transpose(1, 2), x.norm(dim=2)
+        largest = torch.maximum(x.abs().amax((1, 2)), grads.abs().amax((1, 2)))
+        x = x.double()
+        gram, lengths, width = x @ x.transpose(1, 2), x.norm(dim=2), x.shape[2]
     else:
-        gram, lengths = (x[:, :, None] == x[:, None, :]).float(), 1.0
+        largest = grads.abs().amax((1, 2))
+        gram, lengths, width = (x[:, :, None] == x[:, None, :]).double(), 1.0, 1
+    grads = grads.double()
+    positions, width = grads.shape[1], width + grads.shape[2]
     squared = (gram * (grads @ grads.transpose(1, 2))).sum((1, 2))
-    largest = (lengths * grads.norm(dim=2)).sum(1).square()
-    return squared.clamp_min(0) + 16 * torch.finfo(torch.float32).eps * largest
+    terms = (lengths * grads.norm(dim=2)).sum(1)  # L
+    hidden = (width + positions**2 + 8) * EPS_64 * terms.square()
+    norms = (squared.clamp_min(0) + hidden).sqrt() + (positions + 2) * EPS_32 * terms
+    norms += positions * width * TINY_32  # of products too small for fp32
+    usable = largest <= LARGEST_FACTOR  # not for NaN
+    return norms.square().masked_fill(~usable, torch.inf)
 
 
 def unit_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:

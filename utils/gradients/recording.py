@@ -18,6 +18,7 @@ from utils.gradients.products import (
     product_is_smaller,
     products,
     squared_norms_of_products,
+    squared_norms_of_rows,
     sum_of_products,
     unit_products,
 )
@@ -27,12 +28,27 @@ class Recording:
     """The gradients of U units, as far as each was worth multiplying out.
 
     Each trainable tensor has either rows [U, size], or factors whose product they are.
+
+    Args:
+        num_rows: R = U * K, rows of the batch, a unit's draws side by side.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], num_units: int):
-        self.parameters, self.num_units = parameters, num_units
+    def __init__(self, parameters: list[nn.Parameter], num_units: int, num_rows: int):
+        self.parameters, self.num_units, self.num_rows = parameters, num_units, num_rows
         self._rows: dict[nn.Parameter, torch.Tensor] = {}
         self._uses = defaultdict(list)  # weight -> (leaf, input, gradient of the output) a use
+
+    def check_rows(self, x: torch.Tensor) -> None:
+        """The input of a leaf has a row for each row of the batch, or one for each unit.
+
+        Raises:
+            RuntimeError: it has not, so that nobody can tell whose gradient is whose.
+        """
+        if len(x) not in (self.num_rows, self.num_units):
+            raise RuntimeError(
+                f"a trainable layer saw {len(x)} rows for {self.num_units} units of "
+                f"{self.num_rows // self.num_units} draws; it mixes rows of the batch"
+            )
 
     def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add [U, ...] per-unit gradients of `parameter`."""
@@ -73,14 +89,14 @@ class Recording:
         return sum(tensor.nbytes for tensor in kept)
 
     def squared_norms(self) -> torch.Tensor:
-        """The squared norm of each tensor's gradient, for each unit: [U, L], fp32.
+        """The squared norm of each tensor's gradient, for each unit: [U, L], fp64.
 
-        Never below the true one, but for the rounding of the rows themselves.
+        Never below the true one; infinity or NaN for a unit that must not be used.
         """
         columns = []
         for parameter in self.parameters:
             if parameter in self._rows:
-                columns.append(torch.linalg.vector_norm(self._rows[parameter], dim=1).square())
+                columns.append(squared_norms_of_rows(self._rows[parameter]))
             else:
                 columns.append(squared_norms_of_products(*self._matrices(parameter)))
         return torch.stack(columns, 1)
@@ -88,7 +104,7 @@ class Recording:
     def weighted_sum(self, scales: torch.Tensor) -> torch.Tensor:
         """The sum over units of scales[u, l] times the gradient of tensor l: [U, L] -> [P]."""
         parts = []
-        for parameter, scale in zip(self.parameters, scales.unbind(1), strict=True):
+        for parameter, scale in zip(self.parameters, scales.float().unbind(1), strict=True):
             if parameter in self._rows:
                 parts.append(scale @ self._rows[parameter])
             else:
@@ -133,13 +149,13 @@ class NormRecording(Recording):
         UsageError: a layer is used twice, so that its gradient is a sum that nobody keeps.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], num_units: int):
-        super().__init__(parameters, num_units)
+    def __init__(self, parameters: list[nn.Parameter], num_units: int, num_rows: int):
+        super().__init__(parameters, num_units, num_rows)
         self._squared: dict[nn.Parameter, torch.Tensor] = {}
 
     def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         rows = gradient.reshape(self.num_units, -1).float()
-        self._note(parameter, torch.linalg.vector_norm(rows, dim=1).square())
+        self._note(parameter, squared_norms_of_rows(rows))
 
     def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
         factors = factor_matrices(leaf, x.detach(), grad_output, self.num_units)
@@ -150,6 +166,10 @@ class NormRecording(Recording):
 
     def nbytes(self) -> int:
         return sum(column.nbytes for column in self._squared.values())
+
+    def drop(self, units: torch.Tensor) -> None:
+        for parameter, squared in self._squared.items():
+            self._squared[parameter] = squared.masked_fill(units, 0.0)
 
     def squared_norms(self) -> torch.Tensor:
         return torch.stack([self._squared[parameter] for parameter in self.parameters], 1)

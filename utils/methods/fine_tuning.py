@@ -76,8 +76,9 @@ def run_method(
     # Adapt the public model.
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)
-    engine = PerUnitGradients(collect_trained_modules(stage.pipeline))
-    unit_bytes = rehearse(stage.pipeline, engine, privacy.noise_multiplicity, stage.resolution)
+    modules = collect_trained_modules(stage.pipeline)
+    engine = PerUnitGradients(modules, privacy.noise_multiplicity)
+    unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
 
     # Plan what will be spent, and reserve it.
     plan_for = find_terms(method, stage, data, privacy, training)

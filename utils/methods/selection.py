@@ -65,10 +65,8 @@ def run_selection(
         return
 
     # Plan the one release, and reserve it.
-    engine = make_engine(stage, candidates)
-    unit_bytes = rehearse(
-        stage.pipeline, engine, privacy.noise_multiplicity, stage.resolution, norms_only=True
-    )
+    engine = make_engine(stage, candidates, privacy.noise_multiplicity)
+    unit_bytes = rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
     def plan_for(num_units: int) -> PrivacyPlan:
         plan = plan_selection(num_units, privacy, args, scoring, data.privacy_unit_column)
@@ -104,11 +102,11 @@ def run_selection(
     finish(stage, training, encoded_dir, describe_selection(saliency, training))
 
 
-def make_engine(stage: Stage, candidates: dict[str, nn.Module]) -> PerUnitGradients:
+def make_engine(stage: Stage, candidates: dict[str, nn.Module], num_draws: int) -> PerUnitGradients:
     """An engine that measures the gradients of the candidates, and of nothing else."""
     for module in candidates.values():
         module.weight.requires_grad_(True)
-    return PerUnitGradients(stage.pipeline.unet)
+    return PerUnitGradients(stage.pipeline.unet, num_draws)
 
 
 def choose_at_random(

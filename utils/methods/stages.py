@@ -26,10 +26,12 @@ from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import claim_output_dir
 from utils.models.denoising import denoising_loss, encode_text, tokenize
-from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
+from utils.models.pipelines import choose_resolution, get_device, list_parts, load_pipeline
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import checksum
 
+# Captions of two public units of unequal length.
+REHEARSED = ["", "a photo of a house by the sea, in the evening"]
 # What may change when a run is resumed: where, how fast, and what is shown.
 FREE_TO_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
@@ -118,27 +120,49 @@ def load_stage(
 def rehearse(
     pipeline: DiffusionPipeline,
     engine: PerUnitGradients,
-    num_draws: int,
     resolution: int,
     norms_only: bool = False,
 ) -> int:
-    """One forward and backward pass on blank images, before any private image is read.
+    """Passes on public noise, before any private image is read.
+
+    Two units with captions of unequal length must get the same gradient alone and together: else
+    the model mixes the rows of a batch.
 
     Returns the memory that the gradients of one unit take, in bytes.
 
     Raises:
-        UsageError: a trainable layer is not used by this model.
+        UsageError: a trainable layer is not used by this model, or the model mixes rows.
         RuntimeError: a layer mixes rows of the batch.
     """
-    unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
-    latents = torch.zeros(num_draws, unet.config.in_channels, side, side, device=engine.device)
-    ids = tokenize(pipeline, [""] * num_draws)
-    timesteps = torch.zeros(num_draws, dtype=torch.long, device=engine.device)
+
+    def measure(captions: list[str]) -> torch.Tensor:
+        with engine.recording(len(captions), norms_only, num_draws=1) as record:
+            _public_losses(pipeline, resolution, captions).sum().backward()
+        return record.squared_norms().sum(1)
+
+    alone = torch.cat([measure([caption]) for caption in REHEARSED])
+    if not torch.allclose(alone, measure(REHEARSED), rtol=1e-3):
+        raise UsageError(
+            "this model gives a unit another gradient beside other units than alone: it mixes the "
+            "rows of a batch, so that no unit's gradient can be bounded by itself"
+        )
+    captions = [""] * engine.num_draws
     with engine.recording(1, norms_only) as record:
-        text = encode_text(pipeline, ids, resolution)
-        losses = denoising_loss(unet, pipeline.scheduler, latents, text, latents, timesteps)
-        losses.mean().backward()
+        _public_losses(pipeline, resolution, captions).mean().backward()
     return record.nbytes()
+
+
+def _public_losses(
+    pipeline: DiffusionPipeline, resolution: int, captions: list[str]
+) -> torch.Tensor:
+    """The loss of one row a caption, on noise that depends on the caption alone: [U]."""
+    unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
+    device, shape = get_device(pipeline), (2, unet.config.in_channels, side, side)
+    seeds = (torch.Generator().manual_seed(len(caption)) for caption in captions)
+    rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(device)
+    timesteps = torch.tensor([500 + len(caption) for caption in captions], device=device)
+    text = encode_text(pipeline, tokenize(pipeline, captions), resolution)
+    return denoising_loss(unet, pipeline.scheduler, rows[:, 0], text, rows[:, 1], timesteps)
 
 
 def collect_settings(

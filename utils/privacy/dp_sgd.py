@@ -8,6 +8,8 @@ from utils.gradients.recording import Recording
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
 
+SMALLEST_SCALE = 2.0**-100
+
 
 def sample_poisson_batch(
     plan: PrivacyPlan, randomness: SecretRandomness, accelerator: Accelerator
@@ -25,7 +27,7 @@ def sample_poisson_batch(
 def clipped_sum(record: Recording, plan: PrivacyPlan) -> torch.Tensor:
     """Bound each unit's gradient and add them up: [P].
 
-    A unit whose gradient is not finite, or whose norm overflows, counts as zero; all other units
+    A unit whose gradient is not finite, or is beyond all bounds, counts as zero; all other units
     are kept. Adding or removing one unit moves the sum by at most `plan.sensitivity`.
     """
     squared_norms = record.squared_norms()
@@ -33,7 +35,9 @@ def clipped_sum(record: Recording, plan: PrivacyPlan) -> torch.Tensor:
     if unusable.any():
         record.drop(unusable)
         squared_norms = squared_norms.masked_fill(unusable[:, None], 0.0)
-    return record.weighted_sum(clip_scales(squared_norms, plan))
+    scales = clip_scales(squared_norms, plan)
+    # Below that, fp32 rounds a scale by more than the bound allows.
+    return record.weighted_sum(scales.masked_fill(scales < SMALLEST_SCALE, 0.0))
 
 
 def clip_scales(squared_norms: torch.Tensor, plan: PrivacyPlan) -> torch.Tensor:

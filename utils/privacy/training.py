@@ -1,8 +1,9 @@
 """The one private training loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -95,13 +96,12 @@ def private_steps(
     for tensor in state.adapter.values():  # every process starts where the main one does
         tensor.data.copy_(broadcast(tensor.data, from_process=0))
     progress = _Progress(accelerator, plan, state)
+    size = min(micro_batch_size, largest_share(plan, accelerator.num_processes))
     checked = False
     while state.step < plan.steps:
         batch = sample_poisson_batch(plan, randomness, accelerator)
         share = batch[accelerator.process_index :: accelerator.num_processes]
-        total = clipped_gradient_sum(
-            accelerator, engine, unit_losses, share, plan, micro_batch_size
-        )
+        total = clipped_gradient_sum(accelerator, engine, unit_losses, share, plan, size)
         engine.assign(add_noise_once(total, plan, randomness, accelerator))
         before = None if checked else [p.detach().clone() for p in engine.parameters]
         rate = optimizer.param_groups[0]["lr"]
@@ -120,6 +120,13 @@ def private_steps(
     progress.close()
 
 
+def largest_share(plan: PrivacyPlan, num_processes: int) -> int:
+    """More units than one process is likely to get in a step: a larger micro-batch would be
+    mostly blank."""
+    mean = plan.expected_batch_size / num_processes
+    return math.ceil(mean + 3 * mean**0.5)
+
+
 def clipped_gradient_sum(
     accelerator: Accelerator,
     engine: PerUnitGradients,
@@ -128,11 +135,11 @@ def clipped_gradient_sum(
     plan: PrivacyPlan,
     micro_batch_size: int,
 ) -> torch.Tensor:
-    """Sum over `indices` of each unit's clipped gradient: [P]; zero for no units.
+    """Sum over `indices` of each unit's clipped gradient: [P], fp64; zero for no units.
 
     The micro-batch changes speed and memory only: every unit is clipped by itself.
     """
-    total = torch.zeros(engine.num_parameters, device=engine.device)
+    total = torch.zeros(engine.num_parameters, dtype=torch.float64, device=engine.device)
     for part in reduce_micro_batches(
         accelerator,
         engine.recording,
@@ -145,8 +152,15 @@ def clipped_gradient_sum(
 
 
 def split_units(indices: torch.Tensor, micro_batch_size: int) -> tuple[torch.Tensor, ...]:
-    """Units in micro-batches; none for no units, where torch would give an empty one."""
-    return indices.split(micro_batch_size) if len(indices) else ()
+    """Units in micro-batches of one size, the last filled up with -1; none for no units.
+
+    Shapes decide how a processor rounds: were the last micro-batch smaller, one more unit would
+    change the rounding of others.
+    """
+    if not len(indices):
+        return ()
+    blanks = indices.new_full((-len(indices) % micro_batch_size,), -1)
+    return torch.cat([indices, blanks]).split(micro_batch_size)
 
 
 def reduce_micro_batches(
@@ -160,14 +174,45 @@ def reduce_micro_batches(
 
     Args:
         recording: opens the recording of so many units: `PerUnitGradients.recording`.
-        micro_batches: indices of units [U], one tensor a pass.
+        micro_batches: indices of units [U], one tensor a pass (`split_units`). A place that is -1
+            is computed as the first unit is, and then dropped: it gives zero.
     """
     for units in micro_batches:
-        with recording(len(units)) as record:
-            with accelerator.autocast():
-                losses = unit_losses(units)
-            losses.sum().backward()
-        yield reduce(record)
+        blank = units < 0
+        with highest_precision():
+            with recording(len(units)) as record:
+                with accelerator.autocast():
+                    losses = unit_losses(units.where(~blank, units[0]))
+                losses.sum().backward()
+            if blank.any():
+                record.drop(blank.to(losses.device))
+            part = reduce(record)
+        yield part
+
+
+@contextmanager
+def highest_precision() -> Iterator[None]:
+    """Within this context, fp32 products are computed in fp32, never in TF32 or bf16.
+
+    Those keep 10 or 7 bits, so a norm could come out too small, and a contribution too large. cuDNN
+    uses TF32 for convolutions unless it is asked not to, and a library can turn it on for products.
+
+    Raises:
+        RuntimeError: this build of PyTorch does not take the setting.
+    """
+    backends = torch.backends
+    operations = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    operations += (backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        if any(operation.fp32_precision != "ieee" for operation in operations):
+            raise RuntimeError("PyTorch computes fp32 products at a lower precision (TF32)")
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
 
 
 def _check_that_weights_moved(engine: PerUnitGradients, before: list[torch.Tensor]) -> None:
