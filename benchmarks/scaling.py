@@ -73,7 +73,7 @@ class Case:
             self.pipeline = load_pipeline(resized(width, folder))
         self.num_weights = sum(p.numel() for p in self.pipeline.unet.parameters())
         add_lora(self.pipeline, LoraArguments(rank=rank))
-        self.engine = PerUnitGradients(self.pipeline.unet)
+        self.engine = PerUnitGradients(self.pipeline.unet, K)
         self.num_weights += self.engine.num_parameters
         self.plan = plan_one_step(N, B, noise_multiplicity=K)
         self.micro = max(1, ROWS // K)

@@ -86,7 +86,7 @@ class Bench:
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
-        self.engine = PerUnitGradients(self.unet)
+        self.engine = PerUnitGradients(self.unet, self.draws)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         self.accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
         self.plan = plan_one_step(10**5, self.units, noise_multiplicity=self.draws)

@@ -104,10 +104,7 @@ def run_method(
         plan.noise_multiplicity,
         stage.randomness,
     )
-    state = build_training_state(engine, adapter, plan, training)
-    if run.checkpoint is not None:
-        state.load_state_dict(run.saved_state())
-    state.recharged = run.recharged
+    state = build_training_state(engine, adapter, plan, run, training)
     fine_tune(stage, state, unit_losses, plan, run, training)
 
     # Publish: the ledger, then the statement, then the weights that it accounts for.
@@ -210,9 +207,10 @@ def build_training_state(
     engine: PerUnitGradients,
     adapter: dict[str, torch.Tensor],
     plan: PrivacyPlan,
+    run: Run,
     training: TrainingArguments,
 ) -> TrainingState:
-    """Optimizer, schedule and moving average, at step 0."""
+    """Optimizer, schedule and moving average: at step 0, or as the run's checkpoint has them."""
     optimizer = build_optimizer(training, engine.parameters, plan)
     lr_scheduler = get_scheduler(
         training.lr_scheduler,
@@ -223,7 +221,12 @@ def build_training_state(
     average = None
     if training.ema_decay:
         average = EMAModel(engine.parameters, decay=training.ema_decay)
-    return TrainingState(engine, optimizer, lr_scheduler, average, adapter)
+    state = TrainingState(
+        engine, optimizer, lr_scheduler, average, adapter, recharged=run.recharged
+    )
+    if run.checkpoint is not None:
+        state.load_state_dict(run.saved_state())
+    return state
 
 
 def fine_tune(
