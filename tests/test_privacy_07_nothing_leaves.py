@@ -71,3 +71,22 @@ def test_a_loop_that_shows_its_batch_size_is_caught(accelerator, monkeypatch):
     with pytest.raises(AssertionError):
         for _ in range(5):  # two batch sizes coincide now and then
             test_what_is_shown_is_the_same_whatever_the_data(accelerator, monkeypatch)
+
+
+def test_the_bar_moves_at_the_rhythm_of_the_trackers(accelerator, monkeypatch):
+    """Ten times a run or so: the time of a single step would give the size of its batch away."""
+    moves = []
+
+    class Bar(training.tqdm):
+        def update(self, n=1):
+            moves.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(training, "tqdm", Bar)
+    world = LinearWorld(["ordinary"] * 50)
+    optimizer = torch.optim.SGD(world.engine.parameters, lr=1.0)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    state = TrainingState(world.engine, optimizer, constant)
+    plan = build_plan(steps=60, num_units=50, expected_batch_size=10)
+    train(accelerator, state, world.losses, plan, SecretRandomness(), 16)
+    assert sum(moves) == 60 and len(moves) <= 12

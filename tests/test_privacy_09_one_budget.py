@@ -11,7 +11,7 @@ from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, 
 from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
-from utils.ledger.charges import list_charged_events
+from utils.ledger.charges import find_smallest_delta, list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.privacy.accounting import pld_epsilon
@@ -48,6 +48,19 @@ def test_what_a_live_run_reserved_counts_until_it_is_handed_back(tmp_path):
     ledger.reserve(terms(5), cap)
     with pytest.raises(UsageError, match="above --total_epsilon"):
         ledger.reserve(terms(1), cap)
+
+
+@pytest.mark.parametrize("first, second", [(1e-4, 5e-4), (5e-4, 1e-4)])
+def test_the_cap_is_measured_at_the_smallest_delta_on_record(tmp_path, first, second):
+    """A larger delta of the newcomer, or of what is there, makes nothing cheaper."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.reserve(terms(5, delta=first)).release(5, "weights")
+    cheap = pld_epsilon([build_plan(steps=n).event() for n in (5, 7)], 5e-4)
+    assert cheap + 0.1 < epsilon_after(5, 7)
+    with pytest.raises(UsageError, match="at delta 0.0001, the smallest on record"):
+        ledger.reserve(terms(7, delta=second), total_epsilon=cheap + 0.1)
+    ledger.reserve(terms(7, delta=second), total_epsilon=epsilon_after(5, 7) + 1e-6)
+    assert find_smallest_delta(ledger.records()) == 1e-4
 
 
 def test_a_run_that_would_exceed_the_budget_is_refused_before_an_image_is_read(tiny_base, tmp_path):

@@ -8,6 +8,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 import utils.privacy.accounting
+from tests.conftest import train_arguments, train_here
 from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.privacy.accounting import (
@@ -103,6 +104,22 @@ def test_disagreeing_accountants_stop_the_run(monkeypatch, relation):
     monkeypatch.setattr(utils.privacy.accounting, "prv_epsilon", wrong)
     with pytest.raises(RuntimeError, match="disagree"):
         account([event(1.0, 0.05, 100)], 1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_accountant_that_gives_no_number_stops_the_run(monkeypatch, value):
+    monkeypatch.setattr(utils.privacy.accounting, "prv_epsilon", lambda *_: value)
+    with pytest.raises(RuntimeError, match="disagree"):
+        account([event(1.0, 0.05, 100)], 1e-5)
+
+
+def test_accountants_that_disagree_leave_no_reservation(
+    monkeypatch, tiny_base, image_folder, tmp_path
+):
+    monkeypatch.setattr(utils.privacy.accounting, "prv_epsilon", lambda *_: float("nan"))
+    with pytest.raises(RuntimeError, match="disagree"):
+        train_here(train_arguments(tiny_base, image_folder, tmp_path / "run"))
+    assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
 
 
 PLANS = [(1.27, 0.97, 8), (0.65, 0.05, 120), (2.0, 1.0, 10), (5.0, 0.2, 300), (0.3, 0.05, 10)]

@@ -66,5 +66,6 @@ def _total(statement: dict) -> str:
     epsilon = everything["epsilon"]
     return (
         f" Together with all else that its ledger records on these data: epsilon = "
-        f"{epsilon['add_or_remove_one']:.3f} ({epsilon['replace_one']:.3f} for replacing one)."
+        f"{epsilon['add_or_remove_one']:.3f} ({epsilon['replace_one']:.3f} for replacing one) at "
+        f"delta = {everything.get('delta', statement['delta']):g}."
     )

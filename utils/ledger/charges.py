@@ -62,14 +62,15 @@ def check_admissible(records: list[dict], terms: dict, cap: float | None, path: 
         )
     if cap is None:
         return
-    spent = pld_epsilon(list_charged_events(records), terms["delta"])
+    delta = find_smallest_delta(records)  # at a larger one, all would come to a smaller epsilon
+    spent = pld_epsilon(list_charged_events(records), delta)
     if spent > cap:
         before = list_charged_events(records[:-1])
-        held = pld_epsilon(before, terms["delta"]) if before else 0.0
+        held = pld_epsilon(before, delta) if before else 0.0
         raise UsageError(
             f"this run would bring the ledger {path} to epsilon {spent:.3f}, above --total_epsilon "
             f"{cap:g}; what is spent or reserved there comes to {held:.3f} at delta "
-            f"{terms['delta']:g}" + _describe_unfinished(records[:-1])
+            f"{delta:g}, the smallest on record" + _describe_unfinished(records[:-1])
         )
 
 
@@ -124,3 +125,13 @@ def list_charged_events(records: list[dict], only: list[str] | None = None) -> l
             terms = [r for r in records if r["run"] == run and r["kind"] == "reserve"][-1]
             events.append({**terms["event"], "steps": steps})
     return events
+
+
+def find_smallest_delta(records: list[dict]) -> float:
+    """The smallest delta of the runs that a ledger is charged for: everything together is quoted at
+    it. Raises: ValueError if there is none."""
+    return min(
+        record["delta"]
+        for record in records
+        if record["kind"] == "reserve" and count_charged_steps(records, record["run"])
+    )

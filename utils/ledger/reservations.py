@@ -9,7 +9,13 @@ from pathlib import Path
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, LEDGER, explain_disk_errors, private_folder, write_durably
-from utils.ledger.charges import CHECKPOINT, count_charged_steps, list_charged_events, select_run
+from utils.ledger.charges import (
+    CHECKPOINT,
+    count_charged_steps,
+    find_smallest_delta,
+    list_charged_events,
+    select_run,
+)
 from utils.ledger.checkpoints import (
     empty_unfinished,
     find_newest_intact,
@@ -135,8 +141,11 @@ def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dic
     if privacy.total_epsilon is None:
         return
     ledger = find_ledger(output_dir, privacy)
-    held = list_charged_events(ledger.records())
-    spent = pld_epsilon([*held, *events], privacy.target_delta)
+    records = ledger.records()
+    held, delta = list_charged_events(records), privacy.target_delta
+    if held:
+        delta = min(delta, find_smallest_delta(records))
+    spent = pld_epsilon([*held, *events], delta)
     if spent > privacy.total_epsilon:
         raise UsageError(
             f"both stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "

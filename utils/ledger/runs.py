@@ -28,7 +28,13 @@ from utils.files import (
     private_folder,
     sync_file,
 )
-from utils.ledger.charges import CHECKPOINT, WEIGHTS, count_charged_steps, list_charged_events
+from utils.ledger.charges import (
+    CHECKPOINT,
+    WEIGHTS,
+    count_charged_steps,
+    find_smallest_delta,
+    list_charged_events,
+)
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
 from utils.ledger.statement import build_statement, write_statement
@@ -184,6 +190,7 @@ class Run:
         statement = build_statement(plan, run_events, account(run_events, plan.delta), is_private)
         ledger = {"run": self.branch.run, "entry": entry["hash"]}
         if len(everything) > len(run_events):
-            epsilon = account(everything, plan.delta)
-            ledger["everything"] = {"events": everything, "epsilon": epsilon.both_relations()}
+            delta = find_smallest_delta(records)
+            epsilon = account(everything, delta).both_relations()
+            ledger["everything"] = {"events": everything, "epsilon": epsilon, "delta": delta}
         return statement | {"files": files, "ledger": ledger}

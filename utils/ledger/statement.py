@@ -34,6 +34,7 @@ def build_statement(plan: PrivacyPlan, events: list[dict], spent: Spent, is_priv
             "pretraining data",
             "choices made by looking at other private results",
             "the number of units, N",
+            "prompts, class names and caption templates, which are published as they were given",
         ],
         "software": {name: version(name) for name in packages},
         "audit": None,

@@ -12,7 +12,13 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.errors import UsageError
 from utils.files import CARD, CHECKPOINTS, LEDGER, PRIVATE, PUBLISHED, STATEMENT, hash_file
-from utils.ledger.charges import CHECKPOINT, WEIGHTS, count_charged_steps, list_charged_events
+from utils.ledger.charges import (
+    CHECKPOINT,
+    WEIGHTS,
+    count_charged_steps,
+    find_smallest_delta,
+    list_charged_events,
+)
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
 from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import REPLACE_ONE, pld_epsilon, prv_epsilon
@@ -34,14 +40,15 @@ class Source:
     extras: tuple[str, ...] = ()  # files there that the statement must account for
 
     def delta(self) -> float:
-        if self.statement is not None:
-            return self.statement["delta"]
-        return min((r["delta"] for r in self.ledger.records() if r["kind"] == "reserve"), default=0)
+        """The delta at which `events` are quoted: of a ledger, the smallest on record."""
+        records = [] if self.ledger is None else self.ledger.records()
+        if list_charged_events(records):
+            return find_smallest_delta(records)
+        return 0 if self.statement is None else self.statement["delta"]
 
     def events(self) -> list[dict]:
-        if self.ledger is not None:
-            return list_charged_events(self.ledger.records())
-        return self.statement["events"]
+        ledger = self.ledger
+        return self.statement["events"] if ledger is None else list_charged_events(ledger.records())
 
 
 def read_source(name: str, revision: str | None) -> Source:
@@ -127,8 +134,7 @@ def _check_with_ledger(source: Source) -> list[str]:
     if source.statement is not None:
         problems += check_ledger(source.statement, records)
     if source.folder is not None:
-        checkpoints = source.folder / PRIVATE / CHECKPOINTS
-        problems += check_checkpoints(records, checkpoints)
+        problems += check_checkpoints(records, source.folder / PRIVATE / CHECKPOINTS)
     return problems
 
 
@@ -159,7 +165,7 @@ def check_statement(statement: dict) -> list[str]:
             problems.append(f"it says PRV epsilon {prv:.4f}; recomputed: {recomputed:.4f}")
     everything = statement.get("ledger", {}).get("everything")
     if everything is not None:
-        epsilon = everything["epsilon"]
+        epsilon, delta = everything["epsilon"], everything.get("delta", delta)
         problems += _check_epsilon(everything["events"], delta, epsilon, "its ledger's total")
     return problems
 
@@ -263,6 +269,9 @@ def check_ledger(statement: dict, records: list[dict]) -> list[str]:
     stated = statement["ledger"].get("everything", {"events": charged})["events"]
     if stated != everything:
         problems.append("the statement's total is not that of the ledger")
+    quoted = statement["ledger"].get("everything", {}).get("delta")
+    if quoted not in (None, find_smallest_delta(records[: index + 1])):
+        problems.append("the statement's total is not quoted at the ledger's smallest delta")
     before, now = (
         count_charged_steps(part, run, live=False) for part in (records[: index + 1], records)
     )

@@ -63,8 +63,10 @@ def reserve(
     Raises:
         UsageError: bad data or an impossible plan (see `load_rows`, `read_captions`, `make_plan`,
             `open_run` and `confirm`).
+        RuntimeError: the accountants disagree.
     """
     rows, plan = _load_and_plan(accelerator, data, training, plan_for)
+    account(plan.events(), plan.delta)  # if the accountants disagree, nothing is reserved
     is_private = privacy.debug_noise_seed is None
     run = on_main_process(lambda: open_run(training, privacy, plan, agreed, is_private))
     try:

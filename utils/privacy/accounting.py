@@ -144,6 +144,6 @@ def account(events: list[dict], delta: float) -> Spent:
         (spent.add_or_remove_one, spent.prv),
         (spent.replace_one, spent.prv_replace_one),
     ):
-        if abs(prv - pld) > 3 * PRV_EPSILON_ERROR + 0.01 * pld:
+        if not abs(prv - pld) <= 3 * PRV_EPSILON_ERROR + 0.01 * pld:  # also where one is NaN
             raise RuntimeError(f"the accountants disagree: PLD {pld:.4f}, PRV {prv:.4f}")
     return spent

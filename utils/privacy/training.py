@@ -264,11 +264,13 @@ class _Progress:
             ahead = min(self.done - self.done % self.every + self.every, self.plan.steps)
             self.epsilon = pld_epsilon(self.plan.events(ahead + self.recharged), self.plan.delta)
         self.done += 1
+        if not due and self.done < self.plan.steps:
+            return  # not each step: its time would give the size of the batch away
         seconds = time.perf_counter() - self.start
         rate = (self.done - self.first) * self.plan.expected_batch_size / seconds
-        self.bar.update()
+        self.bar.update(self.done - self.bar.n)
         self.bar.set_postfix_str(f"epsilon <= {self.epsilon:.2f}, {rate:.0f} images/s")
-        if self.accelerator.trackers and due:  # not each step: its time would tell the batch's size
+        if self.accelerator.trackers and due:
             values = {"learning_rate": learning_rate, "epsilon": self.epsilon}
             self.accelerator.log(values, step=self.done)
 
