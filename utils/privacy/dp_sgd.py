@@ -72,5 +72,6 @@ def add_noise_once(
     total = accelerator.reduce(total, reduction="sum")
     if accelerator.is_main_process:
         noise = plan.noise_std * randomness.noise(total.shape).to(total.device)
-        total = (total + noise).float()  # added at the precision of the noise, then rounded
-    return broadcast(total, from_process=0) / plan.expected_batch_size
+        total = total + noise  # at the precision of the noise
+    # Rounded on every process: what is broadcast must have one type.
+    return broadcast(total.float(), from_process=0) / plan.expected_batch_size
