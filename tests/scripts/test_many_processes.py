@@ -44,8 +44,8 @@ def noise_on_every_process(total, plan, randomness, accelerator):
 def noise_on_one_process_after_sharing(total, plan, randomness, accelerator):
     total = accelerator.reduce(total, reduction="sum")
     if accelerator.is_main_process:
-        total = (total + plan.noise_std * randomness.noise(total.shape)).float()
-    return total / plan.expected_batch_size
+        total = total + plan.noise_std * randomness.noise(total.shape)
+    return total.float() / plan.expected_batch_size
 
 def noise_of_ones_own(total, plan, randomness, accelerator):
     total = accelerator.reduce(total, reduction="sum")
