@@ -70,6 +70,7 @@ class GiveUpArguments:
 
 
 def show(args: ShowArguments) -> None:
+    from utils.ledger.charges import summarise_runs
     from utils.ledger.verification import read_source
     from utils.privacy.accounting import account, pld_epsilon
     from utils.privacy.plots import plot_spent
@@ -104,21 +105,6 @@ def show(args: ShowArguments) -> None:
     print(f"see {args.plot}")
     if args.json:
         print(json.dumps(report))
-
-
-def summarise_runs(records: list[dict]) -> list[dict]:
-    """What each run of a ledger planned and released, and whether it is over."""
-    from utils.ledger.charges import count_charged_steps, is_live, select_run
-
-    runs = []
-    for run in dict.fromkeys(r["run"] for r in records):
-        run_records = select_run(records, run)
-        given_up = run_records[-1]["kind"] == "give_up"
-        state = "given up" if given_up else "unfinished" if is_live(records, run) else "finished"
-        planned = [r for r in run_records if r["kind"] == "reserve"][-1]["event"]["steps"]
-        released = count_charged_steps(records, run, live=False)
-        runs.append({"run": run, "released": released, "planned": planned, "state": state})
-    return runs
 
 
 def verify(args: VerifyArguments) -> None:

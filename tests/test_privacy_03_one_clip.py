@@ -195,14 +195,14 @@ def test_adding_a_unit_changes_nobody_elses_row_by_a_bit(accelerator, trainable,
     assert all(torch.equal(whole[unit], without[unit]) for unit in rest)
 
 
-def test_a_smaller_last_micro_batch_is_caught(accelerator, monkeypatch):
-    """Micro-batches of the old kind: in some shape, somebody's rounding changes."""
+def test_the_shape_of_a_micro_batch_does_change_rounding(accelerator):
+    """So that a last one of another shape would not go unseen."""
     world, changed = UNetWorld("all"), False
     whole = collect_rows(accelerator, world, list(range(6)), 4, False)
     for size in (1, 2, 3, 5, 6):
         other = collect_rows(accelerator, world, list(range(6)), size, False)
         changed |= any(not torch.equal(whole[unit], other[unit]) for unit in range(6))
-    assert changed  # so that a shape that depends on the batch would matter
+    assert changed
 
 
 def test_blank_places_give_zero_whatever_the_first_unit_is(accelerator):
@@ -232,3 +232,15 @@ def test_products_are_never_computed_in_tf32(accelerator, monkeypatch):
     finally:
         backends.cuda.matmul.fp32_precision = before
     assert found == [("ieee", "ieee")] * 4 and total.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bound", [1.1e-13, 3.3e-14, 1.3e-15])
+def test_a_scale_that_fp32_cannot_hold_lets_nobody_count_for_more_than_C(accelerator, bound):
+    """Huge gradients and a tiny bound: fp32 would round the scale by more than is allowed."""
+    layer = nn.Linear(40, 40, bias=False)
+    engine = PerUnitGradients(nn.Sequential(layer))
+    x = 7e14 * torch.ones(1, 2, 40)
+    losses = lambda units: (7e14 * layer(x)).sum((1, 2))  # noqa: E731
+    plan = build_plan(max_grad_norm=bound)
+    total = clipped_gradient_sum(accelerator, engine, losses, torch.tensor([0]), plan, 1)
+    assert total.norm() <= bound * (1 + 1e-5)

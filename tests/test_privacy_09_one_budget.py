@@ -4,16 +4,20 @@ import contextlib
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
 from tests.worlds import build_plan
+from utils.arguments.training import PrivacyArguments
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
 from utils.ledger.charges import find_smallest_delta, list_charged_events
 from utils.ledger.ledger import Ledger
-from utils.ledger.verification import find_problems, read_source
+from utils.ledger.reservations import check_room_for
+from utils.ledger.runs import Run
+from utils.ledger.verification import check_ledger, check_statement, find_problems, read_source
 from utils.privacy.accounting import pld_epsilon
 
 
@@ -61,6 +65,34 @@ def test_the_cap_is_measured_at_the_smallest_delta_on_record(tmp_path, first, se
         ledger.reserve(terms(7, delta=second), total_epsilon=cheap + 0.1)
     ledger.reserve(terms(7, delta=second), total_epsilon=epsilon_after(5, 7) + 1e-6)
     assert find_smallest_delta(ledger.records()) == 1e-4
+
+
+def test_both_stages_to_come_are_measured_at_the_smallest_delta_on_record(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).reserve(terms(5, delta=1e-4)).release(5, "weights")
+    later = [build_plan(steps=7).event()]
+    cheap = pld_epsilon([build_plan(steps=n).event() for n in (5, 7)], 5e-4)
+    privacy = PrivacyArguments(target_delta=5e-4, privacy_ledger=str(path))
+    check_room_for(tmp_path, replace(privacy, total_epsilon=epsilon_after(5, 7) + 1e-6), later)
+    with pytest.raises(UsageError, match="both stages"):
+        check_room_for(tmp_path, replace(privacy, total_epsilon=cheap + 0.1), later)
+
+
+def test_a_statement_quotes_everything_at_the_smallest_delta_on_record(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.reserve(terms(5, delta=1e-4)).release(5, "weights")
+    plan = build_plan(steps=7, delta=5e-4)
+    (tmp_path / "run" / "private").mkdir(parents=True)
+    run = Run(tmp_path / "run", ledger.reserve(plan.terms(True)), {})
+    statement = run.publish(lambda folder: (folder / "a.bin").write_bytes(b"a"), plan, True)
+    together = statement["ledger"]["everything"]
+    assert together["delta"] == 1e-4
+    assert together["epsilon"]["add_or_remove_one"] == epsilon_after(5, 7)
+    assert check_statement(statement) == [] and check_ledger(statement, ledger.records()) == []
+    cheap = pld_epsilon(together["events"], 5e-4)
+    for wrong in ({"delta": 5e-4}, {"epsilon": together["epsilon"] | {"add_or_remove_one": cheap}}):
+        statement["ledger"]["everything"] = together | wrong
+        assert check_statement(statement) + check_ledger(statement, ledger.records())
 
 
 def test_a_run_that_would_exceed_the_budget_is_refused_before_an_image_is_read(tiny_base, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from tests.conftest import ROOT, build_tiny_pipeline
@@ -125,6 +125,14 @@ class Packed(nn.Module):
 def test_a_layer_that_packs_tokens_is_an_error(used):
     """Also where the number of its rows can be divided by that of the units."""
     model = Packed(used)
+    with pytest.raises(RuntimeError, match="mixes rows"):
+        with PerUnitGradients(model, num_draws=3).recording(2):
+            model(torch.ones(6, 4, 4)).sum().backward()
+
+
+def test_a_lora_whose_layer_packs_tokens_is_an_error():
+    model = Packed(2).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["inner"]), model)
     with pytest.raises(RuntimeError, match="mixes rows"):
         with PerUnitGradients(model, num_draws=3).recording(2):
             model(torch.ones(6, 4, 4)).sum().backward()

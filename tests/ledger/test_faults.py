@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, 
 from tests.worlds import LinearWorld, assert_normal, build_plan, train
 from utils.arguments.training import TrainingArguments
 from utils.errors import UsageError
+from utils.files import make_private, replace_file, write_durably
 from utils.ledger import runs
 from utils.ledger.charges import CHECKPOINT, count_charged_steps
 from utils.ledger.checkpoints import (
@@ -218,3 +220,19 @@ def test_only_a_checkpoint_that_is_still_unfinished_is_taken_back(tmp_path):
     announce_checkpoint(run.checkpoints, 3)
     branch.release(3, CHECKPOINT)
     assert charged() == 2 and not list(run.checkpoints.iterdir())
+
+
+def test_a_private_folder_that_is_there_already_gets_its_mode(tmp_path):
+    (tmp_path / "private").mkdir(mode=0o755)
+    (tmp_path / "private").chmod(0o755)
+    make_private(tmp_path / "private")
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    write_durably(path, "whole")
+    with pytest.raises(OSError), replace_file(path) as aside:
+        aside.write_text("ha")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -73,6 +73,13 @@ def test_one_vote_too_many_is_caught(accelerator, monkeypatch):
         test_one_unit_moves_the_scores_by_at_most_the_sensitivity(accelerator, "voting")
 
 
+def test_a_unit_without_a_gradient_gives_no_vote(accelerator):
+    world = LinearWorld(["zero"] * 3, wide=True)
+    scoring = scoring_for(world.engine.names, "voting")
+    units = torch.arange(3)
+    assert not sum_scores(accelerator, world.engine, world.losses, units, scoring, 2).any()
+
+
 def test_the_noise_is_that_of_the_sensitivity():
     """sigma times sqrt(k) for k votes, sigma otherwise."""
     privacy = PrivacyArguments(target_epsilon=8.0, target_delta=1e-4)

@@ -170,3 +170,7 @@ def test_each_module_loads_from_another_folder_and_leaves_no_copy_of_what_it_saw
 
 def test_the_library_is_found_beside_the_script_of_its_name():
     assert hasattr(evaluate, "load")
+    code = "import evaluate; evaluate.load('./utils/metrics/frechet_distance')"
+    command = [sys.executable, "-c", code]  # as a reader of the docs types it, in this folder
+    run = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -135,3 +135,16 @@ def find_smallest_delta(records: list[dict]) -> float:
         for record in records
         if record["kind"] == "reserve" and count_charged_steps(records, record["run"])
     )
+
+
+def summarise_runs(records: list[dict]) -> list[dict]:
+    """What each run of a ledger planned and released, and whether it is over."""
+    runs = []
+    for run in dict.fromkeys(r["run"] for r in records):
+        run_records = select_run(records, run)
+        given_up = run_records[-1]["kind"] == "give_up"
+        state = "given up" if given_up else "unfinished" if is_live(records, run) else "finished"
+        planned = [r for r in run_records if r["kind"] == "reserve"][-1]["event"]["steps"]
+        released = count_charged_steps(records, run, live=False)
+        runs.append({"run": run, "released": released, "planned": planned, "state": state})
+    return runs

@@ -24,14 +24,14 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
-from utils.methods.planning import PlanFor, describe, preview, reserve
+from utils.methods.planning import PlanFor, describe, plan_training, preview, reserve
 from utils.methods.publishing import check_repository, describe_setup, save_samples
 from utils.methods.saliency_file import find_paid_selection, join_ledger
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.models.pipelines import collect_trained_modules
 from utils.privacy.accounting import account
 from utils.privacy.optimizers import build_optimizer
-from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.plan import PrivacyPlan
 from utils.privacy.training import TrainingState, UnitLosses, private_steps
 
 
@@ -81,7 +81,7 @@ def run_method(
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
 
     # Plan what will be spent, and reserve it.
-    plan_for = find_terms(method, stage, data, privacy, training)
+    plan_for = make_plan_for(method, stage, data, privacy, training)
     if training.dry_run:
         private_set, plan = preview(accelerator, data, privacy, training, plan_for)
         accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
@@ -116,7 +116,7 @@ def run_method(
         print(f"published {publish_model(run.output_dir, hub)}")
 
 
-def find_terms(
+def make_plan_for(
     method: Method,
     stage: Stage,
     data: DataArguments,
@@ -134,25 +134,6 @@ def find_terms(
     )
     terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
     return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)
-
-
-def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:
-    """The plan of a training stage; `terms` are the steps and other fields of `PrivacyPlan`.
-
-    Raises:
-        UsageError: see `make_plan`.
-    """
-    return make_plan(
-        target_epsilon=privacy.target_epsilon,
-        noise_multiplier=privacy.noise_multiplier,
-        num_units=num_units,
-        expected_batch_size=privacy.expected_batch_size,
-        max_grad_norm=privacy.max_grad_norm,
-        delta=privacy.target_delta,
-        noise_multiplicity=privacy.noise_multiplicity,
-        clipping=privacy.clipping,
-        **terms,
-    )
 
 
 def announce(plan: PrivacyPlan, run: Run, engine: PerUnitGradients, skipped: int) -> str:

@@ -15,10 +15,29 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.reservations import confirm, find_ledger, open_run
 from utils.ledger.runs import Run
 from utils.privacy.accounting import account
-from utils.privacy.plan import PrivacyPlan, summarise_plan
+from utils.privacy.plan import PrivacyPlan, make_plan, summarise_plan
 
 # The plan for a number of units; raises UsageError if it is impossible.
 PlanFor = Callable[[int], PrivacyPlan]
+
+
+def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:
+    """The plan of a training stage; `terms` are the steps and other fields of `PrivacyPlan`.
+
+    Raises:
+        UsageError: see `make_plan`.
+    """
+    return make_plan(
+        target_epsilon=privacy.target_epsilon,
+        noise_multiplier=privacy.noise_multiplier,
+        num_units=num_units,
+        expected_batch_size=privacy.expected_batch_size,
+        max_grad_norm=privacy.max_grad_norm,
+        delta=privacy.target_delta,
+        noise_multiplicity=privacy.noise_multiplicity,
+        clipping=privacy.clipping,
+        **terms,
+    )
 
 
 def preview(

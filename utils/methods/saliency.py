@@ -23,6 +23,9 @@ from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.privacy.training import UnitLosses, reduce_micro_batches, split_units
 
+# A squared norm that stands for none: the engine adds at most this much for rounding.
+NO_GRADIENT = 1e-20
+
 
 def find_candidates(unet: UNet2DConditionModel, scope: str) -> dict[str, nn.Module]:
     """The Linear and Conv2d layers whose weights are ranked, by name, from input to output.
@@ -91,7 +94,7 @@ class Scoring:
         if self.mechanism == "voting":
             chosen = squared_norms.topk(self.votes, dim=1).indices
             votes = torch.zeros_like(squared_norms).scatter(1, chosen, 1.0)
-            return votes * (squared_norms.sum(1) > 0)[:, None]
+            return votes * (squared_norms.sum(1) > NO_GRADIENT)[:, None]
         total = squared_norms.sum(1, keepdim=True).clamp_min(self.clip**2)
         parts = squared_norms / total * (1 - 1e-9)  # so that rounding cannot lift the sum above 1
         index = torch.tensor([self.names.index(group) for group in self.groups])

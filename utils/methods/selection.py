@@ -32,8 +32,7 @@ from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import SELECTION, claim_output_dir
 from utils.methods.choice import Keep, build_keep, conclude
-from utils.methods.fine_tuning import plan_training
-from utils.methods.planning import describe, preview, reserve
+from utils.methods.planning import describe, plan_training, preview, reserve
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
 from utils.methods.saliency_file import Saliency, read_saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
