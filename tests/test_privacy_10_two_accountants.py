@@ -98,8 +98,8 @@ def test_calibration_meets_the_budget_and_wastes_little(epsilon):
 def test_disagreeing_accountants_stop_the_run(monkeypatch, relation):
     whole = utils.privacy.accounting.prv_epsilon
 
-    def wrong(events, delta, asked=ADD_OR_REMOVE_ONE):
-        return whole(events, delta, asked) - (1.0 if asked == relation else 0.0)
+    def wrong(events, delta, asked, error):
+        return whole(events, delta, asked, error) - (1.0 if asked == relation else 0.0)
 
     monkeypatch.setattr(utils.privacy.accounting, "prv_epsilon", wrong)
     with pytest.raises(RuntimeError, match="disagree"):
@@ -111,6 +111,26 @@ def test_an_accountant_that_gives_no_number_stops_the_run(monkeypatch, value):
     monkeypatch.setattr(utils.privacy.accounting, "prv_epsilon", lambda *_: value)
     with pytest.raises(RuntimeError, match="disagree"):
         account([event(1.0, 0.05, 100)], 1e-5)
+
+
+EXTREMES = [  # sigma, q, steps, delta
+    *((0.3, 0.1, 1000, 1e-5), (0.2, 0.001, 100, 1e-5), (0.2, 0.5, 10, 1e-5), (1.0, 1.0, 1, 1e-12)),
+    *((1e4, 1.0, 10, 1e-12), (1e4, 0.01, 1, 0.4), (5.0, 0.5, 10, 0.4), (1.0, 1e-6, 1000, 1e-7)),
+    *((1.0, 0.01, 1000, 1e-12), (0.9, 1.0, 100, 1e-5)),
+]
+
+
+@pytest.mark.parametrize("sigma, q, steps, delta", EXTREMES)
+def test_the_extremes_that_can_be_asked_for_are_accounted_for_twice(sigma, q, steps, delta):
+    spent = account([event(sigma, q, steps)], delta)
+    assert 0 <= spent.add_or_remove_one <= spent.replace_one < 600
+    assert 0 <= spent.prv < math.inf and 0 <= spent.prv_replace_one < math.inf
+
+
+@pytest.mark.parametrize("sigma, q, steps", [(0.5, 1.0, 100), (0.2, 0.5, 1000)])
+def test_what_protects_nobody_is_refused_in_a_sentence(sigma, q, steps):
+    with pytest.raises(UsageError, match="protects nobody"):
+        account([event(sigma, q, steps)], 1e-5)
 
 
 def test_accountants_that_disagree_leave_no_reservation(
@@ -169,6 +189,10 @@ GOOD = {
         ({"delta": 1e-3}, "below 1/N"),
         ({"delta": 0.0}, "must be positive"),
         ({"delta": None}, "give --target_delta"),
+        ({"delta": 1e-16}, "rounding of numbers hides"),
+        ({"delta": 1e-16, "target_epsilon": None, "noise_multiplier": 1.0}, "rounding of numbers"),
+        ({"target_epsilon": 1000.0}, "protects nobody"),
+        ({"num_units": 3, "delta": 0.1}, "number of units, 3"),
         ({"expected_batch_size": 1001}, "number of units"),
         ({"expected_batch_size": 0}, "between 1 and"),
         ({"target_epsilon": 0.0}, "no finite noise"),

@@ -38,7 +38,7 @@ from utils.ledger.charges import (
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
 from utils.ledger.statement import build_statement, write_statement
-from utils.privacy.accounting import account
+from utils.privacy.accounting import account, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
 
 NOTE = "run"  # in private/: the name of the folder's run, noted before it is reserved
@@ -191,6 +191,6 @@ class Run:
         ledger = {"run": self.branch.run, "entry": entry["hash"]}
         if len(everything) > len(run_events):
             delta = find_smallest_delta(records)
-            epsilon = account(everything, delta).both_relations()
+            epsilon = pld_both_relations(everything, delta)
             ledger["everything"] = {"events": everything, "epsilon": epsilon, "delta": delta}
         return statement | {"files": files, "ledger": ledger}

@@ -21,9 +21,10 @@ from utils.ledger.charges import (
 )
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
 from utils.ledger.ledger import Ledger
-from utils.privacy.accounting import REPLACE_ONE, pld_epsilon, prv_epsilon
+from utils.privacy.accounting import pld_both_relations, prv_epsilon, prv_error
 
-PLD_TOLERANCE, PRV_TOLERANCE = 1e-3, 0.02  # versions of the accountants may differ this much
+# Versions of the accountants may differ this much, the second by so much of epsilon.
+PLD_TOLERANCE, PRV_TOLERANCE, PRV_RELATIVE_TOLERANCE = 1e-3, 0.02, 2e-3
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
 # What a repository may hold beside the files of its statement.
@@ -160,8 +161,8 @@ def check_statement(statement: dict) -> list[str]:
         pld, prv = claimed["pld"]["epsilon"], claimed["prv"]["epsilon"]
         if pld != statement["epsilon"]["add_or_remove_one"]:
             problems.append("its PLD accountant and its epsilon differ")
-        recomputed = prv_epsilon(statement["events"], delta)
-        if abs(prv - recomputed) > PRV_TOLERANCE:
+        recomputed = prv_epsilon(statement["events"], delta, error=prv_error(pld))
+        if not abs(prv - recomputed) <= PRV_TOLERANCE + PRV_RELATIVE_TOLERANCE * pld:
             problems.append(f"it says PRV epsilon {prv:.4f}; recomputed: {recomputed:.4f}")
     everything = statement.get("ledger", {}).get("everything")
     if everything is not None:
@@ -177,10 +178,7 @@ def _check_epsilon(events: list[dict], delta: float, claimed: dict, what: str) -
         sane = 0 < event["sampling_rate"] <= 1 and event["noise_multiplier"] > 0
         if not sane or event["steps"] < 1 or event["steps"] != int(event["steps"]):
             return [f"{what} has an event with an impossible rate, noise or number of steps"]
-    found = {
-        "add_or_remove_one": pld_epsilon(events, delta),
-        "replace_one": pld_epsilon(events, delta, REPLACE_ONE),
-    }
+    found = pld_both_relations(events, delta)
     return [
         f"{what} says epsilon {claimed[relation]:.4f} ({relation.replace('_', ' ')}); its events "
         f"come to {epsilon:.4f}"

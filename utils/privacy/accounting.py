@@ -5,6 +5,7 @@ or removing one unit, and also given for replacing one.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import dp_accounting
@@ -17,7 +18,9 @@ from utils.errors import UsageError
 ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
 PLD_INTERVAL = 1e-3  # discretisation of the privacy loss; PLD rounds it up, never down
-PRV_EPSILON_ERROR = 0.01
+PRV_EPSILON_ERROR, PRV_RELATIVE_ERROR = 0.01, 1e-3
+# Beyond these, fp64 is too coarse for one of the accountants.
+SMALLEST_DELTA, LARGEST_EPSILON = 1e-12, 600.0
 
 
 def _dp_event(events: list[dict]) -> dp_accounting.DpEvent:
@@ -38,14 +41,36 @@ def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) ->
     return accountant.compose(_dp_event(events)).get_epsilon(delta)
 
 
+def pld_both_relations(events: list[dict], delta: float) -> dict[str, float]:
+    """The epsilon of `events`, by PLD, by the name of each relation."""
+    return {
+        "add_or_remove_one": pld_epsilon(events, delta),
+        "replace_one": pld_epsilon(events, delta, REPLACE_ONE),
+    }
+
+
 def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> list[float]:
     """The epsilon of `events`, by PLD, at each of `deltas`."""
     accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(events))
     return [accountant.get_epsilon(delta) for delta in deltas]
 
 
-def prv_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
-    """The same by privacy random variables (Gopi et al. 2021; Opacus)."""
+def prv_error(epsilon: float) -> float:
+    """How exactly PRV is asked for an epsilon about as large: to 0.01, or one part in a thousand.
+
+    Its time grows with epsilon / error, to a minute for an epsilon of hundreds at 0.01.
+    """
+    return max(PRV_EPSILON_ERROR, PRV_RELATIVE_ERROR * epsilon)
+
+
+def prv_epsilon(
+    events: list[dict],
+    delta: float,
+    relation=ADD_OR_REMOVE_ONE,
+    error: float = PRV_EPSILON_ERROR,
+) -> float:
+    """The same by privacy random variables (Gopi et al. 2021; Opacus); an upper bound, at most
+    2 * `error` too large."""
     # Opacus takes seconds to import.
     from opacus.accountants import PRVAccountant
 
@@ -53,8 +78,11 @@ def prv_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) ->
 
     accountant = PRVAccountant() if relation == ADD_OR_REMOVE_ONE else ReplaceOnePRVAccountant()
     accountant.history = [(e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events]
-    with np.errstate(divide="ignore"):  # Opacus takes log(1 - q), also where q is 1
-        return float(accountant.get_epsilon(delta, eps_error=PRV_EPSILON_ERROR))
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        # Opacus takes log(1 - q), also where q is 1, and suggests what its user cannot set.
+        warnings.simplefilter("ignore")
+        epsilon = float(accountant.get_epsilon(delta, eps_error=error))
+    return epsilon if not epsilon < 0 else 0.0  # negative where delta alone covers everything
 
 
 def calibrate_noise_multiplier(
@@ -64,10 +92,16 @@ def calibrate_noise_multiplier(
     most `epsilon`, add or remove one.
 
     Raises:
-        UsageError: epsilon is not positive, or too small for any noise up to `LARGEST_NOISE`.
+        UsageError: epsilon is not positive, above `LARGEST_EPSILON`, or too small for any noise up
+            to `LARGEST_NOISE`.
     """
     if not 0 < epsilon < math.inf:
         raise UsageError(f"--target_epsilon {epsilon} must be positive: no finite noise reaches it")
+    if epsilon > LARGEST_EPSILON:
+        raise UsageError(
+            f"--target_epsilon {epsilon:g} is above {LARGEST_EPSILON:g}: it protects nobody, and is "
+            "more than the accountants can compute; common budgets are 1 to 10"
+        )
 
     def event(sigma: float) -> dp_accounting.DpEvent:
         return _dp_event(
@@ -131,19 +165,21 @@ def account(events: list[dict], delta: float) -> Spent:
     """Account for `events` twice.
 
     Raises:
+        UsageError: they come to more than `LARGEST_EPSILON`.
         RuntimeError: PLD and PRV differ by more than their numerical error.
     """
-    spent = Spent(
-        delta=delta,
-        add_or_remove_one=pld_epsilon(events, delta),
-        replace_one=pld_epsilon(events, delta, REPLACE_ONE),
-        prv=prv_epsilon(events, delta),
-        prv_replace_one=prv_epsilon(events, delta, REPLACE_ONE),
-    )
-    for pld, prv in (
-        (spent.add_or_remove_one, spent.prv),
-        (spent.replace_one, spent.prv_replace_one),
-    ):
+    plds, prvs = [], []
+    for relation, what in ((ADD_OR_REMOVE_ONE, "adding or removing"), (REPLACE_ONE, "replacing")):
+        pld = pld_epsilon(events, delta, relation)
+        if pld > LARGEST_EPSILON:
+            raise UsageError(
+                f"epsilon comes to {pld:.0f} for {what} one unit, which protects nobody and is more "
+                f"than the accountants can compute ({LARGEST_EPSILON:g}): allow more noise, fewer "
+                "steps or smaller batches"
+            )
+        prv = prv_epsilon(events, delta, relation, prv_error(pld))
         if not abs(prv - pld) <= 3 * PRV_EPSILON_ERROR + 0.01 * pld:  # also where one is NaN
             raise RuntimeError(f"the accountants disagree: PLD {pld:.4f}, PRV {prv:.4f}")
-    return spent
+        plds.append(pld)
+        prvs.append(prv)
+    return Spent(delta, *plds, *prvs)

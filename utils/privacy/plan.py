@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
 from utils.errors import UsageError
-from utils.privacy.accounting import Spent, calibrate_noise_multiplier
+from utils.privacy.accounting import SMALLEST_DELTA, Spent, calibrate_noise_multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,11 @@ def _check_plan(plan: PrivacyPlan, target_epsilon: float | None) -> None:
         raise UsageError(
             f"--target_delta {delta:g} must be positive and below 1/N = {1 / units:.3g} for "
             f"{units} units: at 1/N a mechanism may publish one unit outright"
+        )
+    if delta < SMALLEST_DELTA:
+        raise UsageError(
+            f"--target_delta {delta:g} is below {SMALLEST_DELTA:g}, where the rounding of numbers "
+            "hides what the accountants compute; 1 / (N ln N) is a common choice"
         )
     if not 0 < plan.expected_batch_size <= units:
         raise UsageError(
