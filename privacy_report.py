@@ -126,10 +126,12 @@ def verify(args: VerifyArguments) -> None:
         )
     if source.statement is not None and source.folder is not None:
         print(f"ok: the {len(source.statement['files'])} published file(s) are those paid for")
-    if source.ledger is not None:
-        print("ok: the ledger is whole, and agrees with the statement and the checkpoints")
-    else:
+    if source.ledger is None:
         print("its ledger is not here, and was not checked")
+    elif source.statement is None:
+        print("ok: the ledger is whole; there is no statement here that it could be compared with")
+    else:
+        print("ok: the ledger is whole, and agrees with the statement and the checkpoints")
 
 
 def fill_in(args: PlanArguments) -> None:

@@ -1,8 +1,10 @@
 """Tiny real models and tiny image folders, made once per test run."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # the user's memory of ledgers is left alone
 
 import contextlib
 import gc

@@ -1,6 +1,8 @@
 """Clause 9: all that is done with the same data is composed, and stays within one budget."""
 
 import contextlib
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,10 +17,11 @@ from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
 from utils.ledger.charges import find_smallest_delta, list_charged_events
 from utils.ledger.ledger import Ledger
+from utils.ledger.remembered import find_other_ledgers, remember_run
 from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
 from utils.ledger.verification import check_ledger, check_statement, find_problems, read_source
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_both_relations, pld_epsilon
 
 
 def terms(steps: int = 5, **changes) -> dict:
@@ -93,6 +96,10 @@ def test_a_statement_quotes_everything_at_the_smallest_delta_on_record(tmp_path)
     for wrong in ({"delta": 5e-4}, {"epsilon": together["epsilon"] | {"add_or_remove_one": cheap}}):
         statement["ledger"]["everything"] = together | wrong
         assert check_statement(statement) + check_ledger(statement, ledger.records())
+    consistent = {"delta": 5e-4, "epsilon": pld_both_relations(together["events"], 5e-4)}
+    statement["ledger"]["everything"] = together | consistent
+    assert check_statement(statement) == []
+    assert "smallest delta" in check_ledger(statement, ledger.records())[0]
 
 
 def test_a_run_that_would_exceed_the_budget_is_refused_before_an_image_is_read(tiny_base, tmp_path):
@@ -110,7 +117,62 @@ def test_a_dry_run_is_refused_too_and_reserves_nothing(tiny_base, image_folder, 
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *shared)
     assert '"noise_multiplier"' in train_here(arguments)
     assert not (tmp_path / "shared.jsonl").exists()
-    assert "above --total_epsilon" in train_here([*arguments, "--total_epsilon", 1])
+    capped = [*arguments, "--total_epsilon", 1, "--start_ledger"]
+    assert "above --total_epsilon" in train_here(capped)
+
+
+def test_a_shared_ledger_that_is_not_there_is_no_fresh_budget(tiny_base, image_folder, tmp_path):
+    """A mistyped name, or a disk that is not mounted, would forget all that was spent."""
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
+    capped = [*arguments, "--total_epsilon", 9, "--privacy_ledger"]
+    assert "correct its name, or start it" in train_here([*capped, tmp_path / "shared.jsonl"])
+    nowhere = tmp_path / "not_mounted" / "shared.jsonl"
+    for more in ([], ["--start_ledger"]):
+        assert "its folder does not exist" in train_here([*capped, nowhere, *more])
+    assert not nowhere.parent.exists()
+    started = [*capped, tmp_path / "shared.jsonl", "--start_ledger"]
+    assert '"noise_multiplier"' in train_here(started)
+
+
+def test_runs_on_the_same_images_in_other_ledgers_are_named(
+    tiny_base, image_folder, tmp_path, monkeypatch, capsys
+):
+    """Five runs in five folders are five cards of epsilon 8, and five times the harm."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def warnings(name: str, *more) -> list[str]:
+        capsys.readouterr()
+        train_here(train_arguments(tiny_base, image_folder, tmp_path / name, *more))
+        return [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+
+    assert warnings("planned", "--dry_run") == [] == warnings("first")
+    ledgers = [tmp_path / name / "private" / "ledger.jsonl" for name in ("first", "second")]
+    for name in ("second", "third"):
+        for more in (["--dry_run"], []):
+            found = warnings(name, *more)
+            assert re.search(f"{ledgers[0]}, which stands at epsilon (7.9|8.0)", found[0])
+            assert len(found) == (1 if name == "second" else 2)
+    assert str(ledgers[1]) in found[1]
+
+    shared = ["--privacy_ledger", ledgers[0]]
+    assert all(str(ledgers[0]) not in line for line in warnings("fourth", *shared))
+    # A ledger that was deleted spent what it spent, also if the same folder is used anew.
+    shutil.rmtree(tmp_path / "second")
+    found = warnings("second")
+    gone = [line for line in found if "is gone" in line]
+    assert len(gone) == 1
+    assert re.search(f"planned epsilon (7.9|8.0).* whose ledger {ledgers[1]} is gone", gone[0])
+    memory = tmp_path / "state" / "private-adapters"
+    assert memory.stat().st_mode & 0o777 == 0o700 and not (tmp_path / "second" / "state").exists()
+
+
+def test_a_home_that_cannot_be_written_stops_no_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "state").write_text("a file, where a folder should be")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    remember_run("scans", ledger, "a run", 8.0, 1e-5)
+    assert "cannot be warned" in capsys.readouterr().err
+    assert find_other_ledgers("scans", ledger) == []
 
 
 def test_two_runs_at_once_cannot_both_take_the_last_of_the_budget(
@@ -118,6 +180,7 @@ def test_two_runs_at_once_cannot_both_take_the_last_of_the_budget(
 ):
     """Two real processes, started together, on a ledger that has room for one."""
     shared = ["--privacy_ledger", tmp_path / "shared.jsonl", "--total_epsilon", 9]
+    shared += ["--start_ledger"]
     runs = []
     for name in ("first", "second"):
         arguments = train_arguments(tiny_base, image_folder, tmp_path / name, *shared)

@@ -52,6 +52,7 @@
         ledger              the append-only file, chained by hashes
         charges             what its records come to: steps, events, and what may join them
         runs                a run: its folder, branch in the ledger, checkpoints, publication
+        remembered          which ledgers a private set was charged to, on this machine
         reservations        reserve a plan, or find the run to resume
         checkpoints         whole or absent, never with a generator in them
         statement           privacy.json

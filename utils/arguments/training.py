@@ -83,6 +83,9 @@ class PrivacyArguments:
         "OUTPUT_DIR/private/ledger.jsonl",
         None,
     )
+    start_ledger: bool = option(
+        "with --total_epsilon: start --privacy_ledger anew if it is not there", False
+    )
     total_epsilon: float | None = option(
         "refuse to start if everything in the ledger, this run included, would exceed this", None
     )

@@ -27,6 +27,14 @@ def load_rows(data: DataArguments, cache_dir: str | Path | None = None) -> Datas
     return rows if count is None or count >= len(rows) else rows.select(range(count))
 
 
+def name_source(data: DataArguments) -> str:
+    """The name under which a private set is remembered: its folder, or its Hub id."""
+    name = data.train_data_dir or data.dataset_name
+    if Path(name).exists():
+        return str(Path(name).resolve())
+    return name if data.dataset_config_name is None else f"{name}, {data.dataset_config_name}"
+
+
 def load_split(
     dataset_name: str | None,
     dataset_config_name: str | None,

@@ -159,11 +159,19 @@ def find_ledger(output_dir: Path, privacy: PrivacyArguments, link: bool = False)
     With `link` a shared one is linked to from OUTPUT_DIR/private, so that it can be found again.
 
     Raises:
-        UsageError: the folder's run is in another ledger.
+        UsageError: the folder's run is in another ledger; or the shared one is not there, though a
+            cap is to be measured on what it holds, nor is its folder.
     """
     here, shared = private_folder(output_dir) / LEDGER, privacy.privacy_ledger
     if shared is None or here.resolve() == Path(shared).resolve():
         return Ledger(here)
+    if not Path(shared).resolve().parent.is_dir():
+        raise UsageError(f"--privacy_ledger {shared}: its folder does not exist")
+    if privacy.total_epsilon is not None and not (Path(shared).exists() or privacy.start_ledger):
+        raise UsageError(
+            f"--privacy_ledger {shared} is not there, so nothing that was spent before would count "
+            "towards --total_epsilon: correct its name, or start it with --start_ledger"
+        )
     if here.exists():
         raise UsageError(
             f"the run in {output_dir} is recorded in {here.resolve()}, not in {shared}"

@@ -272,7 +272,9 @@ def select_first(
             raise UsageError(f"{found} was made with other settings: {'; '.join(changed)}")
         return str(found)
     on_main_process(lambda: claim_output_dir(training).release())
-    ledger = privacy.privacy_ledger or private_folder(output_dir) / LEDGER
+    if privacy.privacy_ledger is None:  # the folder's: the selection starts it
+        ledger = str(private_folder(output_dir) / LEDGER)
+        privacy = replace(privacy, privacy_ledger=ledger, start_ledger=True)
     paid = list_steps(private_folder(folder) / CHECKPOINTS)  # an earlier attempt, interrupted
     if training.resume_from_checkpoint is not None and not paid:
         raise UsageError(f"--output_dir {output_dir} holds no selection to resume from")
@@ -283,5 +285,5 @@ def select_first(
         latents_dir=str(choose_latents_folder(training)),
         discard_latents=False,
     )
-    run_selection(model, data, replace(privacy, privacy_ledger=str(ledger)), within, lora, args)
+    run_selection(model, data, privacy, within, lora, args)
     return str(found)

@@ -99,8 +99,8 @@ def calibrate_noise_multiplier(
         raise UsageError(f"--target_epsilon {epsilon} must be positive: no finite noise reaches it")
     if epsilon > LARGEST_EPSILON:
         raise UsageError(
-            f"--target_epsilon {epsilon:g} is above {LARGEST_EPSILON:g}: it protects nobody, and is "
-            "more than the accountants can compute; common budgets are 1 to 10"
+            f"--target_epsilon {epsilon:g} is above {LARGEST_EPSILON:g}: it protects nobody, and "
+            "is more than the accountants can compute; common budgets are 1 to 10"
         )
 
     def event(sigma: float) -> dp_accounting.DpEvent:
@@ -173,9 +173,9 @@ def account(events: list[dict], delta: float) -> Spent:
         pld = pld_epsilon(events, delta, relation)
         if pld > LARGEST_EPSILON:
             raise UsageError(
-                f"epsilon comes to {pld:.0f} for {what} one unit, which protects nobody and is more "
-                f"than the accountants can compute ({LARGEST_EPSILON:g}): allow more noise, fewer "
-                "steps or smaller batches"
+                f"epsilon comes to {pld:.0f} for {what} one unit, which protects nobody and is "
+                f"more than the accountants can compute ({LARGEST_EPSILON:g}): take more noise, "
+                "fewer steps or smaller batches"
             )
         prv = prv_epsilon(events, delta, relation, prv_error(pld))
         if not abs(prv - pld) <= 3 * PRV_EPSILON_ERROR + 0.01 * pld:  # also where one is NaN

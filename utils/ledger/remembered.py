@@ -1,0 +1,81 @@
+"""Which ledgers a private set was charged to, remembered outside all output folders.
+
+Two ledgers about the same people know nothing of each other, though their budgets add up. This
+file lets a new run warn of the others. It is a reminder and no proof: it knows only the runs of
+this user on this machine.
+"""
+
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock
+
+from utils.errors import UsageError
+from utils.files import make_private, write_durably
+from utils.ledger.charges import find_smallest_delta, list_charged_events, select_run
+from utils.ledger.ledger import Ledger
+from utils.privacy.accounting import pld_epsilon
+
+
+def locate_memory() -> Path:
+    """The file: in XDG_STATE_HOME, or in ~/.local/state."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "private-adapters" / "ledgers.json"
+
+
+def remember_run(source: str, ledger: Ledger, run: str, epsilon: float, delta: float) -> None:
+    """Note that `source`, a folder or Hub id, is charged to `ledger` for `run`.
+
+    Args:
+        epsilon: what the run plans to spend, add or remove one, at `delta`.
+    """
+    path = locate_memory()
+    entry = {"ledger": str(ledger.path), "run": run, "epsilon": epsilon, "delta": delta}
+    entry["date"] = datetime.now(UTC).date().isoformat()
+    try:
+        make_private(path.parent)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            known = _read(path)
+            known.setdefault(source, []).append(entry)
+            write_durably(path, json.dumps(known, indent=2) + "\n")
+    except OSError as error:
+        print(f"warning: later runs cannot be warned of this ledger: {error}", file=sys.stderr)
+
+
+def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
+    """A sentence for each ledger but `ledger` that `source` was charged to, and for each run that
+    was charged to a ledger which is gone."""
+    entries, sentences = _read(locate_memory()).get(source, []), []
+    for path in dict.fromkeys(entry["ledger"] for entry in entries):
+        try:
+            records = Ledger(path).records()
+        except UsageError:  # damaged, or not to be read: as good as gone
+            records = []
+        charged = [entry for entry in entries if entry["ledger"] == path]
+        events = list_charged_events(records)
+        if path != str(ledger.path) and events:
+            delta = find_smallest_delta(records)
+            sentences.append(
+                f"{source} was also charged to the ledger {path}, which stands at epsilon "
+                f"{pld_epsilon(events, delta):.3f} at delta {delta:g}. For the same people both "
+                f"add up: --privacy_ledger {path} would count them together"
+            )
+        sentences += [
+            f"{source} was also charged to run {entry['run']} of {entry['date']} (planned epsilon "
+            f"{entry['epsilon']:.3f} at delta {entry['delta']:g}), whose ledger {path} is gone. If "
+            "anything that it made was kept or shown, that adds up"
+            for entry in charged
+            if not select_run(records, entry["run"])
+        ]
+    return sentences
+
+
+def _read(path: Path) -> dict[str, list[dict]]:
+    try:
+        known = json.loads(path.read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
