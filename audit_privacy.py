@@ -4,6 +4,7 @@
     python audit_privacy.py --mutants            # and broken on purpose, six ways: are they caught?
     python audit_privacy.py --mutant no_noise    # one of them
     python audit_privacy.py --canaries images    # a weaker, more realistic attacker
+    python audit_privacy.py --replay --mutants   # another audit, in half a minute: see below
     python audit_privacy.py --pretrained_model_name_or_path MODEL --train_data_dir scans \\
         --caption_column text --target_epsilon 4 --noise_multiplicity 8    # your own set-up
 
@@ -15,13 +16,22 @@ cover. With `images` the canaries are images of noise, and the attacker sees the
 after.
 
 Writes audit.json and audit.png to --output_dir. A bound far below the reported epsilon proves
-little by itself; that the mutants are caught proves that the audit can see.
+little by itself; that the mutants are caught proves that the audit can see. On your own images, the
+audit is a private run: it is recorded in a ledger, what it finds goes into OUTPUT_DIR/private and
+is not for publication, and mutants, which protect nobody, are refused.
+
+`--replay` takes some steps of the real loop with and without one unit, all randomness the same:
+nobody else may be sampled or computed otherwise, the sum may move by at most C, and the noise must
+be there. It catches all six mutants, also shuffled batches, which guessing cannot see. It reads no
+images. Add --replay_audit to a training script to do that with your model and arguments, before
+anything is spent.
 """
 
 import json
+import sys
 from pathlib import Path
 
-from utils.arguments.audit import MUTANTS, AuditArguments
+from utils.arguments.audit import MUTANTS, AuditArguments, check_images, names_images
 from utils.arguments.parsing import parse
 from utils.arguments.training import DataArguments
 from utils.errors import run_script
@@ -50,14 +60,35 @@ def build_report(findings: list[dict], args: AuditArguments) -> dict:
     }
 
 
+def replay_all(args: AuditArguments, data: DataArguments) -> None:
+    """Replay the loop as it is, and mutants if asked for; exit code 1 if a finding is wrong."""
+    from utils.audit.audited_run import audit_by_replay
+
+    names = [args.mutant, *(MUTANTS if args.mutants else [])]
+    findings = {name: audit_by_replay(args, data, name) for name in names}
+    for name, finding in findings.items():
+        verdict = "as it should be" if finding["passed"] else "; ".join(finding["problems"])
+        print(f"{name or 'as it is':28} {verdict}")
+    report = findings.pop(args.mutant) | {"mutants": findings}
+    if args.json:
+        print(json.dumps(report))
+    is_wrong = report["passed"] == bool(args.mutant)
+    if is_wrong or any(finding["passed"] for finding in findings.values()):
+        sys.exit(1)
+
+
 def main():
     args, data = parse(AuditArguments, DataArguments, description=__doc__)
+    check_images(args, data)
+    if args.replay:
+        replay_all(args, data)
+        return
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.audit.audited_run import audit
     from utils.audit.auditing import plot_findings
     from utils.files import make_private, private_folder, write_durably
 
-    output_dir = Path(args.output_dir)
+    output_dir, is_private = Path(args.output_dir), names_images(data) and not args.data_is_public
     make_private(private_folder(output_dir))
     runs = [(args.target_epsilon, args.mutant)]
     if args.mutants:
@@ -67,8 +98,10 @@ def main():
         print(f"auditing the loop {mutant or 'as it is'}, at epsilon {epsilon:g}", flush=True)
         findings.append(audit(args, data, epsilon, mutant))
 
+    if is_private:
+        output_dir = private_folder(output_dir)
     plot_findings(findings, output_dir / "audit.png")
-    report = build_report(findings, args)
+    report = build_report(findings, args) | {"covered_by_epsilon": not is_private}
     write_durably(output_dir / "audit.json", json.dumps(report, indent=2) + "\n")
     print_table(findings)
     print(f"see {output_dir / 'audit.png'}")

@@ -72,7 +72,7 @@ class GiveUpArguments:
 def show(args: ShowArguments) -> None:
     from utils.ledger.charges import summarise_runs
     from utils.ledger.verification import read_source
-    from utils.privacy.accounting import account, pld_epsilon
+    from utils.privacy.accounting import account, membership_power, pld_epsilon
     from utils.privacy.plots import plot_spent
 
     source = read_source(args.path, args.revision)
@@ -88,6 +88,7 @@ def show(args: ShowArguments) -> None:
             "pld": spent.both_relations(),
             "prv": {"add_or_remove_one": spent.prv, "replace_one": spent.prv_replace_one},
         },
+        "membership_inference": membership_power(events),
         "runs": summarise_runs(source.ledger.records()) if source.ledger else [],
     }
     print("purpose     steps  sampling rate  noise multiplier  epsilon alone")
@@ -101,6 +102,8 @@ def show(args: ShowArguments) -> None:
     print(f"\ntogether, at delta {delta:g}    PLD      PRV")
     print(f"add or remove one   {spent.add_or_remove_one:8.3f} {spent.prv:8.3f}")
     print(f"replace one         {spent.replace_one:8.3f} {spent.prv_replace_one:8.3f}")
+    for rate, power in report["membership_inference"].items():
+        print(f"membership inference, false-positive rate {rate}: at most {power:.4f} are found")
     plot_spent(events, delta, args.plot)
     print(f"see {args.plot}")
     if args.json:

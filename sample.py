@@ -49,26 +49,22 @@ def main():
     from utils.hub.cards import Maker
     from utils.hub.evaluation_card import build_evaluation_section
     from utils.hub.upload import make_repo
-    from utils.models.adapters import fetch_adapter
     from utils.sampling.generation import generate_folder, prepare_generation
-    from utils.sampling.synthetic_sets import publish_images, read_verified_statement
+    from utils.sampling.sources import find_source, require_statement
+    from utils.sampling.synthetic_sets import publish_images
 
-    state, folder = PartialState(), Path(output.output_dir)
-    statement = section = None
+    state, folder, section = PartialState(), Path(output.output_dir), None
+    source = find_source(model, sampling)
     if hub.push_to_hub:  # refuse before anything is generated
-        if sampling.adapter is not None:
-            adapter = fetch_adapter(sampling.adapter, sampling.adapter_revision)
-            statement = on_main_process(lambda: read_verified_statement(adapter))
-        section = on_main_process(lambda: build_evaluation_section(metrics, statement))
-    prepared = prepare_generation(model, sampling, folder, state)
+        require_statement(source)
+        section = on_main_process(lambda: build_evaluation_section(metrics, source.statement))
+    prepared = prepare_generation(model, sampling, source, folder, state)
     if hub.push_to_hub:
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
     generate_folder(prepared, sampling, folder, state)
     state.print(f"{sampling.num_images} images and grid.png in {folder}")
     if hub.push_to_hub and state.is_main_process:
-        if prepared.adapter is not None:  # once more: of the files that the images came from
-            statement = read_verified_statement(prepared.adapter)
-        maker = Maker(model.pretrained_model_name_or_path, sampling.adapter, statement)
+        maker = Maker(model.pretrained_model_name_or_path, sampling.adapter, source.statement)
         print(f"published {publish_images(folder, maker, hub.hub_dataset_id, hub, section)}")
 
 

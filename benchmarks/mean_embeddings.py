@@ -39,7 +39,7 @@ from utils.data.images import keep_readable, read_pixel_batches, scale_to_unit_r
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError, run_script
 from utils.evaluation.features import IMAGENET, load_efficientnet, normalise_pixels
-from utils.ledger.statement import build_statement
+from utils.ledger.statement import Circumstances, build_statement
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan, make_plan
@@ -215,7 +215,8 @@ def main():
         purpose="mean embedding",
     )
     spent = account(plan.events(), plan.delta)
-    statement = build_statement(plan, plan.events(), spent, is_private=True) | {"files": {}}
+    about = Circumstances(randomness=SecretRandomness().source)
+    statement = build_statement(plan, plan.events(), spent, about) | {"files": {}}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "privacy.json").write_text(json.dumps(statement, indent=2) + "\n")
     if args.features == "random":

@@ -23,7 +23,7 @@ from utils.data.latents import (
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_split, number_units
 from utils.errors import UsageError
-from utils.ledger.statement import build_statement
+from utils.ledger.statement import Circumstances, build_statement
 from utils.methods.planning import preview, reserve
 from utils.privacy.accounting import REPLACE_ONE, account, pld_epsilon
 from utils.privacy.randomness import SecretRandomness
@@ -123,7 +123,7 @@ def test_rows_that_reach_another_unit_are_caught(image_folder, tmp_path, monkeyp
 def test_epsilon_is_for_units_and_says_which():
     plan = build_plan(num_units=500, expected_batch_size=50, steps=10, unit_column="patient_id")
     spent = account([plan.event()], plan.delta)
-    statement = build_statement(plan, [plan.event()], spent, True)
+    statement = build_statement(plan, [plan.event()], spent, Circumstances())
     assert statement["num_units"] == 500
     assert statement["privacy_unit"] == "all images of one patient_id"
     assert statement["max_rows_per_unit"] is None

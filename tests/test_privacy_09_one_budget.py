@@ -16,11 +16,13 @@ from utils.arguments.training import PrivacyArguments
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
 from utils.ledger.charges import find_smallest_delta, list_charged_events
+from utils.ledger.checks import check_ledger, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.remembered import find_other_ledgers, remember_run
 from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
-from utils.ledger.verification import check_ledger, check_statement, find_problems, read_source
+from utils.ledger.statement import Circumstances
+from utils.ledger.verification import find_problems, read_source
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
 
 
@@ -87,7 +89,9 @@ def test_a_statement_quotes_everything_at_the_smallest_delta_on_record(tmp_path)
     plan = build_plan(steps=7, delta=5e-4)
     (tmp_path / "run" / "private").mkdir(parents=True)
     run = Run(tmp_path / "run", ledger.reserve(plan.terms(True)), {})
-    statement = run.publish(lambda folder: (folder / "a.bin").write_bytes(b"a"), plan, True)
+    statement = run.publish(
+        lambda folder: (folder / "a.bin").write_bytes(b"a"), plan, Circumstances()
+    )
     together = statement["ledger"]["everything"]
     assert together["delta"] == 1e-4
     assert together["epsilon"]["add_or_remove_one"] == epsilon_after(5, 7)

@@ -8,7 +8,7 @@ from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
 
 from tests.worlds import build_plan
-from utils.ledger.statement import build_statement
+from utils.ledger.statement import Circumstances, build_statement
 from utils.privacy.accounting import account
 from utils.privacy.plan import make_plan
 
@@ -18,7 +18,9 @@ def statement(request):
     numbers = {"num_units": 5000, "expected_batch_size": 250, "steps": 40, "max_grad_norm": 1.0}
     plan = make_plan(target_epsilon=3.0, delta=1e-5, clipping=request.param, **numbers)
     events = [plan.event()]
-    return json.loads(json.dumps(build_statement(plan, events, account(events, 1e-5), True)))
+    return json.loads(
+        json.dumps(build_statement(plan, events, account(events, 1e-5), Circumstances()))
+    )
 
 
 def test_epsilon_is_recomputed_with_dp_accounting_alone(statement):
@@ -58,7 +60,9 @@ def test_the_statement_says_what_it_is_about(statement):
 def test_reproducible_noise_gives_no_epsilon():
     plan = build_plan(num_units=5000, steps=40, delta=1e-5)
     events = [plan.event()]
-    statement = build_statement(plan, events, account(events, 1e-5), False)
+    statement = build_statement(
+        plan, events, account(events, 1e-5), Circumstances(is_private=False)
+    )
     assert statement["private"] is False and "NOT PRIVATE" in statement["warning"]
     assert set(statement["epsilon"].values()) == {None}
     assert {a["epsilon"] for a in statement["accountants"].values()} == {None}

@@ -15,6 +15,7 @@
         audited_run         the real loop, or a mutant of it, with canaries among the images
         canaries            units whose presence an attacker tries to guess
         auditing            from scores and guesses to a lower bound on epsilon
+        replay              the loop with and without one unit, all randomness the same
         mutants             the loop broken on purpose, in the ways that published code is
     evaluation/     are the images good, useful, and does any give someone away?
         measuring           the story of an evaluation
@@ -56,7 +57,8 @@
         reservations        reserve a plan, or find the run to resume
         checkpoints         whole or absent, never with a generator in them
         statement           privacy.json
-        verification        does a statement hold? against its events, files and ledger
+        verification        does a statement hold? find it, and hold it against its files
+        checks              what statements, records and checkpoints must satisfy
     privacy/        differential privacy
         training            the one private training loop
         dp_sgd              its pieces: Poisson sampling, clipping, noise
@@ -76,6 +78,7 @@
     metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
     arguments/      every option of every script, a dataclass a group; `parsing` reads them
     files           names of what a run leaves; files whole or absent, digests, modes
+    version                 which version of this code made something
     errors          how a script ends: a mistake in one sentence, or a clean stop
 
 The way of one image: a row (`data.rows`) is checked and decoded (`data.images`), becomes a latent

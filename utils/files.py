@@ -25,6 +25,7 @@ GRID = "grid.png"  # a sheet of images
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
 PRIVATE = "private"
 LEDGER = "ledger.jsonl"
+SAMPLE_DIGESTS = "samples.json"  # in PRIVATE: the SHA-256 of each sample, as it was generated
 CHECKPOINTS, CACHE, LATENTS, LOGS = "checkpoints", "cache", "latents", "logs"  # in PRIVATE
 # What is downloaded of a published adapter.
 PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", CARD]

@@ -15,7 +15,7 @@ from utils.evaluation.features import ExtractedFeatures
 from utils.evaluation.fidelity import measure_fidelity
 from utils.evaluation.memorisation import compare, summarise_neighbours
 from utils.evaluation.report import Page, read_runs, write_report
-from utils.ledger.statement import build_statement
+from utils.ledger.statement import Circumstances, build_statement
 from utils.privacy.accounting import account
 
 BROWSER = (
@@ -69,7 +69,7 @@ def report(tmp_path_factory):
         max_grad_norm=0.2,
         delta=1e-5,
     )
-    statement = build_statement(plan, plan.events(), account(plan.events(), 1e-5), True)
+    statement = build_statement(plan, plan.events(), account(plan.events(), 1e-5), Circumstances())
     write_report(Page("scans & more", everything, statement, sheets, spaces, runs), path)
     return path
 

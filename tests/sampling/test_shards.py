@@ -11,6 +11,7 @@ from utils.data.rows import load_split
 from utils.sampling import shards
 from utils.sampling.generation import generate_folder, prepare_generation
 from utils.sampling.shards import Piece, plan_image_files, plan_shards, read_pieces
+from utils.sampling.sources import ImageSource
 from utils.sampling.synthetic_sets import collect_shards
 
 
@@ -34,7 +35,8 @@ def draw(base, folder, **changes):
     )
     state = PartialState()
     model = ModelArguments(pretrained_model_name_or_path=str(base))
-    generate_folder(prepare_generation(model, sampling, folder, state), sampling, folder, state)
+    prepared = prepare_generation(model, sampling, ImageSource(), folder, state)
+    generate_folder(prepared, sampling, folder, state)
 
 
 def test_shards_hold_the_images_of_single_files_and_are_made_again_if_lost(

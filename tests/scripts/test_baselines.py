@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from tests.conftest import ROOT, read_json
 from tests.scripts.test_many_processes import together
 from tests.worlds import build_plan
-from utils.ledger.verification import check_statement
+from utils.ledger.checks import check_statement
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.randomness import SecretRandomness
 

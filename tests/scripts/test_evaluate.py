@@ -19,7 +19,7 @@ from utils.errors import UsageError
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
 from utils.evaluation.features import build_extractor, extract
 from utils.evaluation.memorisation import compare, summarise_neighbours
-from utils.ledger.statement import build_statement
+from utils.ledger.statement import Circumstances, build_statement
 from utils.metrics.synthetic_accuracy.classifiers import (
     CLASSIFIERS,
     Recipe,
@@ -174,7 +174,7 @@ def test_mistakes_get_a_sentence(run_script, folders, tmp_path, more, sentence):
 def test_a_statement_that_claims_too_little_is_not_believed(folders, tmp_path):
     """The epsilon of a report is recomputed from the events, not read."""
     plan = build_plan(num_units=1000, expected_batch_size=100, steps=20, delta=1e-5)
-    statement = build_statement(plan, plan.events(), account(plan.events(), 1e-5), True)
+    statement = build_statement(plan, plan.events(), account(plan.events(), 1e-5), Circumstances())
     statement["files"] = {}
     images = tmp_path / "images"
     shutil.copytree(folders / "synthetic", images)

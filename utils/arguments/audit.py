@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
-from utils.arguments.training import CLIPPING_MODES
+from utils.arguments.training import CLIPPING_MODES, DataArguments
 from utils.errors import UsageError
 
 DEFAULT_CANARIES = {"gradients": 80_000, "images": 1_000}
@@ -20,7 +20,9 @@ class AuditArguments:
     """The audited training, and the audit."""
 
     pretrained_model_name_or_path: str = option("pipeline to train", "examples/digits/base")
-    output_dir: str = option("where audit.json and audit.png go", "runs/audit")
+    output_dir: str = option(
+        "where audit.json and audit.png go; of your own images, into private/ there", "runs/audit"
+    )
     target_epsilon: float = option("epsilon that the audited run reports", 8.0)
     target_delta: float = option("delta of that epsilon", 1e-6)
     sampling_rate: float = option("q, the probability that a step includes a unit", 0.5)
@@ -37,7 +39,20 @@ class AuditArguments:
     confidence: float = option("probability that the bound is right", 0.95)
     mutant: str | None = option("break the loop in this way", None, choices=MUTANTS)
     mutants: bool = option("run the real loop, then every mutant, and print a table", False)
+    replay: bool = option(
+        "instead: take some steps with and without one unit, all randomness the same, on public "
+        "noise images; seconds",
+        False,
+    )
+    data_is_public: bool = option(
+        "the images that were named are public: only on such ones may mutants train", False
+    )
     mutant_epsilon: float = option("epsilon that the mutants report, with --mutants", 2.0)
+    privacy_ledger: str | None = option(
+        "ledger in which an audit on your own images is recorded; default: "
+        "OUTPUT_DIR/private/ledger.jsonl",
+        None,
+    )
     seed: int = option("seed of the coins and of the adapter; never of the noise", 0)
     json: bool = option("print one JSON object as the last line", False)
 
@@ -51,3 +66,22 @@ class AuditArguments:
             raise UsageError("--sampling_rate must be in (0, 1], --confidence in (0.5, 1)")
         if self.mutant and self.mutants:
             raise UsageError("give --mutant NAME or --mutants, not both")
+
+
+def names_images(data: DataArguments) -> bool:
+    """Whether the audit is to use the user's images, rather than scikit-learn's digits."""
+    return data.dataset_name is not None or data.train_data_dir is not None
+
+
+def check_images(args: AuditArguments, data: DataArguments) -> None:
+    """Raises: UsageError if what was asked for would misuse the user's images."""
+    if not names_images(data):
+        return
+    if args.replay:
+        raise UsageError("--replay reads no images: leave out --train_data_dir and --dataset_name")
+    if (args.mutants or args.mutant) and not args.data_is_public:
+        raise UsageError(
+            "mutants train without a guarantee, so not on private images: leave out "
+            "--train_data_dir and --dataset_name, and they train on scikit-learn's digits; or, if "
+            "these images are public, say so with --data_is_public"
+        )

@@ -78,6 +78,11 @@ class PrivacyArguments:
     debug_noise_seed: int | None = option(
         "reproducible noise, for debugging: every result is stamped NOT PRIVATE", None
     )
+    replay_audit: bool = option(
+        "first replay some steps of this very set-up, on public noise images, with and without one "
+        "unit (audit_privacy.py --replay); what it proves goes into privacy.json",
+        False,
+    )
     privacy_ledger: str | None = option(
         "ledger to record this run in, shared by all runs on the same data; default: "
         "OUTPUT_DIR/private/ledger.jsonl",

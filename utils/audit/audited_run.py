@@ -13,17 +13,20 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from utils.arguments.audit import CANARIES_PER_GUESS, AuditArguments
+from utils.arguments.audit import CANARIES_PER_GUESS, AuditArguments, names_images
 from utils.arguments.methods import LoraArguments
-from utils.arguments.training import DataArguments
+from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
 from utils.audit.auditing import measure
 from utils.audit.canaries import GradientCanaries, ImageCanaries
 from utils.audit.mutants import break_loop
+from utils.audit.replay import replay
 from utils.data.latents import Objective
 from utils.data.private_set import PrivateSet, load_private_set
-from utils.data.rows import load_rows
-from utils.files import CACHE, LATENTS, make_private, private_folder
+from utils.data.rows import load_rows, name_source
+from utils.files import CACHE, LATENTS, LEDGER, make_private, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.ledger.ledger import Ledger
+from utils.ledger.remembered import remember_run
 from utils.models.lora import add_lora
 from utils.models.pipelines import choose_resolution, load_pipeline
 from utils.privacy.accounting import calibrate_noise_multiplier, pld_epsilon
@@ -66,7 +69,7 @@ def load_ordinary_set(data: DataArguments, count: int, cache: Path) -> PrivateSe
 
     What `datasets` copies of the user's images goes to `cache`.
     """
-    if data.dataset_name is None and data.train_data_dir is None:
+    if not names_images(data):
         digits = load_digits()
         scans = (digits.images[:count] / 16 * 255).astype(np.uint8)
         columns = {"image": [Image.fromarray(s) for s in scans], "label": digits.target[:count]}
@@ -82,7 +85,9 @@ def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, steps: i
     return calibrate_noise_multiplier(epsilon, delta, sampling_rate, steps)
 
 
-def make_audit_plan(args: AuditArguments, epsilon: float, num_units: int) -> PrivacyPlan:
+def make_audit_plan(
+    args: AuditArguments, epsilon: float, num_units: int, unit_column: str | None = None
+) -> PrivacyPlan:
     """The plan that training claims to follow."""
     sigma = calibrate_noise(epsilon, args.target_delta, args.sampling_rate, args.max_train_steps)
     return make_plan(
@@ -94,14 +99,51 @@ def make_audit_plan(args: AuditArguments, epsilon: float, num_units: int) -> Pri
         delta=args.target_delta,
         noise_multiplicity=args.noise_multiplicity,
         clipping=args.clipping,
+        unit_column=unit_column,
+        purpose="audit",
     )
 
 
+def record_audit(args: AuditArguments, data: DataArguments, plan: PrivacyPlan) -> None:
+    """Charge an audit on private images to a ledger, before it trains.
+
+    Raises:
+        UsageError: see `Ledger.reserve`.
+    """
+    own = private_folder(args.output_dir) / LEDGER
+    ledger = Ledger(own if args.privacy_ledger is None else args.privacy_ledger)
+    branch = ledger.reserve(plan.terms(is_private=True))
+    epsilon = pld_epsilon([plan.event()], plan.delta)
+    remember_run(name_source(data), ledger, branch.run, epsilon, plan.delta)
+    branch.release(plan.steps, "audit")
+    print(f"recorded in {ledger.path}: epsilon {epsilon:.3f} at delta {plan.delta:g}")
+
+
+def audit_by_replay(args: AuditArguments, data: DataArguments, mutant: str | None) -> dict:
+    """Replay some steps of the loop, or of a mutant, with a LoRA (`replay.replay`)."""
+    accelerator = Accelerator()
+    pipeline = build_adapted_pipeline(args, accelerator.device)
+    engine = PerUnitGradients(pipeline.unet, args.noise_multiplicity)
+    privacy = PrivacyArguments(
+        max_grad_norm=args.max_grad_norm,
+        clipping=args.clipping,
+        noise_multiplicity=args.noise_multiplicity,
+    )
+    training = TrainingArguments(output_dir=args.output_dir)
+    resolution, units = choose_resolution(pipeline, data.resolution), data.privacy_unit_column
+    return replay(accelerator, pipeline, engine, resolution, privacy, units, training, mutant)
+
+
 def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str | None) -> dict:
-    """Train once, through the real loop, and measure. Returns the finding, scores included."""
+    """Train once, through the real loop, and measure. Returns the finding, scores included.
+
+    On private images, that is recorded in a ledger.
+    """
     accelerator = Accelerator()
     canaries = build_canaries(args, data, accelerator.device)
-    plan = make_audit_plan(args, epsilon, canaries.num_units)
+    plan = make_audit_plan(args, epsilon, canaries.num_units, data.privacy_unit_column)
+    if names_images(data) and not args.data_is_public:
+        record_audit(args, data, plan)
     randomness = make_randomness(args.secure_noise)
     engine = PerUnitGradients(canaries.trained, plan.noise_multiplicity)
     optimizer = torch.optim.AdamW(engine.parameters, lr=args.learning_rate)

@@ -27,6 +27,7 @@ from utils.evaluation.plots import tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
 from utils.files import METADATA, METRICS, SAMPLING_SETTINGS, write_durably
 from utils.sampling.generation import generate_folder, prepare_generation
+from utils.sampling.sources import find_source
 from utils.sampling.synthetic_sets import read_privacy
 
 
@@ -44,7 +45,9 @@ def evaluate_set(
     state, folder = PartialState(), Path(args.synthetic)
     runs = read_runs(args.compare or [])
     if model.pretrained_model_name_or_path is not None:
-        generate_folder(prepare_generation(model, sampling, folder, state), sampling, folder, state)
+        source = find_source(model, sampling)
+        prepared = prepare_generation(model, sampling, source, folder, state)
+        generate_folder(prepared, sampling, folder, state)
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     statement, results = read_privacy(args.synthetic, args.synthetic_revision)

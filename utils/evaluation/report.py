@@ -14,7 +14,7 @@ from utils.errors import UsageError
 from utils.evaluation.memorisation import Neighbours
 from utils.evaluation.plots import plot_neighbour_distances, plot_quality_trade_off
 from utils.files import write_durably
-from utils.hub.privacy_words import describe_formally, describe_plainly
+from utils.hub.privacy_words import describe_formally, describe_plainly, name_one
 
 FIDELITY = {
     "frechet_distance": ("Fréchet distance", "lower is better"),
@@ -109,7 +109,7 @@ def _privacy(page: Page) -> str:
         cells = [("epsilon", f"{epsilon['value']:.3g}")]
         if page.statement is not None:
             cells += [("delta", f"{page.statement['delta']:g}")]
-            cells += [("privacy unit", page.statement["privacy_unit"])]
+            cells += [("privacy unit", name_one(page.statement))]
         tiles = "".join(f"<div><b>{escape(v)}</b>{escape(k)}</div>" for k, v in cells)
         numbers = f'<div class="numbers">{tiles}</div>'
     private = any(not entry["covered_by_epsilon"] for entry in page.results.values())

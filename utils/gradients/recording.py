@@ -6,6 +6,7 @@ weighted sums from it afterwards.
 Shapes: U units, P trainable parameters in L tensors.
 """
 
+import hashlib
 from collections import defaultdict
 
 import torch
@@ -125,6 +126,17 @@ class Recording:
         for parameter in list(self._uses):
             self._multiply_out(parameter)
         return torch.cat([self._rows[parameter] for parameter in self.parameters], 1)
+
+    def digest_units(self) -> list[str]:
+        """The SHA-256 of all that was recorded of each unit: [U]. For replays and tests."""
+        kept = [self._rows[p] for p in self.parameters if p in self._rows]
+        kept += [t for p in self.parameters for _, *pair in self._uses.get(p, []) for t in pair]
+        hashes = [hashlib.sha256() for _ in range(self.num_units)]
+        for tensor in kept:
+            parts = tensor.detach().cpu().reshape(self.num_units, -1).contiguous()
+            for unit_hash, part in zip(hashes, parts.view(torch.uint8).numpy(), strict=True):
+                unit_hash.update(part)
+        return [unit_hash.hexdigest() for unit_hash in hashes]
 
     def _matrices(self, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
         """X [U, T, in] and G [U, T, out] over all uses of a weight."""

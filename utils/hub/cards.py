@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from utils.hub.privacy_words import describe_formally, describe_plainly
+from utils.ledger.statement import quote_total
 
 METHODS = {
     "dp-lora": "DP-LoRA adapter",
@@ -154,6 +155,11 @@ def _numbers(statement: dict) -> str:
         ("privacy unit", statement["privacy_unit"]),
         ("units, N (public)", statement["num_units"]),
     ]
+    if "base" in statement:
+        total, delta = quote_total(statement)
+        rows.append((f"epsilon with its base model, at delta {delta:g}", f"{total:.4f}"))
+    for rate, power in statement.get("membership_inference", {}).items():
+        rows.append((f"membership inference at a false-positive rate of {rate}", f"{power:.4f}"))
     for event in statement["events"]:
         noise = f"{event['noise_multiplier']:.4f}"
         mechanism = f"Poisson-sampled Gaussian, {event['steps']} steps"

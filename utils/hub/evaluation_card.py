@@ -5,6 +5,7 @@ from pathlib import Path
 
 from utils.arguments.publishing import MetricsArguments
 from utils.errors import UsageError
+from utils.ledger.statement import quote_total
 
 PLACE = "\n## Training\n"  # in a model card; a dataset card ends with its evaluation
 
@@ -34,7 +35,7 @@ def build_evaluation_section(args: MetricsArguments, statement: dict | None) -> 
         raise UsageError(f"--metrics_file {args.metrics_file} cannot be read: {error!r}") from error
     expected = (0.0, None)
     if statement is not None:
-        expected = (statement["epsilon"]["add_or_remove_one"], statement["files"])
+        expected = (quote_total(statement)[0], statement["files"])
     if found != expected:
         raise UsageError(f"--metrics_file {args.metrics_file} is about images of other weights")
     if not public:

@@ -2,15 +2,18 @@
 
 import math
 
+from utils.ledger.statement import quote_total
+
 
 def describe_plainly(statement: dict, what: str = "this repository") -> str:
     """The guarantee for a reader who knows no differential privacy and sees `what`."""
     if not statement["private"]:
         return f"**{statement['warning']}**"
-    epsilon = statement["epsilon"]["add_or_remove_one"]
+    epsilon, delta = quote_total(statement)
     factor = math.exp(min(epsilon, 700))
     odds = f"{factor:,.0f}" if 10 <= factor < 1e6 else f"{factor:.3g}"
-    unit = "image" if statement["privacy_unit"] == "image" else "unit"
+    unit = name_one(statement)
+    was = "image was" if unit == "image" else f"{unit}'s images were"
     weak = ""
     if epsilon > 5:
         weak = (
@@ -19,10 +22,35 @@ def describe_plainly(statement: dict, what: str = "this repository") -> str:
         )
     return (
         f"Nobody who sees {what}, whatever else they know, can tell with certainty "
-        f"whether any one {unit} was among the training data. The odds that they gave to that "
+        f"whether any one {was} among the training data. The odds that they gave to that "
         f"before change by a factor of at most e^epsilon = {odds}, except with probability "
-        f"delta = {statement['delta']:g}.{weak}"
+        f"delta = {delta:g}.{weak}{describe_membership_inference(statement)}"
     )
+
+
+def name_one(statement: dict) -> str:
+    """Who or what is protected, as one calls it: an image; for a column patient_id, a patient."""
+    column = statement["privacy_unit"].removeprefix("all images of one ")
+    return column.removesuffix("_id").replace("_", " ")
+
+
+def describe_membership_inference(statement: dict) -> str:
+    """What an attacker can achieve who tries to tell who was in; nothing where it is not stated."""
+    power = statement.get("membership_inference")
+    if power is None:
+        return ""
+    unit, often, rarely = name_one(statement), power["0.01"], power["0.001"]
+    return (
+        f" Whoever tries to tell for each {unit} whether it was used, and is wrong about one in a "
+        f"hundred of those that were not, is right about at most {_per_hundred(often)} in a "
+        f"hundred of those that were; if wrong about one in a thousand, about at most "
+        f"{_per_hundred(rarely)} in a hundred."
+    )
+
+
+def _per_hundred(share: float) -> str:
+    """Rounded up, so that it stays a bound."""
+    return f"{math.ceil(1000 * share) / 10:g}"
 
 
 def describe_formally(statement: dict) -> str:
@@ -39,7 +67,18 @@ def describe_formally(statement: dict) -> str:
         f"one). {' '.join(_event_in_words(event) for event in statement['events'])} Accountants: "
         f"PLD (dp-accounting) {accountants['pld']['epsilon']:.3f}, PRV (Opacus) "
         f"{accountants['prv']['epsilon']:.3f}. `privacy.json` holds every event, so the number can "
-        f"be recomputed. Not covered: {', '.join(statement['not_covered'])}.{_total(statement)}"
+        f"be recomputed. Not covered: {', '.join(statement['not_covered'])}."
+        f"{_total(statement)}{_base(statement)}"
+    )
+
+
+def _base(statement: dict) -> str:
+    if "base" not in statement:
+        return ""
+    epsilon, delta = quote_total(statement)
+    return (
+        " The base model is a private result, too: with what was spent on it, epsilon = "
+        f"{epsilon:.3f} at delta = {delta:g}."
     )
 
 

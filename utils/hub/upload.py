@@ -13,7 +13,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from utils.arguments.publishing import HubArguments, MetricsArguments, RepositoryArguments
 from utils.errors import UsageError
-from utils.files import CARD, PRIVATE, SAMPLES, STATEMENT
+from utils.files import (
+    CARD,
+    PRIVATE,
+    SAMPLE_DIGESTS,
+    SAMPLES,
+    STATEMENT,
+    hash_file,
+    private_folder,
+)
 from utils.hub.cards import PLACEHOLDER
 from utils.hub.evaluation_card import build_evaluation_section, insert_section
 from utils.ledger.verification import find_problems, read_source
@@ -57,10 +65,7 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     if not statement.is_file():
         raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")
     names = [*json.loads(statement.read_text()).get("files", {}), STATEMENT, CARD]
-    samples = output_dir / SAMPLES
-    if samples.is_dir():
-        found = sorted(path.name for path in samples.iterdir() if SAMPLE.fullmatch(path.name))
-        names += [f"{SAMPLES}/{name}" for name in found]
+    names += [f"{SAMPLES}/{name}" for name in _list_samples(output_dir)]
     for name in names:
         path = output_dir / name
         if not path.is_file():
@@ -69,6 +74,24 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
         if not inside or Path(name).parts[0] == PRIVATE:
             raise UsageError(f"{path} leads out of what is published: it is not uploaded")
     return {name: output_dir / name for name in names}
+
+
+def _list_samples(output_dir: Path) -> list[str]:
+    """The images in samples/, all of which the run generated.
+
+    Raises:
+        UsageError: one is not as it was generated: it may show anything, also a private image.
+    """
+    folder, record = output_dir / SAMPLES, private_folder(output_dir) / SAMPLE_DIGESTS
+    if not folder.is_dir():
+        return []
+    generated = json.loads(record.read_text()) if record.is_file() else {}
+    names = sorted(path.name for path in folder.iterdir() if SAMPLE.fullmatch(path.name))
+    for name in names:
+        path = folder / name
+        if path.is_file() and not path.is_symlink() and generated.get(name) != hash_file(path):
+            raise UsageError(f"{path} is not an image that this run generated: remove it first")
+    return names
 
 
 def publish_model(

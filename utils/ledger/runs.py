@@ -22,6 +22,7 @@ from utils.files import (
     LEDGER,
     LOGS,
     PRIVATE,
+    SAMPLE_DIGESTS,
     explain_disk_errors,
     hash_file,
     make_private,
@@ -37,7 +38,7 @@ from utils.ledger.charges import (
 )
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
-from utils.ledger.statement import build_statement, write_statement
+from utils.ledger.statement import Circumstances, build_statement, write_statement
 from utils.privacy.accounting import account, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
 
@@ -91,6 +92,7 @@ def _is_free(path: Path) -> bool:
         IN_USE,
         NOTE,
         f"{NOTE}.tmp",
+        SAMPLE_DIGESTS,
     }
     private = private_folder(path)
     if private.is_dir() and {entry.name for entry in private.iterdir()} - ours:
@@ -153,7 +155,9 @@ class Run:
         """What the checkpoint to resume from holds."""
         return read_state(self.checkpoint)
 
-    def publish(self, export: Callable[[Path], None], plan: PrivacyPlan, is_private: bool) -> dict:
+    def publish(
+        self, export: Callable[[Path], None], plan: PrivacyPlan, about: Circumstances
+    ) -> dict:
         """Export the weights, and write the statement that accounts for them; returns it.
 
         The weights appear in the output folder last, after their release is on record and
@@ -173,7 +177,7 @@ class Run:
             for path in paths:
                 sync_file(path)
             entry = self.branch.wrote(plan.steps, WEIGHTS, files)
-            statement = self._statement(plan, is_private, files, entry)
+            statement = self._statement(plan, about, files, entry)
             write_statement(statement, self.output_dir)
             for path in staging.iterdir():
                 target = self.output_dir / path.name
@@ -183,11 +187,11 @@ class Run:
             staging.rmdir()
         return statement
 
-    def _statement(self, plan: PrivacyPlan, is_private: bool, files: dict, entry: dict) -> dict:
+    def _statement(self, plan: PrivacyPlan, about: Circumstances, files: dict, entry: dict) -> dict:
         records = self.branch.ledger.records()[: entry["index"] + 1]
         run_events = list_charged_events(records, [*plan.builds_on, self.branch.run])
         everything = list_charged_events(records)
-        statement = build_statement(plan, run_events, account(run_events, plan.delta), is_private)
+        statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         ledger = {"run": self.branch.run, "entry": entry["hash"]}
         if len(everything) > len(run_events):
             delta = find_smallest_delta(records)

@@ -1,15 +1,41 @@
 """privacy.json: the public statement of what a run spent."""
 
 import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from utils.files import STATEMENT, write_durably
-from utils.privacy.accounting import Spent
+from utils.privacy.accounting import Spent, membership_power, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
+from utils.version import VERSION, find_commit
+
+SCHEMA_VERSION = 2
 
 
-def build_statement(plan: PrivacyPlan, events: list[dict], spent: Spent, is_private: bool) -> dict:
+@dataclass(frozen=True)
+class Circumstances:
+    """What a statement says beside its mechanisms; all of it is public.
+
+    Attributes:
+        is_private: False if the noise was reproducible.
+        randomness: where noise and batches came from (`SecretRandomness.source`).
+        precision: of the forward and backward pass: fp32 or bf16.
+        audit: what an audit of this very set-up proved; None if there was none.
+        base: the verified statement of the base model, if that is a private result itself.
+    """
+
+    is_private: bool = True
+    randomness: str = "not stated"
+    precision: str = "fp32"
+    audit: dict | None = None
+    base: dict | None = None
+
+
+def build_statement(
+    plan: PrivacyPlan, events: list[dict], spent: Spent, about: Circumstances
+) -> dict:
     """The public `privacy.json`: everything needed to recompute epsilon with public tools.
 
     `events` are what the run was charged for, and `spent` what they come to. A run with debug
@@ -17,8 +43,8 @@ def build_statement(plan: PrivacyPlan, events: list[dict], spent: Spent, is_priv
     """
     packages = ["torch", "diffusers", "peft", "accelerate", "dp-accounting", "opacus", "numpy"]
     statement = {
-        "schema_version": 1,
-        "private": is_private,
+        "schema_version": SCHEMA_VERSION,
+        "private": about.is_private,
         "epsilon": spent.both_relations(),
         "delta": plan.delta,
         "privacy_unit": plan.unit_name,
@@ -36,15 +62,46 @@ def build_statement(plan: PrivacyPlan, events: list[dict], spent: Spent, is_priv
             "the number of units, N",
             "prompts, class names and caption templates, which are published as they were given",
         ],
+        "made_by": {"version": VERSION, "commit": find_commit()},
+        "date": datetime.now(UTC).date().isoformat(),
+        "randomness": about.randomness,
+        "precision": about.precision,
         "software": {name: version(name) for name in packages},
-        "audit": None,
+        "audit": about.audit,
     }
-    if not is_private:
+    if not about.is_private:
         statement["epsilon"] = {"add_or_remove_one": None, "replace_one": None}
         for accountant in statement["accountants"].values():
             accountant["epsilon"] = None
         statement["warning"] = "NOT PRIVATE: trained with reproducible noise, for debugging only"
-    return statement
+        return statement
+    if about.base is not None:
+        statement = add_base(statement, about.base)
+    return statement | {"membership_inference": membership_power(list_all_events(statement))}
+
+
+def list_all_events(statement: dict) -> list[dict]:
+    """The events behind a result, those of its base model included."""
+    return [*statement.get("base", {}).get("events", []), *statement["events"]]
+
+
+def add_base(statement: dict, base: dict) -> dict:
+    """The statement of a result whose base model is a private result, too.
+
+    Its `base` has the events of the base model, and what all events come to together, at the
+    smaller delta: an upper bound also if both are about the same people.
+    """
+    behind = list_all_events(base)
+    delta = min(statement["delta"], base["delta"], base.get("base", base)["delta"])
+    epsilon = pld_both_relations([*behind, *statement["events"]], delta)
+    return statement | {"base": {"events": behind, "delta": delta, "epsilon": epsilon}}
+
+
+def quote_total(statement: dict) -> tuple[float | None, float]:
+    """Epsilon, for adding or removing one unit, and delta of a result with its base model; None for
+    epsilon if it is NOT PRIVATE."""
+    total = statement.get("base", statement)
+    return total["epsilon"]["add_or_remove_one"], total["delta"]
 
 
 def write_statement(statement: dict, output_dir: Path) -> None:

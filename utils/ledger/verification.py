@@ -7,24 +7,15 @@ from pathlib import Path
 
 import httpx2
 import yaml
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from utils.errors import UsageError
 from utils.files import CARD, CHECKPOINTS, LEDGER, PRIVATE, PUBLISHED, STATEMENT, hash_file
-from utils.ledger.charges import (
-    CHECKPOINT,
-    WEIGHTS,
-    count_charged_steps,
-    find_smallest_delta,
-    list_charged_events,
-)
-from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
+from utils.ledger.charges import find_smallest_delta, list_charged_events
+from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
-from utils.privacy.accounting import pld_both_relations, prv_epsilon, prv_error
 
-# Versions of the accountants may differ this much, the second by so much of epsilon.
-PLD_TOLERANCE, PRV_TOLERANCE, PRV_RELATIVE_TOLERANCE = 1e-3, 0.02, 2e-3
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
 # What a repository may hold beside the files of its statement.
@@ -101,6 +92,42 @@ def _download(name: str, revision: str | None) -> tuple[Path, list[str]]:
     return path, names
 
 
+def fetch_statement(
+    name: str, revision: str | None = None, repo_type: str = "model"
+) -> tuple[dict | None, bool]:
+    """The privacy.json of a folder or Hub id, unverified, or None; and whether its absence is
+    known: a Hub that cannot be reached tells nothing.
+
+    Raises:
+        UsageError: it is not valid JSON.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        path = folder / STATEMENT
+        return (_read_json(path) if path.is_file() else None), True
+    try:
+        path = hf_hub_download(name, STATEMENT, repo_type=repo_type, revision=revision)
+    except RemoteEntryNotFoundError:
+        return None, True
+    except (OSError, ValueError, httpx2.HTTPError):
+        return None, False
+    return _read_json(Path(path)), True
+
+
+def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:
+    """`fetch_statement` of a base model: one that is a private result brings its epsilon along.
+
+    Raises:
+        UsageError: its statement does not hold.
+    """
+    statement, is_known = fetch_statement(name, revision)
+    if statement is not None and statement.get("private") is True:
+        problems = check_statement(statement)
+        if problems:
+            raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
+    return statement, is_known
+
+
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
@@ -139,54 +166,6 @@ def _check_with_ledger(source: Source) -> list[str]:
     return problems
 
 
-def check_statement(statement: dict) -> list[str]:
-    """What is wrong with a statement by itself: a sentence each; none if it can be recomputed."""
-    if statement.get("schema_version") != 1:
-        return [f"the statement has schema version {statement.get('schema_version')}, not 1"]
-    if statement.get("private") is not True:
-        return ["the statement is stamped NOT PRIVATE"]
-    missing = {"epsilon", "delta", "num_units", "privacy_unit", "events", "accountants", "files"}
-    missing -= set(statement)
-    if missing:
-        return [f"the statement lacks {', '.join(sorted(missing))}"]
-    units, delta = statement["num_units"], statement["delta"]
-    problems = []
-    if not isinstance(units, int) or units < 1:
-        return [f"the number of units is {units}"]
-    if not 0 < delta < 1 / units:
-        problems.append(f"delta {delta:g} is not below 1/N = {1 / units:.3g}")
-    problems += _check_epsilon(statement["events"], delta, statement["epsilon"], "the statement")
-    if not problems:
-        claimed = statement["accountants"]
-        pld, prv = claimed["pld"]["epsilon"], claimed["prv"]["epsilon"]
-        if pld != statement["epsilon"]["add_or_remove_one"]:
-            problems.append("its PLD accountant and its epsilon differ")
-        recomputed = prv_epsilon(statement["events"], delta, error=prv_error(pld))
-        if not abs(prv - recomputed) <= PRV_TOLERANCE + PRV_RELATIVE_TOLERANCE * pld:
-            problems.append(f"it says PRV epsilon {prv:.4f}; recomputed: {recomputed:.4f}")
-    everything = statement.get("ledger", {}).get("everything")
-    if everything is not None:
-        epsilon, delta = everything["epsilon"], everything.get("delta", delta)
-        problems += _check_epsilon(everything["events"], delta, epsilon, "its ledger's total")
-    return problems
-
-
-def _check_epsilon(events: list[dict], delta: float, claimed: dict, what: str) -> list[str]:
-    if not events:
-        return [f"{what} has no events"]
-    for event in events:
-        sane = 0 < event["sampling_rate"] <= 1 and event["noise_multiplier"] > 0
-        if not sane or event["steps"] < 1 or event["steps"] != int(event["steps"]):
-            return [f"{what} has an event with an impossible rate, noise or number of steps"]
-    found = pld_both_relations(events, delta)
-    return [
-        f"{what} says epsilon {claimed[relation]:.4f} ({relation.replace('_', ' ')}); its events "
-        f"come to {epsilon:.4f}"
-        for relation, epsilon in found.items()
-        if not abs(claimed[relation] - epsilon) <= PLD_TOLERANCE
-    ]
-
-
 def check_files(statement: dict, source: Source) -> list[str]:
     """Published files that are missing, changed, or that the statement does not account for."""
     problems, folder = [], source.folder
@@ -219,80 +198,3 @@ def check_card(statement: dict | None, folder: Path) -> list[str]:
         for value in on_card
         if not isinstance(value, float | int) or abs(value - stated) > 1e-3
     ]
-
-
-def check_records(records: list[dict]) -> list[str]:
-    """Records that no run of this code writes, though their chain is whole."""
-    problems, open_branch, announced = [], {}, set()
-    for record in records:
-        kind, run, number = record["kind"], record["run"], record["index"] + 1
-        key = (run, record["branch"], record.get("step"), record.get("output"))
-        if kind == "reserve":
-            expected = open_branch[run]["branch"] + 1 if run in open_branch else 0
-            if record["branch"] != expected:
-                problems.append(f"record {number} opens branch {record['branch']} out of turn")
-            seen = {(r, s) for r, _, s, _ in announced}
-            if record["from_step"] and (run, record["from_step"]) not in seen:
-                problems.append(f"record {number} resumes from a step that was never released")
-            open_branch[run] = record
-            continue
-        branch = open_branch.get(run)
-        if branch is None or branch["branch"] != record["branch"]:
-            problems.append(f"record {number} belongs to no open branch")
-        elif kind == "release":
-            announced.add(key)
-            if not branch["from_step"] <= record["step"] <= branch["event"]["steps"]:
-                problems.append(f"record {number} releases a step that was not reserved")
-        elif kind in ("wrote", "void") and key not in announced:
-            problems.append(f"record {number} is about a release that is not on record")
-    return problems
-
-
-def check_ledger(statement: dict, records: list[dict]) -> list[str]:
-    """Where a statement and the ledger that it refers to differ."""
-    run, entry = statement["ledger"]["run"], statement["ledger"]["entry"]
-    index = next((r["index"] for r in records if r["hash"] == entry), None)
-    if index is None:
-        return ["the ledger does not hold the entry that the statement refers to"]
-    record, problems = records[index], []
-    if (record["kind"], record["run"], record.get("output")) != ("wrote", run, WEIGHTS):
-        return ["the statement refers to an entry that is not about its weights"]
-    if record["files"] != statement["files"]:
-        problems.append("the ledger paid for other files than the statement names")
-    terms = [r for r in records[:index] if r["kind"] == "reserve" and r["run"] == run][-1]
-    charged = list_charged_events(records[: index + 1], [*terms["builds_on"], run])
-    if charged != statement["events"]:
-        problems.append("the ledger's events are not those of the statement")
-    everything = list_charged_events(records[: index + 1])
-    stated = statement["ledger"].get("everything", {"events": charged})["events"]
-    if stated != everything:
-        problems.append("the statement's total is not that of the ledger")
-    quoted = statement["ledger"].get("everything", {}).get("delta")
-    if quoted not in (None, find_smallest_delta(records[: index + 1])):
-        problems.append("the statement's total is not quoted at the ledger's smallest delta")
-    before, now = (
-        count_charged_steps(part, run, live=False) for part in (records[: index + 1], records)
-    )
-    if now > before:
-        problems.append(f"the run has released {now - before} more steps since this statement")
-    for key in ("delta", "num_units", "privacy_unit", "private"):
-        if terms[key] != statement[key]:
-            problems.append(f"the ledger says {key} {terms[key]}, the statement {statement[key]}")
-    return problems
-
-
-def check_checkpoints(records: list[dict], folder: Path) -> list[str]:
-    """Checkpoints on disk that the ledger did not announce, or that are damaged."""
-    problems = []
-    for step in list_steps(folder):
-        try:
-            about = read_about(locate_checkpoint(folder, step))
-        except UsageError as error:
-            problems.append(str(error))
-            continue
-        announced = {
-            r["step"] for r in records if r["kind"] == "release" and r["run"] == about["run"]
-        }
-        if step not in announced or about["step"] != step:
-            problems.append(f"the ledger did not release {CHECKPOINT}-{step}")
-    return problems

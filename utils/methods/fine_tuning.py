@@ -1,7 +1,8 @@
 """The story of every private training script: load, adapt, plan, fine-tune, publish."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
+from utils.audit.replay import replay
 from utils.data.latents import prepare_losses
-from utils.errors import Stopped, StopRequest, on_main_process
+from utils.errors import Stopped, StopRequest, UsageError, on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
@@ -79,12 +81,14 @@ def run_method(
     modules = collect_trained_modules(stage.pipeline)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
+    stage = replay_if_asked(stage, engine, data, privacy, training)
 
     # Plan what will be spent, and reserve it.
     plan_for = make_plan_for(method, stage, data, privacy, training)
     if training.dry_run:
         private_set, plan = preview(accelerator, data, privacy, training, plan_for)
-        accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
+        report = describe(private_set, plan, engine, unit_bytes, training, stage.audit)
+        accelerator.print(report)
         return
     adapter = collect_adapter_tensors(stage)
     agreed = collect_settings(method.name, method.settings, data, training) | {
@@ -114,6 +118,39 @@ def run_method(
     accelerator.end_training()
     if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
         print(f"published {publish_model(run.output_dir, hub)}")
+
+
+def replay_if_asked(
+    stage: Stage,
+    engine: PerUnitGradients,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> Stage:
+    """With `--replay_audit`, the stage with what a replay of this very set-up proved.
+
+    Raises:
+        UsageError: the replay found something wrong; nothing was read or spent.
+    """
+    if not privacy.replay_audit:
+        return stage
+    finding = replay(
+        stage.accelerator,
+        stage.pipeline,
+        engine,
+        stage.resolution,
+        privacy,
+        data.privacy_unit_column,
+        training,
+    )
+    if not finding["passed"]:
+        raise UsageError(f"the replay audit failed: {'; '.join(finding['problems'])}")
+    print(
+        f"replay audit passed: over {finding['steps']} steps with and without one unit, nobody "
+        f"else's part changed, and the sum moved by {finding['largest_move']:.6f} C",
+        file=sys.stderr,
+    )
+    return replace(stage, audit={"kind": "replay", **finding})
 
 
 def make_plan_for(
@@ -167,8 +204,8 @@ def publish(
     Raises:
         UsageError: see `Run.publish`.
     """
-    is_private = stage.randomness.is_private
-    statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, is_private)
+    about = stage.describe_circumstances()
+    statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, about)
     facts = Facts(
         method=method.name,
         usage=method.usage,

@@ -142,11 +142,13 @@ def describe(
     engine: PerUnitGradients,
     unit_bytes: int,
     training: TrainingArguments,
+    audit: dict | None = None,
 ) -> str:
     """The report of `--dry_run`, as JSON; `unit_bytes` is the memory of one unit's gradients."""
     report = summarise_plan(plan, account(plan.events(), plan.delta)) | {
         "unreadable_images": private_set.skipped,
         "trainable_parameters": engine.num_parameters,
+        "audit": audit,
         "per_unit_gradient_bytes": unit_bytes * min(training.train_batch_size, plan.num_units),
     }
     return json.dumps(report, indent=2)

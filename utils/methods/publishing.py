@@ -1,5 +1,6 @@
 """What a run publishes beside its weights: the card's settings, samples, and the repository."""
 
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,14 @@ from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
-from utils.files import GRID, SAMPLES
+from utils.files import (
+    GRID,
+    SAMPLE_DIGESTS,
+    SAMPLES,
+    hash_file,
+    private_folder,
+    write_durably,
+)
 from utils.hub.upload import make_repo
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.generation import generate, use_dpm_solver
@@ -60,7 +68,8 @@ def describe_setup(
 
 
 def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments, resolution: int) -> None:
-    """Generate images of the trained model into samples/, balanced over the prompts, and a grid."""
+    """Generate images of the trained model into samples/, balanced over the prompts, and a grid;
+    and note their digests, since only these may be published."""
     folder = Path(training.output_dir) / SAMPLES
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
     folder.mkdir()
@@ -76,3 +85,5 @@ def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments, resol
     if images:
         columns = min(len(prompts), 10) if len(prompts) > 1 else 8
         tile_images(images, columns).save(folder / GRID)
+    digests = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    write_durably(private_folder(training.output_dir) / SAMPLE_DIGESTS, json.dumps(digests))

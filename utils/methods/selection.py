@@ -97,7 +97,8 @@ def run_selection(
     scores, is_private = noisy.double().numpy(), stage.randomness.is_private
     saliency = conclude(scores, scoring, keep, args, stage.base_checksum, plan)
     saliency = replace(saliency, run=run.branch.run, private=is_private)
-    on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, is_private))
+    about = stage.describe_circumstances()
+    on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
     finish(stage, training, encoded_dir, describe_selection(saliency, training))
 
 

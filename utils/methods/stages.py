@@ -25,8 +25,11 @@ from utils.errors import PATIENCE, UsageError, on_main_process
 from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import claim_output_dir
+from utils.ledger.statement import Circumstances
+from utils.ledger.verification import read_base_statement
 from utils.models.denoising import denoising_loss, encode_text, tokenize
 from utils.models.pipelines import choose_resolution, get_device, list_parts, load_pipeline
+from utils.privacy.plan import name_unit
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import checksum
 
@@ -50,6 +53,8 @@ class Stage:
         pipeline: frozen, on its device. resolution: of its images, in pixels.
         public: all weights of the pipeline, before an adapter joins them.
         base_checksum: of those weights. base_model: folder or Hub id.
+        base_statement: verified, of a base model that is a private result itself; else None.
+        audit: what a replay of this very set-up proved; None if there was none.
     """
 
     accelerator: Accelerator
@@ -59,6 +64,19 @@ class Stage:
     public: list[torch.nn.Parameter]
     base_checksum: int
     base_model: str
+    base_statement: dict | None = None
+    audit: dict | None = None
+
+    def describe_circumstances(self) -> Circumstances:
+        """What its statement says beside its mechanisms."""
+        precision = self.accelerator.mixed_precision
+        return Circumstances(
+            is_private=self.randomness.is_private,
+            randomness=self.randomness.source,
+            precision="fp32" if precision == "no" else precision,
+            audit=self.audit,
+            base=self.base_statement,
+        )
 
 
 def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
@@ -97,9 +115,11 @@ def load_stage(
     """Load the public model, and make the secret random numbers.
 
     Raises:
-        UsageError: see `make_randomness`, `load_pipeline` and `choose_resolution`.
+        UsageError: see `make_randomness`, `load_pipeline`, `choose_resolution` and
+            `find_base_statement`.
     """
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
+    base_statement = on_main_process(lambda: find_base_statement(model, data))
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
     resolution = choose_resolution(pipeline, data.resolution)
     pipeline.to(accelerator.device)
@@ -114,7 +134,29 @@ def load_stage(
         public=public,
         base_checksum=checksum(public).item(),
         base_model=model.pretrained_model_name_or_path,
+        base_statement=base_statement,
     )
+
+
+def find_base_statement(model: ModelArguments, data: DataArguments) -> dict | None:
+    """The statement of a base model that is a private result itself, verified; else None.
+
+    Raises:
+        UsageError: it does not hold, is stamped NOT PRIVATE, or protects another unit.
+    """
+    name, unit = model.pretrained_model_name_or_path, name_unit(data.privacy_unit_column)
+    statement, _ = read_base_statement(name, model.revision)
+    if statement is None:
+        return None
+    if statement["private"] is not True:
+        raise UsageError(f"the base model {name} is stamped NOT PRIVATE: nothing covers it")
+    if statement["privacy_unit"] != unit:
+        raise UsageError(
+            f"the base model {name} is a private result, which protects "
+            f"'{statement['privacy_unit']}', and this run protects '{unit}': their epsilons cannot "
+            "be added up"
+        )
+    return statement
 
 
 def rehearse(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant
+from scipy.optimize import minimize_scalar
 
 from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
 from utils.errors import UsageError
@@ -53,6 +54,26 @@ def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> lis
     """The epsilon of `events`, by PLD, at each of `deltas`."""
     accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(events))
     return [accountant.get_epsilon(delta) for delta in deltas]
+
+
+def membership_power(events: list[dict], rates: tuple[float, ...] = (0.01, 0.001)) -> dict:
+    """The most that any attacker can achieve who tells from the result of `events` whether a unit
+    was in: at each false-positive rate, the true-positive rate; keyed by the rate, as text.
+
+    For every epsilon, TPR <= e^epsilon FPR + delta(epsilon) (Kairouz et al. 2015, theorem 2.1), so
+    the smallest of these bounds holds, too. It is convex in e^epsilon.
+    """
+    accountant = PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(_dp_event(events))
+
+    def bound(epsilon: float, rate: float) -> float:
+        return math.exp(epsilon) * rate + accountant.get_delta(epsilon)
+
+    power = {}
+    for rate in rates:
+        largest = -math.log(rate)  # beyond it, the bound is above 1
+        found = minimize_scalar(bound, bounds=(0.0, largest), args=(rate,), method="bounded")
+        power[f"{rate:g}"] = min(1.0, float(found.fun), bound(0.0, rate))
+    return power
 
 
 def prv_error(epsilon: float) -> float:

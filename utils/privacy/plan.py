@@ -12,6 +12,11 @@ from utils.errors import UsageError
 from utils.privacy.accounting import SMALLEST_DELTA, Spent, calibrate_noise_multiplier
 
 
+def name_unit(column: str | None) -> str:
+    """What is protected, in words: an image, or all that share a value of `column`."""
+    return "image" if column is None else f"all images of one {column}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
     """Everything that the privacy of a training run depends on; all of it is public.
@@ -47,7 +52,7 @@ class PrivacyPlan:
     @property
     def unit_name(self) -> str:
         """What is protected, in words."""
-        return "image" if self.unit_column is None else f"all images of one {self.unit_column}"
+        return name_unit(self.unit_column)
 
     @property
     def sampling_rate(self) -> float:

@@ -30,6 +30,9 @@ class SecretRandomness:
 
     def __init__(self, debug_seed: int | None = None):
         self.is_private = debug_seed is None
+        self.source = "Philox, keyed by the operating system's entropy"
+        if not self.is_private:
+            self.source = "a fixed seed"
         key = secrets.randbits(128) if debug_seed is None else debug_seed
         self._generator = np.random.Generator(np.random.Philox(key=key))
 
@@ -63,6 +66,7 @@ class SecureRandomness(SecretRandomness):
 
     def __init__(self):
         super().__init__()
+        self.source = "the operating system's cryptographic generator"
 
     def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
         bits = np.frombuffer(os.urandom(8 * math.prod(shape)), dtype=np.uint64) >> np.uint64(11)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,9 +20,13 @@ from utils.data.images import tile_images
 from utils.data.rows import fill_template
 from utils.errors import UsageError, on_main_process
 from utils.files import GRID, METADATA, SAMPLING_SETTINGS, STATEMENT, hash_file, write_durably
-from utils.models.adapters import fetch_adapter, load_adapter
+from utils.ledger.statement import write_statement
+from utils.models.adapters import load_adapter
 from utils.models.pipelines import choose_resolution, get_device, load_pipeline
 from utils.sampling.shards import Piece, plan_image_files, plan_shards, read_pieces, write_piece
+from utils.sampling.sources import ImageSource
+
+IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind the images
 
 
 def use_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -98,22 +101,22 @@ def hash_adapter(adapter: Path) -> dict[str, str]:
     return {str(path.relative_to(adapter)): hash_file(path) for path in sorted(paths)}
 
 
-def claim_folder(folder: Path, settings: dict, adapter: Path | None) -> None:
-    """Start or resume a folder of images; it gets a copy of the adapter's statement.
+def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
+    """Start or resume a folder of images; it gets the statement that covers them.
 
     Raises:
         UsageError: it holds something else, or images made with other settings.
     """
     record = folder / SAMPLING_SETTINGS
     if record.exists():
-        if json.loads(record.read_text()) != settings:
+        if json.loads(record.read_text()) | {IS_PUBLIC: None} != settings | {IS_PUBLIC: None}:
             raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
     elif folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output_dir {folder} already holds other files")
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(record, json.dumps(settings, indent=2))
-    if adapter is not None and (adapter / STATEMENT).exists():
-        shutil.copyfile(adapter / STATEMENT, folder / STATEMENT)
+    write_durably(record, json.dumps(settings | {IS_PUBLIC: source.is_public}, indent=2))
+    if source.statement is not None:
+        write_statement(source.statement, folder)
 
 
 @dataclass(frozen=True)
@@ -122,19 +125,21 @@ class Generation:
 
     Attributes:
         pipeline: with the adapter, on its device. prompts: one entry a prompt (`read_prompts`).
-        adapter: the folder of the adapter, which was downloaded if it is on the Hub; or None.
     """
 
     pipeline: DiffusionPipeline
     prompts: list[dict]
-    adapter: Path | None
 
 
 def prepare_generation(
-    model: ModelArguments, sampling: SamplingArguments, folder: Path, state: PartialState
+    model: ModelArguments,
+    sampling: SamplingArguments,
+    source: ImageSource,
+    folder: Path,
+    state: PartialState,
 ) -> Generation:
-    """Load the pipeline of `model`, with `sampling.adapter`, of any kind, if it is named; and claim
-    the folder. The adapter's statement goes into it.
+    """Load the pipeline of `model`, with the adapter of `source`, of any kind, if there is one; and
+    claim the folder. The statement that covers the images goes into it.
 
     Raises:
         UsageError: see `read_prompts`, `load_pipeline` and `load_adapter`; or the folder holds
@@ -143,15 +148,24 @@ def prepare_generation(
     prompts = read_prompts(sampling)
     pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
     choose_resolution(pipeline, sampling.resolution)  # refuse a bad resolution early
-    settings, adapter = asdict(sampling) | asdict(model), None
+    settings = asdict(sampling) | asdict(model)
     del settings["batch_size"]  # it changes no image
-    if sampling.adapter is not None:
-        adapter = fetch_adapter(sampling.adapter, sampling.adapter_revision)
-        load_adapter(pipeline, adapter)
-        settings["adapter_files"] = hash_adapter(adapter)
-    on_main_process(lambda: claim_folder(folder, settings, adapter))
+    if source.adapter is not None:
+        load_adapter(pipeline, source.adapter)
+        settings["adapter_files"] = hash_adapter(source.adapter)
+        _check_that_weights_are_those_verified(settings["adapter_files"], source)
+    on_main_process(lambda: claim_folder(folder, settings, source))
     pipeline.to(state.device, torch.bfloat16 if sampling.mixed_precision == "bf16" else None)
-    return Generation(use_dpm_solver(pipeline), prompts, adapter)
+    return Generation(use_dpm_solver(pipeline), prompts)
+
+
+def _check_that_weights_are_those_verified(found: dict[str, str], source: ImageSource) -> None:
+    """Raises: UsageError if the adapter was replaced since `find_source` verified it."""
+    if source.statement is None or source.statement["private"] is not True:
+        return
+    verified = source.statement["files"]
+    if any(verified.get(name) != digest for name, digest in found.items() if name != STATEMENT):
+        raise UsageError(f"the adapter {source.adapter} changed while it was loaded; try again")
 
 
 def generate_folder(

@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,27 +13,12 @@ from utils.errors import UsageError
 from utils.files import CARD, GRID, METADATA, SAMPLING_SETTINGS, STATEMENT
 from utils.hub.cards import Maker, build_dataset_card
 from utils.hub.evaluation_card import insert_section
-from utils.hub.upload import HUB_ERRORS, make_repo, upload
-from utils.ledger.verification import check_statement, find_problems, read_source
+from utils.hub.upload import make_repo, upload
+from utils.ledger.checks import check_statement
+from utils.ledger.statement import quote_total
+from utils.ledger.verification import fetch_statement
+from utils.sampling.generation import IS_PUBLIC
 from utils.sampling.shards import plan_shards, write_piece
-
-
-def read_verified_statement(adapter: Path) -> dict:
-    """The privacy statement of an adapter whose images are to be published.
-
-    Raises:
-        UsageError: it has none, or one that does not hold for the weights beside it.
-    """
-    if not (adapter / STATEMENT).is_file():
-        raise UsageError(
-            f"--push_to_hub: {adapter} has no privacy.json, so nobody can tell what its images "
-            "give away"
-        )
-    source = read_source(str(adapter), None)
-    problems = find_problems(source)
-    if problems:
-        raise UsageError(f"images of {adapter} are not published: {'; '.join(problems)}")
-    return source.statement
 
 
 def publish_images(
@@ -85,27 +69,21 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
     model alone; nothing where it is not known.
 
     Raises:
-        UsageError: the statement does not hold.
+        UsageError: the statement does not hold, or is not about the weights that made the images.
     """
-    folder, known = Path(images), {"std": None, "covered_by_epsilon": True}
-    statement = None
-    if (folder / STATEMENT).is_file():
-        statement = json.loads((folder / STATEMENT).read_text())
-    elif not folder.is_dir():
-        try:
-            path = hf_hub_download(images, STATEMENT, repo_type="dataset", revision=revision)
-            statement = json.loads(Path(path).read_text())
-        except HUB_ERRORS:
-            pass  # not there, or not to be had: then nothing is promised
-    if statement is not None:
-        problems = check_statement(statement) if statement["private"] else []
-        if problems:
-            raise UsageError(f"the privacy.json of {images} does not hold: {'; '.join(problems)}")
-        entry = {"value": statement["epsilon"]["add_or_remove_one"], **known}
-        return statement, {
-            "epsilon": entry | {"delta": statement["delta"], "weights": statement["files"]}
-        }
-    record = folder / SAMPLING_SETTINGS
-    if record.is_file() and json.loads(record.read_text())["adapter"] is None:
-        return None, {"epsilon": {"value": 0.0, **known}}
-    return None, {}
+    known, record = {"std": None, "covered_by_epsilon": True}, Path(images) / SAMPLING_SETTINGS
+    settings = json.loads(record.read_text()) if record.is_file() else {}
+    statement, _ = fetch_statement(images, revision, "dataset")
+    if statement is None:
+        public = settings.get(IS_PUBLIC, False)  # of a Hub that was not reached: not known
+        return None, {"epsilon": {"value": 0.0, **known}} if public else {}
+    problems = check_statement(statement) if statement["private"] else []
+    made_by = settings.get("adapter_files", {})
+    if any(made_by.get(name, digest) != digest for name, digest in statement["files"].items()):
+        problems.append("it is about other weights than those that made the images")
+    if problems:
+        raise UsageError(f"the privacy.json of {images} does not hold: {'; '.join(problems)}")
+    epsilon, delta = quote_total(statement)
+    return statement, {
+        "epsilon": {"value": epsilon, **known, "delta": delta, "weights": statement["files"]}
+    }

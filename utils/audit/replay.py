@@ -1,0 +1,280 @@
+"""A replay: the real loop on a set, and on the set plus one unit, with all randomness the same.
+
+The guarantee of a step rests on this: the presence of one unit changes nothing but its own
+contribution, which is at most C, and noise of sigma * C hides that. So nobody else may be sampled,
+or not be sampled, because of it; nobody else's draws or gradient may change by a bit; the clipped
+sum may move by at most C; and the noise must be there, once, fresh in every step.
+
+All units are public noise images: nothing private is read, nothing is spent, and the weights are
+put back. The added unit's gradient is made as loud as clipping has to cope with.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.audit.mutants import break_loop
+from utils.data.images import find_readable_rows
+from utils.data.latents import prepare_losses
+from utils.data.private_set import PrivateSet
+from utils.errors import UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.privacy import training as loop
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import TrainingState, private_steps
+
+NUM_UNITS, STEPS, MICRO_BATCH = 12, 6, 4
+LOUD = 1e6  # times the loss of the added unit
+# Standard deviations: a tail of 3e-12.
+DEVIATIONS = 7.0
+CAPTIONS = ["", "a photo", "a photo of a house by the sea", "the sea"]
+
+
+class ReplayedRandomness(SecretRandomness):
+    """Values that depend on the step and on how often one asked in it, and on nothing else."""
+
+    def __init__(self):
+        super().__init__(debug_seed=0)
+        self._step = self._asked = 0
+
+    def start_step(self, step: int) -> None:
+        self._step, self._asked = step, 0
+
+    def _fresh(self) -> np.random.Generator:
+        self._asked += 1
+        return np.random.Generator(np.random.Philox(key=[self._step, self._asked]))
+
+    def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(self._fresh().random(shape))
+
+    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(self._fresh().standard_normal(shape, dtype=np.float32))
+
+    def noise(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(self._fresh().standard_normal(shape))
+
+
+@dataclass
+class Seen:
+    """What one step did.
+
+    Attributes:
+        batch: the units that it sampled. rows: of each of them, what was recorded, as digests.
+        total: the clipped sum [P]; noise: what was added to it [P], in units of sigma * C.
+    """
+
+    batch: list[int] | None = None
+    rows: dict[int, list[str]] | None = None
+    total: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
+
+def make_pieces(seen: Seen, mutant: str | None) -> dict[str, Callable]:
+    """What the loop calls, of the mutant if there is one; it notes in `seen` what went through."""
+    with break_loop(mutant):
+        names = ("sample_poisson_batch", "clipped_gradient_sum", "clipped_sum", "add_noise_once")
+        sample, add_up, clip, add_noise = (getattr(loop, name) for name in names)
+    units: list[int] = []  # of the micro-batch in work
+
+    def note_sample(*arguments):
+        batch = sample(*arguments)
+        seen.batch, seen.rows = batch.tolist(), {}
+        return batch
+
+    def note_units(accelerator, engine, unit_losses, *rest):
+        def losses(indices):
+            units[:] = indices.tolist()
+            return unit_losses(indices)
+
+        return add_up(accelerator, engine, losses, *rest)
+
+    def note_rows(record, plan):
+        rows = {}
+        for unit, digest in zip(units, record.digest_units(), strict=True):
+            rows.setdefault(unit, digest)  # a blank repeats the first unit, and comes after it
+        for unit, digest in rows.items():
+            seen.rows.setdefault(unit, []).append(digest)
+        return clip(record, plan)
+
+    def note_noise(total, plan, randomness, accelerator):
+        released = add_noise(total, plan, randomness, accelerator)
+        seen.total = total.double().clone()
+        noise = released.double() * plan.expected_batch_size - seen.total
+        seen.noise = noise / (plan.noise_multiplier * plan.max_grad_norm)
+        return released
+
+    def hide_bar(**arguments):
+        return tqdm(**arguments | {"disable": True})
+
+    pieces = dict(zip(names, (note_sample, note_units, note_rows, note_noise), strict=True))
+    return pieces | {"tqdm": hide_bar}
+
+
+@contextmanager
+def install(pieces: dict[str, Callable]) -> Iterator[None]:
+    """Within this context the loop calls these pieces."""
+    before = {name: getattr(loop, name) for name in pieces}
+    vars(loop).update(pieces)
+    try:
+        yield
+    finally:
+        vars(loop).update(before)
+
+
+@dataclass
+class Lane:
+    """One of the two runs, which take turns on the same weights."""
+
+    engine: PerUnitGradients
+    plan: PrivacyPlan
+    seen: Seen
+    pieces: dict[str, Callable]
+    steps: Iterator[int]
+    randomness: ReplayedRandomness
+
+    def take_step(self, number: int) -> Seen:
+        self.randomness.start_step(number)
+        with install(self.pieces):
+            next(self.steps)
+        return self.seen
+
+
+def open_lane(
+    accelerator: Accelerator,
+    engine: PerUnitGradients,
+    unit_losses: Callable[[torch.Tensor], torch.Tensor],
+    plan: PrivacyPlan,
+    randomness: ReplayedRandomness,
+    mutant: str | None,
+) -> Lane:
+    optimizer = torch.optim.SGD(engine.parameters, lr=1e-2 / plan.noise_std)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    state, seen = TrainingState(engine, optimizer, constant), Seen()
+    steps = private_steps(accelerator, state, unit_losses, plan, randomness, MICRO_BATCH)
+    return Lane(engine, plan, seen, make_pieces(seen, mutant), steps, randomness)
+
+
+def replay(
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    engine: PerUnitGradients,
+    resolution: int,
+    privacy: PrivacyArguments,
+    unit_column: str | None,
+    training: TrainingArguments,
+    mutant: str | None = None,
+) -> dict:
+    """Replay some steps of the loop, or of a mutant, with the model, the adapter and the arguments
+    that are about to train.
+
+    Returns what was found: `passed`, `problems` (sentences), `steps`, `largest_move` (of the
+    clipped sum, in units of C).
+
+    Raises:
+        UsageError: several processes were started.
+    """
+    if accelerator.num_processes > 1:
+        raise UsageError("a replay needs one process: add --dry_run, and start it with python")
+    plan = PrivacyPlan(
+        num_units=NUM_UNITS,
+        expected_batch_size=NUM_UNITS / 2,
+        steps=STEPS,
+        noise_multiplier=1.0,
+        max_grad_norm=privacy.max_grad_norm,
+        delta=1e-3,
+        noise_multiplicity=privacy.noise_multiplicity,
+        clipping=privacy.clipping,
+        unit_column=unit_column,
+    )
+    more = replace(plan, num_units=NUM_UNITS + 1, expected_batch_size=(NUM_UNITS + 1) / 2)
+    start = [parameter.detach().clone() for parameter in engine.parameters]
+    randomness = ReplayedRandomness()
+    try:
+        with TemporaryDirectory() as folder:
+            units = make_noise_units(NUM_UNITS + 1, resolution, unit_column is not None)
+            within = replace(training, latents_dir=folder)
+            unit_losses, _ = prepare_losses(
+                pipeline, units, resolution, within, plan.noise_multiplicity, randomness
+            )
+
+            def loud_losses(indices: torch.Tensor) -> torch.Tensor:
+                losses = unit_losses(indices)
+                return losses * torch.where(indices == NUM_UNITS, LOUD, 1.0).to(losses.device)
+
+            lanes = [
+                open_lane(accelerator, engine, loud_losses, p, randomness, mutant)
+                for p in (plan, more)
+            ]
+            return compare_lanes(*lanes)
+    except RuntimeError as error:  # the loop itself found something
+        return {"passed": False, "problems": [str(error)], "steps": STEPS, "largest_move": None}
+    finally:
+        for parameter, before in zip(engine.parameters, start, strict=True):
+            parameter.data.copy_(before)
+
+
+def make_noise_units(num_units: int, resolution: int, many_rows: bool) -> PrivateSet:
+    """Units of public noise images, with captions of unequal length; with `many_rows`, unit u has
+    1 + u modulo 3 of them."""
+    rows = [u for u in range(num_units) for _ in range(1 + u % 3 if many_rows else 1)]
+    shape = (len(rows), resolution, resolution, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels]})
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(len(rows))]
+    digests = find_readable_rows(images, "image")[1]
+    return PrivateSet(images, "image", captions, torch.tensor(rows), 0, digests)
+
+
+def compare_lanes(without: Lane, with_one: Lane) -> dict:
+    """Take all steps in both lanes, and hold them against each other."""
+    problems, moves, before = {}, [], None  # problems: of each kind, the first
+    bound = without.plan.sensitivity
+    for number in range(1, STEPS + 1):
+        weights = [parameter.detach().clone() for parameter in without.engine.parameters]
+        few = without.take_step(number)
+        for parameter, value in zip(without.engine.parameters, weights, strict=True):
+            parameter.data.copy_(value)
+        many = with_one.take_step(number)
+        if [unit for unit in many.batch if unit != NUM_UNITS] != few.batch:
+            problems.setdefault("batch", f"step {number}: adding one unit changed who was sampled")
+        elif any(many.rows[unit] != few.rows[unit] for unit in few.rows):
+            problems.setdefault("rows", f"step {number}: adding one unit changed others' gradients")
+        moves.append((many.total - few.total).norm().item() / bound)
+        if not moves[-1] <= 1 + 1e-5:
+            words = f"step {number}: one unit moved the sum by {moves[-1]:.4g} C"
+            problems.setdefault("move", words)
+        for noise in (few.noise, many.noise):
+            for words in check_noise(noise, before):
+                problems.setdefault("noise", f"step {number}: {words}")
+        before = many.noise
+    if not max(moves) > 0.5:
+        problems["still"] = f"the added unit moved no sum by more than {max(moves):.4g} C"
+    return {
+        "passed": not problems,
+        "problems": list(problems.values()),
+        "steps": STEPS,
+        "largest_move": max(moves),
+    }
+
+
+def check_noise(noise: torch.Tensor, before: torch.Tensor | None) -> list[str]:
+    """What is wrong with the noise of a step [P], in units of sigma * C, and beside that of the
+    step before. A right one is called wrong once in 10^10 times."""
+    size, problems = noise.numel(), []
+    spread = noise.square().mean().sqrt().item()
+    if not abs(spread - 1) <= DEVIATIONS / (2 * size) ** 0.5:
+        problems.append(f"the noise has standard deviation {spread:.4g} sigma C")
+    if before is not None and not abs((noise * before).mean()) <= DEVIATIONS / size**0.5:
+        problems.append("the noise repeats that of the step before")
+    return problems

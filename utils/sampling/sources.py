@@ -1,0 +1,93 @@
+"""What images are generated from, and the verified privacy statement that covers them."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.arguments.sampling import SamplingArguments
+from utils.arguments.training import ModelArguments
+from utils.errors import UsageError, on_main_process
+from utils.files import STATEMENT
+from utils.ledger.statement import add_base
+from utils.ledger.verification import find_problems, read_base_statement, read_source
+from utils.models.adapters import fetch_adapter
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A base model, and perhaps an adapter.
+
+    Attributes:
+        adapter: its folder, which was downloaded if it is on the Hub; or None.
+        statement: what covers the images, verified; None if there is none.
+        is_public: without a statement: whether nothing private is known to be behind the images.
+            An adapter without one may hold anything; so may a base on a Hub that was not reached.
+    """
+
+    adapter: Path | None = None
+    statement: dict | None = None
+    is_public: bool = True
+
+
+def find_source(model: ModelArguments, sampling: SamplingArguments) -> ImageSource:
+    """Find the adapter and the statements of it and of the base model, and verify them.
+
+    Raises:
+        UsageError: a statement does not hold for the weights beside it; or the base model and the
+            adapter protect different units, so that one epsilon cannot cover both.
+    """
+    adapter = None
+    if sampling.adapter is not None:
+        adapter = fetch_adapter(sampling.adapter, sampling.adapter_revision)
+
+    def verify() -> tuple[dict | None, bool]:
+        name, revision = model.pretrained_model_name_or_path, model.revision
+        base, is_known = read_base_statement(name, revision)
+        if adapter is None:
+            return base, is_known and base is None
+        if not (adapter / STATEMENT).is_file():
+            print(
+                f"warning: {sampling.adapter} has no privacy.json, so nobody can tell what its "
+                "images give away",
+                file=sys.stderr,
+            )
+            return None, False
+        source = read_source(str(adapter), None)
+        statement = source.statement
+        if statement.get("private") is True:
+            problems = find_problems(source)
+            if problems:
+                raise UsageError(f"--adapter {sampling.adapter}: {'; '.join(problems)}")
+        return cover_both(statement, base), False
+
+    statement, is_public = on_main_process(verify)
+    return ImageSource(adapter, statement, is_public)
+
+
+def cover_both(statement: dict, base: dict | None) -> dict:
+    """The statement of an adapter's images, its base model's added if that is a private result.
+
+    Raises:
+        UsageError: they protect different units.
+    """
+    if base is None or "base" in statement or statement.get("private") is not True:
+        return statement
+    if base["private"] is not True:
+        return base
+    if base["privacy_unit"] != statement["privacy_unit"]:
+        raise UsageError(
+            f"the base model protects '{base['privacy_unit']}', the adapter "
+            f"'{statement['privacy_unit']}': one epsilon cannot cover the images of both"
+        )
+    return add_base(statement, base)
+
+
+def require_statement(source: ImageSource) -> None:
+    """Raises: UsageError if images of `source` must not be published."""
+    if source.adapter is not None and source.statement is None:
+        raise UsageError(
+            f"--push_to_hub: {source.adapter} has no privacy.json, so nobody can tell what its "
+            "images give away"
+        )
+    if source.statement is not None and source.statement["private"] is not True:
+        raise UsageError("--push_to_hub: what made these images is stamped NOT PRIVATE")
