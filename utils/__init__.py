@@ -27,6 +27,7 @@
         plots               the pictures of report.html
     sampling/       synthetic images
         generation          prompts to images, over processes, into folders
+        sources             what images are made from, and the statement that covers them
         shards              the files of a set: one PNG an image, or parquet shards
         synthetic_sets      a set as a dataset on the Hub, and the privacy that came with it
     hub/            what leaves for the Hugging Face Hub

@@ -16,6 +16,8 @@ from utils.audit.auditing import (
     spread,
 )
 from utils.audit.mutants import PIECES
+from utils.ledger.charges import list_charged_events
+from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import pld_epsilon
 
 
@@ -94,7 +96,7 @@ def test_image_canaries_and_own_images(run_script, tiny_base, image_folder, tmp_
     arguments += ["--output_dir", tmp_path / "audit", "--num_images", 40]
     run = run_script("audit_privacy.py", *arguments)
     assert run.returncode == 0, run.stderr
-    report = read_json(tmp_path / "audit" / "audit.json")
+    report = read_json(tmp_path / "audit" / "private" / "audit.json")
     assert report["canaries"] == "images" and report["lower_bound"] < report["reported_epsilon"]
     # The copies that `datasets` makes of the images stay in private/, for their owner alone.
     private = tmp_path / "audit" / "private"
@@ -114,3 +116,31 @@ def test_mistakes(run_script, tiny_base, tmp_path, change, words):
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "audit"]
     run = run_script("audit_privacy.py", *arguments, *SMALL, *change)
     assert run.returncode == 2 and words in run.stderr
+
+
+def test_an_audit_of_private_images_is_recorded_and_stays_private(
+    run_script, tiny_base, image_folder, tmp_path
+):
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "audit"]
+    mine = [*arguments, "--train_data_dir", image_folder, "--label_column", "label"]
+    for mutants in (["--mutants"], ["--mutant", "no_noise"]):
+        run = run_script("audit_privacy.py", *mine, *SMALL, *mutants)
+        assert run.returncode == 2 and "mutants train without a guarantee" in run.stderr
+    assert not (tmp_path / "audit").exists()
+
+    run = run_script("audit_privacy.py", *mine, *SMALL, "--privacy_unit_column", "label")
+    assert run.returncode == 0, run.stderr
+    private = tmp_path / "audit" / "private"
+    assert [path.name for path in (tmp_path / "audit").iterdir()] == ["private"]
+    assert read_json(private / "audit.json")["covered_by_epsilon"] is False
+    records = Ledger(private / "ledger.jsonl").records()
+    assert [record["kind"] for record in records] == ["reserve", "release"]
+    assert records[0]["privacy_unit"] == "all images of one label"
+    (event,) = list_charged_events(records)
+    assert event["purpose"] == "audit" and event["steps"] == 2
+    assert pld_epsilon([event], 1e-6) == read_json(private / "audit.json")["reported_epsilon"]
+
+    public = [*mine, *SMALL, "--mutant", "no_noise", "--data_is_public", "--privacy_ledger"]
+    run = run_script("audit_privacy.py", *public, tmp_path / "other.jsonl")
+    assert run.returncode == 0 and (tmp_path / "audit" / "audit.json").exists()
+    assert not (tmp_path / "other.jsonl").exists()

@@ -186,6 +186,13 @@ def test_private_images_may_come_from_the_hub(hub, on_hub, image_folder, tmp_pat
     run = on_hub("train_dp_lora.py", *arguments, "--output_dir", tmp_path / "run")
     assert run.returncode == 0, run.stderr
     assert '"num_units": 40' in run.stdout
+    arguments.remove("--dry_run")
+    more = ["--discard_latents", "--num_validation_images", 0]
+    run = on_hub("train_dp_lora.py", *arguments, *more, "--output_dir", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    assert "hf cache rm dataset/user/scans" in run.stdout
+    private = tmp_path / "run" / "private"
+    assert not (private / "cache").exists() and not (private / "latents").exists()
 
 
 def test_only_what_is_meant_is_published(finished):
@@ -194,6 +201,22 @@ def test_only_what_is_meant_is_published(finished):
         (finished / name).write_text("private")
     names = set(list_files_to_publish(finished))
     assert names == {"pytorch_lora_weights.safetensors", *COMMON}
+
+
+def test_only_samples_that_the_run_generated_are_published(finished, image_folder):
+    """Whatever has the name of a sample could be a private image."""
+    private = image_folder / "0" / "0.png"
+    for name in ("0000.png", "0007.png", "grid.png"):
+        path = finished / "samples" / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(private.read_bytes())
+        with pytest.raises(UsageError, match=f"{name} is not an image that this run generated"):
+            list_files_to_publish(finished)
+        path.unlink() if before is None else path.write_bytes(before)
+    assert set(list_files_to_publish(finished)) == {"pytorch_lora_weights.safetensors", *COMMON}
+    (finished / "private" / "samples.json").unlink()
+    with pytest.raises(UsageError, match="is not an image that this run generated"):
+        list_files_to_publish(finished)
 
 
 def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):

@@ -128,7 +128,7 @@ def test_one_run_answers_everything_and_marks_what_read_private_images(
     # images, what compares with them; never what reads the private ones.
     images = tmp_path / "images"
     shutil.copytree(folders / "synthetic", images)
-    (images / "sampling.json").write_text('{"adapter": null}')
+    (images / "sampling.json").write_text('{"is_public": true}')
     arguments[1] = images
     for more, expected in (
         ([], {"epsilon", "inception_score"}),

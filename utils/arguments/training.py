@@ -161,7 +161,9 @@ class TrainingArguments:
         None,
     )
     discard_latents: bool = option(
-        "when done, delete the encoded images and the other copies of the private ones", False
+        "when done, delete the encoded images and the other copies of the private ones in "
+        "--output_dir; what was downloaded from the Hub stays in the Hub's cache",
+        False,
     )
     dry_run: bool = option("print the plan as JSON and stop", False)
     report_to: str | None = option(

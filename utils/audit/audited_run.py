@@ -19,7 +19,7 @@ from utils.arguments.training import DataArguments, PrivacyArguments, TrainingAr
 from utils.audit.auditing import measure
 from utils.audit.canaries import GradientCanaries, ImageCanaries
 from utils.audit.mutants import break_loop
-from utils.audit.replay import replay
+from utils.audit.replay import SetUp, replay
 from utils.data.latents import Objective
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source
@@ -130,8 +130,8 @@ def audit_by_replay(args: AuditArguments, data: DataArguments, mutant: str | Non
         noise_multiplicity=args.noise_multiplicity,
     )
     training = TrainingArguments(output_dir=args.output_dir)
-    resolution, units = choose_resolution(pipeline, data.resolution), data.privacy_unit_column
-    return replay(accelerator, pipeline, engine, resolution, privacy, units, training, mutant)
+    setup = SetUp(accelerator, pipeline, engine, choose_resolution(pipeline, data.resolution))
+    return replay(setup, privacy, data.privacy_unit_column, training, mutant)
 
 
 def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str | None) -> dict:

@@ -165,11 +165,18 @@ def open_lane(
     return Lane(engine, plan, seen, make_pieces(seen, mutant), steps, randomness)
 
 
+@dataclass(frozen=True)
+class SetUp:
+    """The model that is about to train; `resolution` of its images, in pixels."""
+
+    accelerator: Accelerator
+    pipeline: DiffusionPipeline
+    engine: PerUnitGradients
+    resolution: int
+
+
 def replay(
-    accelerator: Accelerator,
-    pipeline: DiffusionPipeline,
-    engine: PerUnitGradients,
-    resolution: int,
+    setup: SetUp,
     privacy: PrivacyArguments,
     unit_column: str | None,
     training: TrainingArguments,
@@ -184,6 +191,7 @@ def replay(
     Raises:
         UsageError: several processes were started.
     """
+    accelerator, engine, resolution = setup.accelerator, setup.engine, setup.resolution
     if accelerator.num_processes > 1:
         raise UsageError("a replay needs one process: add --dry_run, and start it with python")
     plan = PrivacyPlan(
@@ -205,7 +213,7 @@ def replay(
             units = make_noise_units(NUM_UNITS + 1, resolution, unit_column is not None)
             within = replace(training, latents_dir=folder)
             unit_losses, _ = prepare_losses(
-                pipeline, units, resolution, within, plan.noise_multiplicity, randomness
+                setup.pipeline, units, resolution, within, plan.noise_multiplicity, randomness
             )
 
             def loud_losses(indices: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,8 @@ def build_statement(
             accountant["epsilon"] = None
         statement["warning"] = "NOT PRIVATE: trained with reproducible noise, for debugging only"
         return statement
-    if about.base is not None:
-        statement = add_base(statement, about.base)
-    return statement | {"membership_inference": membership_power(list_all_events(statement))}
+    statement["membership_inference"] = membership_power(events)
+    return statement if about.base is None else add_base(statement, about.base)
 
 
 def list_all_events(statement: dict) -> list[dict]:
@@ -89,12 +88,14 @@ def add_base(statement: dict, base: dict) -> dict:
     """The statement of a result whose base model is a private result, too.
 
     Its `base` has the events of the base model, and what all events come to together, at the
-    smaller delta: an upper bound also if both are about the same people.
+    smaller delta: an upper bound also if both are about the same people. The power of membership
+    inference is that against both, too.
     """
     behind = list_all_events(base)
     delta = min(statement["delta"], base["delta"], base.get("base", base)["delta"])
-    epsilon = pld_both_relations([*behind, *statement["events"]], delta)
-    return statement | {"base": {"events": behind, "delta": delta, "epsilon": epsilon}}
+    together = [*behind, *statement["events"]]
+    base = {"events": behind, "delta": delta, "epsilon": pld_both_relations(together, delta)}
+    return statement | {"base": base, "membership_inference": membership_power(together)}
 
 
 def quote_total(statement: dict) -> tuple[float | None, float]:

@@ -18,7 +18,7 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.audit.replay import replay
+from utils.audit.replay import SetUp, replay
 from utils.data.latents import prepare_losses
 from utils.errors import Stopped, StopRequest, UsageError, on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
@@ -114,7 +114,7 @@ def run_method(
     # Publish: the ledger, then the statement, then the weights that it accounts for.
     on_main_process(lambda: publish(method, stage, plan, run, training, hub))
     sentence = f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
-    finish(stage, training, encoded_dir, sentence)
+    finish(stage, data, training, encoded_dir, sentence)
     accelerator.end_training()
     if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
         print(f"published {publish_model(run.output_dir, hub)}")
@@ -134,15 +134,8 @@ def replay_if_asked(
     """
     if not privacy.replay_audit:
         return stage
-    finding = replay(
-        stage.accelerator,
-        stage.pipeline,
-        engine,
-        stage.resolution,
-        privacy,
-        data.privacy_unit_column,
-        training,
-    )
+    setup = SetUp(stage.accelerator, stage.pipeline, engine, stage.resolution)
+    finding = replay(setup, privacy, data.privacy_unit_column, training)
     if not finding["passed"]:
         raise UsageError(f"the replay audit failed: {'; '.join(finding['problems'])}")
     print(

@@ -99,7 +99,7 @@ def run_selection(
     saliency = replace(saliency, run=run.branch.run, private=is_private)
     about = stage.describe_circumstances()
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
-    finish(stage, training, encoded_dir, describe_selection(saliency, training))
+    finish(stage, data, training, encoded_dir, describe_selection(saliency, training))
 
 
 def make_engine(stage: Stage, candidates: dict[str, nn.Module], num_draws: int) -> PerUnitGradients:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers import DiffusionPipeline
 from filelock import FileLock
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from utils.arguments.training import (
     DataArguments,
@@ -221,9 +222,18 @@ def collect_settings(
 
 
 def finish(
-    stage: Stage, training: TrainingArguments, encoded_dir: Path | None, sentence: str
+    stage: Stage,
+    data: DataArguments,
+    training: TrainingArguments,
+    encoded_dir: Path | None,
+    sentence: str,
 ) -> None:
     """After all is published: delete the copies of private images if asked to, and say so."""
     if training.discard_latents:
         discard_copies(Path(training.output_dir), encoded_dir)
+        if data.dataset_name is not None and not Path(data.dataset_name).exists():
+            stage.accelerator.print(
+                f"the download of {data.dataset_name} stays in {HF_HUB_CACHE}; to delete it, too: "
+                f"hf cache rm dataset/{data.dataset_name}"
+            )
     stage.accelerator.print(sentence)
