@@ -167,6 +167,21 @@ def test_a_set_brings_the_epsilon_that_was_verified(
         read_privacy(str(tmp_path / "both"), None)
 
 
+def test_what_is_stamped_not_private_brings_no_epsilon(tiny_base, copied, tmp_path):
+    """Also if someone wrote a number beside the stamp, or broke the stamp off."""
+    change_statement(copied, lambda s: s.update(private=False, warning="NOT PRIVATE"))
+    source = find(tiny_base, copied)
+    assert source.statement["private"] is False
+    with pytest.raises(UsageError, match="stamped NOT PRIVATE"):
+        require_statement(source)
+    shutil.copy(copied / STATEMENT, tmp_path / STATEMENT)
+    assert read_privacy(str(tmp_path), None)[1]["epsilon"]["value"] is None
+    for change in (lambda s: s.pop("private"), lambda s: s.update(private="yes")):
+        change_statement(copied, change)
+        with pytest.raises(UsageError, match="--adapter"):
+            find(tiny_base, copied)
+
+
 def test_a_statement_names_its_circumstances(adapter):
     statement = read_json(adapter / STATEMENT)
     assert statement["schema_version"] == 2 and statement["made_by"]["version"]

@@ -121,7 +121,7 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
         UsageError: its statement does not hold.
     """
     statement, is_known = fetch_statement(name, revision)
-    if statement is not None and statement.get("private") is True:
+    if statement is not None and statement.get("private") is not False:
         problems = check_statement(statement)
         if problems:
             raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")

@@ -54,7 +54,7 @@ def find_source(model: ModelArguments, sampling: SamplingArguments) -> ImageSour
             return None, False
         source = read_source(str(adapter), None)
         statement = source.statement
-        if statement.get("private") is True:
+        if statement.get("private") is not False:
             problems = find_problems(source)
             if problems:
                 raise UsageError(f"--adapter {sampling.adapter}: {'; '.join(problems)}")
@@ -70,7 +70,7 @@ def cover_both(statement: dict, base: dict | None) -> dict:
     Raises:
         UsageError: they protect different units.
     """
-    if base is None or "base" in statement or statement.get("private") is not True:
+    if base is None or "base" in statement or not statement["private"]:
         return statement
     if base["private"] is not True:
         return base

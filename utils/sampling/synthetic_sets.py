@@ -77,13 +77,15 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
     if statement is None:
         public = settings.get(IS_PUBLIC, False)  # of a Hub that was not reached: not known
         return None, {"epsilon": {"value": 0.0, **known}} if public else {}
-    problems = check_statement(statement) if statement["private"] else []
+    is_private = statement.get("private") is not False
+    problems = check_statement(statement) if is_private else []
     made_by = settings.get("adapter_files", {})
-    if any(made_by.get(name, digest) != digest for name, digest in statement["files"].items()):
+    if any(
+        made_by.get(name, digest) != digest for name, digest in statement.get("files", {}).items()
+    ):
         problems.append("it is about other weights than those that made the images")
     if problems:
         raise UsageError(f"the privacy.json of {images} does not hold: {'; '.join(problems)}")
     epsilon, delta = quote_total(statement)
-    return statement, {
-        "epsilon": {"value": epsilon, **known, "delta": delta, "weights": statement["files"]}
-    }
+    epsilon = epsilon if is_private else None  # whatever it claims
+    return statement, {"epsilon": {"value": epsilon, **known, "delta": delta, "weights": files}}
