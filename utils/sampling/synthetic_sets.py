@@ -79,10 +79,8 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
         return None, {"epsilon": {"value": 0.0, **known}} if public else {}
     is_private = statement.get("private") is not False
     problems = check_statement(statement) if is_private else []
-    made_by = settings.get("adapter_files", {})
-    if any(
-        made_by.get(name, digest) != digest for name, digest in statement.get("files", {}).items()
-    ):
+    made_by, files = settings.get("adapter_files", {}), statement.get("files", {})
+    if any(made_by.get(name, digest) != digest for name, digest in files.items()):
         problems.append("it is about other weights than those that made the images")
     if problems:
         raise UsageError(f"the privacy.json of {images} does not hold: {'; '.join(problems)}")
