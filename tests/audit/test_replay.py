@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from utils.arguments.audit import MUTANTS
 from utils.arguments.methods import LoraArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.audit import replay as module
+from utils.audit.mutants import break_loop
 from utils.audit.replay import ReplayedRandomness, SetUp, replay
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.lora import add_lora
@@ -63,7 +65,9 @@ def world():
 def replay_here(world, accelerator, folder, mutant=None, **changes) -> dict:
     privacy = replace(PrivacyArguments(noise_multiplicity=3, max_grad_norm=0.1), **changes)
     training = TrainingArguments(output_dir=str(folder))
-    return replay(SetUp(accelerator, *world, 16), privacy, None, training, mutant)
+    return replay(
+        SetUp(accelerator, *world, 16), privacy, None, training, partial(break_loop, mutant)
+    )
 
 
 def test_the_loop_as_it_is_passes_and_nothing_is_left_behind(world, accelerator, tmp_path):

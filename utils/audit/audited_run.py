@@ -1,7 +1,7 @@
 """One audited run: the real training loop, or a mutant of it, with canaries among the images."""
 
-import functools
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def load_ordinary_set(data: DataArguments, count: int, cache: Path) -> PrivateSe
     return load_private_set(rows, data)
 
 
-@functools.cache
+@cache
 def calibrate_noise(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     return calibrate_noise_multiplier(epsilon, delta, sampling_rate, steps)
 
@@ -131,7 +131,7 @@ def audit_by_replay(args: AuditArguments, data: DataArguments, mutant: str | Non
     )
     training = TrainingArguments(output_dir=args.output_dir)
     setup = SetUp(accelerator, pipeline, engine, choose_resolution(pipeline, data.resolution))
-    return replay(setup, privacy, data.privacy_unit_column, training, mutant)
+    return replay(setup, privacy, data.privacy_unit_column, training, partial(break_loop, mutant))
 
 
 def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str | None) -> dict:

@@ -10,7 +10,7 @@ put back. The added unit's gradient is made as loud as clipping has to cope with
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 
@@ -23,7 +23,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.arguments.training import PrivacyArguments, TrainingArguments
-from utils.audit.mutants import break_loop
 from utils.data.images import find_readable_rows
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
@@ -38,6 +37,9 @@ NUM_UNITS, STEPS, MICRO_BATCH = 12, 6, 4
 LOUD = 1e6  # times the loss of the added unit
 # Standard deviations: a tail of 3e-12.
 DEVIATIONS = 7.0
+# Makes the context within which the loop is to be replayed (`mutants.break_loop`). Training scripts
+# import this module, and must not be able to reach a mutant.
+LoopChange = Callable[[], AbstractContextManager]
 CAPTIONS = ["", "a photo", "a photo of a house by the sea", "the sea"]
 
 
@@ -80,9 +82,9 @@ class Seen:
     noise: torch.Tensor | None = None
 
 
-def make_pieces(seen: Seen, mutant: str | None) -> dict[str, Callable]:
-    """What the loop calls, of the mutant if there is one; it notes in `seen` what went through."""
-    with break_loop(mutant):
+def make_pieces(seen: Seen, broken: LoopChange) -> dict[str, Callable]:
+    """What the loop calls within `broken`; each notes in `seen` what went through."""
+    with broken():
         names = ("sample_poisson_batch", "clipped_gradient_sum", "clipped_sum", "add_noise_once")
         sample, add_up, clip, add_noise = (getattr(loop, name) for name in names)
     units: list[int] = []  # of the micro-batch in work
@@ -156,13 +158,13 @@ def open_lane(
     unit_losses: Callable[[torch.Tensor], torch.Tensor],
     plan: PrivacyPlan,
     randomness: ReplayedRandomness,
-    mutant: str | None,
+    broken: LoopChange,
 ) -> Lane:
     optimizer = torch.optim.SGD(engine.parameters, lr=1e-2 / plan.noise_std)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     state, seen = TrainingState(engine, optimizer, constant), Seen()
     steps = private_steps(accelerator, state, unit_losses, plan, randomness, MICRO_BATCH)
-    return Lane(engine, plan, seen, make_pieces(seen, mutant), steps, randomness)
+    return Lane(engine, plan, seen, make_pieces(seen, broken), steps, randomness)
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,10 @@ def replay(
     privacy: PrivacyArguments,
     unit_column: str | None,
     training: TrainingArguments,
-    mutant: str | None = None,
+    broken: LoopChange = nullcontext,
 ) -> dict:
-    """Replay some steps of the loop, or of a mutant, with the model, the adapter and the arguments
-    that are about to train.
+    """Replay some steps of the loop, with the model, the adapter and the arguments that are about
+    to train; of the loop as it is within the context that `broken` makes.
 
     Returns what was found: `passed`, `problems` (sentences), `steps`, `largest_move` (of the
     clipped sum, in units of C).
@@ -221,7 +223,7 @@ def replay(
                 return losses * torch.where(indices == NUM_UNITS, LOUD, 1.0).to(losses.device)
 
             lanes = [
-                open_lane(accelerator, engine, loud_losses, p, randomness, mutant)
+                open_lane(accelerator, engine, loud_losses, p, randomness, broken)
                 for p in (plan, more)
             ]
             return compare_lanes(*lanes)
