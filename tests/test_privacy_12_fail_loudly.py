@@ -6,6 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from tests.conftest import ROOT, build_tiny_pipeline
+from tests.test_house import find_imports
 from tests.worlds import build_plan, train
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -201,8 +202,23 @@ def test_fp16_is_refused(accelerator, monkeypatch):
 
 
 def test_no_script_that_trains_can_reach_the_mutants():
-    """They live in their own file, which only the audit and the tests import."""
+    """They live in their own file, and no import leads there but from the audit's script."""
+    texts = {"utils.audit.mutants": "", **read_modules()}
+    assert len(texts) > 60
+    assert find_importers(texts, "utils.audit.mutants") == ["audit_privacy"]
+    reached = {**texts, "utils.privacy.training": "from utils.audit import mutants"}
+    assert "train_dp_lora" in find_importers(reached, "utils.audit.mutants")  # from anywhere
+
+
+def read_modules() -> dict[str, str]:
     paths = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]
-    paths = [path for path in paths if path.parent.name != "audit"]
-    importers = [path.name for path in paths if "utils.audit" in path.read_text()]
-    assert len(paths) > 60 and importers == ["audit_privacy.py"]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts): p.read_text() for p in paths}
+
+
+def find_importers(texts: dict[str, str], target: str) -> list[str]:
+    """The scripts from which imports lead to `target`, over any number of modules."""
+    imports = {module: find_imports(text) for module, text in texts.items()}
+    reaching = {target}
+    while more := {m for m, found in imports.items() if found & reaching} - reaching:
+        reaching |= more
+    return sorted(module for module in reaching if "." not in module)
