@@ -1,6 +1,7 @@
 """The house: rooms import only from below, no circles, sizes, and a map that names every room."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def find_imports(text: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module)
             found |= {f"{node.module}.{name.name}" for name in node.names}  # if it is a module
+    return found & list_modules()
+
+
+@functools.cache
+def list_modules() -> set[str]:
+    """All modules of ours, but `evaluate`: to import that is to import the library."""
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in list_files()}
-    return found & (modules - {"evaluate"})  # to import that is to import the library
+    return modules - {"evaluate"}
 
 
 def find_wrong_arrows(files: dict[str, str]) -> list[str]:
