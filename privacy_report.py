@@ -111,7 +111,7 @@ def show(args: ShowArguments) -> None:
 
 
 def verify(args: VerifyArguments) -> None:
-    from utils.ledger.verification import find_problems, read_source
+    from utils.ledger.verification import describe_verified, find_problems, read_source
 
     source = read_source(args.path, args.revision)
     problems = find_problems(source)
@@ -120,21 +120,7 @@ def verify(args: VerifyArguments) -> None:
         for problem in problems:
             print(f"- {problem}", file=sys.stderr)
         sys.exit(1)
-    if source.statement is not None:
-        epsilon = source.statement["epsilon"]
-        print(
-            f"ok: epsilon {epsilon['add_or_remove_one']:.3f} at delta "
-            f"{source.statement['delta']:g} (replace one: {epsilon['replace_one']:.3f}) follows "
-            "from the events of the statement"
-        )
-    if source.statement is not None and source.folder is not None:
-        print(f"ok: the {len(source.statement['files'])} published file(s) are those paid for")
-    if source.ledger is None:
-        print("its ledger is not here, and was not checked")
-    elif source.statement is None:
-        print("ok: the ledger is whole; there is no statement here that it could be compared with")
-    else:
-        print("ok: the ledger is whole, and agrees with the statement and the checkpoints")
+    print("\n".join(describe_verified(source)))
 
 
 def fill_in(args: PlanArguments) -> None:
@@ -158,7 +144,7 @@ def fill_in(args: PlanArguments) -> None:
 def plan(args: PlanArguments) -> None:
     fill_in(args)
     from utils.privacy.accounting import account
-    from utils.privacy.plan import make_plan
+    from utils.privacy.plan import calibrate_table, make_plan
     from utils.privacy.plots import plot_noise_trade_off
 
     chosen = make_plan(
@@ -188,19 +174,6 @@ def plan(args: PlanArguments) -> None:
         print(
             json.dumps({"plan": chosen.event(), "epsilon": spent.both_relations(), "table": table})
         )
-
-
-def calibrate_table(chosen, targets: set[float]) -> list[dict]:
-    """The noise multiplier of a `PrivacyPlan` for each target epsilon, smallest first."""
-    from tqdm import tqdm
-
-    from utils.privacy.accounting import calibrate_noise_multiplier
-
-    table = []
-    for target in tqdm(sorted(targets), "calibrating", leave=False):
-        sigma = calibrate_noise_multiplier(target, chosen.delta, chosen.sampling_rate, chosen.steps)
-        table.append({"epsilon": target, "noise_multiplier": sigma})
-    return table
 
 
 def give_up(args: GiveUpArguments) -> None:

@@ -104,6 +104,8 @@ def test_a_statement_quotes_everything_at_the_smallest_delta_on_record(tmp_path)
     statement["ledger"]["everything"] = together | consistent
     assert check_statement(statement) == []
     assert "smallest delta" in check_ledger(statement, ledger.records())[0]
+    del statement["ledger"]["everything"]["delta"]  # then that of the statement itself is meant
+    assert "smallest delta" in check_ledger(statement, ledger.records())[0]
 
 
 def test_a_run_that_would_exceed_the_budget_is_refused_before_an_image_is_read(tiny_base, tmp_path):
@@ -149,6 +151,7 @@ def test_runs_on_the_same_images_in_other_ledgers_are_named(
         train_here(train_arguments(tiny_base, image_folder, tmp_path / name, *more))
         return [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
 
+    warnings("debugging", "--debug_noise_seed", 1)  # has no epsilon that could add up
     assert warnings("planned", "--dry_run") == [] == warnings("first")
     ledgers = [tmp_path / name / "private" / "ledger.jsonl" for name in ("first", "second")]
     for name in ("second", "third"):

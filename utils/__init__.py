@@ -79,7 +79,7 @@
     metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
     arguments/      every option of every script, a dataclass a group; `parsing` reads them
     files           names of what a run leaves; files whole or absent, digests, modes
-    version                 which version of this code made something
+    version         which version of this code made something
     errors          how a script ends: a mistake in one sentence, or a clean stop
 
 The way of one image: a row (`data.rows`) is checked and decoded (`data.images`), becomes a latent

@@ -79,10 +79,20 @@ def test_the_loop_as_it_is_passes_and_nothing_is_left_behind(world, accelerator,
     assert not (tmp_path / "run").exists()
 
 
+SAID = {
+    "no_noise": "the noise has standard deviation 0 sigma C",
+    "copies_clipped_one_by_one": "one unit moved the sum by ",
+    "double_clip_bound": "one unit moved the sum by 2 C",
+    "noise_divided_by_batch": "the noise has standard deviation 0.1",
+    "shuffled_batches": "adding one unit changed who was sampled",
+    "noise_reused_each_step": "the noise repeats that of the step before",
+}
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_it_catches_every_mutant(world, accelerator, tmp_path, mutant):
+def test_it_catches_every_mutant_by_its_defect(world, accelerator, tmp_path, mutant):
     found = replay_here(world, accelerator, tmp_path, mutant)
-    assert not found["passed"] and found["problems"], mutant
+    assert not found["passed"] and SAID[mutant] in " ".join(found["problems"]), found
 
 
 def norms_of_the_batch(record, plan):
@@ -92,6 +102,11 @@ def norms_of_the_batch(record, plan):
     return record.weighted_sum(scale)
 
 
+def micro_batches_by_size(units, size):
+    """A larger batch is cut in another way, so that everybody's draws are others."""
+    return units.split(1 if len(units) > 6 else size)
+
+
 def half_the_noise(total, plan, randomness, accelerator):
     return dp_sgd.add_noise_once(
         total, replace(plan, noise_multiplier=plan.noise_multiplier / 2), randomness, accelerator
@@ -99,6 +114,7 @@ def half_the_noise(total, plan, randomness, accelerator):
 
 
 MORE_MUTANTS = {
+    "split_units": micro_batches_by_size,
     "clipped_sum": norms_of_the_batch,
     "add_noise_once": half_the_noise,
 }
@@ -109,6 +125,8 @@ def test_it_catches_others_too(world, accelerator, tmp_path, monkeypatch, name):
     monkeypatch.setattr(loop, name, MORE_MUTANTS[name])
     found = replay_here(world, accelerator, tmp_path)
     assert not found["passed"], name
+    if name == "split_units":
+        assert "adding one unit changed others' gradients" in " ".join(found["problems"])
 
 
 def test_an_added_unit_that_is_never_sampled_proves_nothing(
@@ -133,6 +151,12 @@ def test_a_failed_replay_stops_a_run_before_anything_is_read(
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--replay_audit")
     assert "error: the replay audit failed: step 1: the noise" in train_here(arguments)
     assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
+
+
+def test_a_selection_has_no_steps_to_replay(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--replay_audit")
+    assert "a selection takes none" in train_here(arguments, "select_saliency")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_statement_says_what_the_replay_proved(tiny_base, image_folder, tmp_path):

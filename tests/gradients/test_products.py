@@ -121,3 +121,15 @@ def test_embeddings_count_an_id_that_comes_twice_once():
     weight = nn.Embedding(6, 1).weight
     exact = sum_of_products(ids, grads, weight).square().sum().double()
     assert exact <= squared_norms_of_products(ids, grads)[0] <= exact * 1.0001
+
+
+def test_the_slack_of_the_fp64_sum_is_there_too():
+    """Two positions that cancel: the true norm is 0, and only the slack is left. Over so many
+    features the fp64 sum could hide more than the fp32 product: the bound of Higham, section 3.1.
+    """
+    width = 200_000
+    x = torch.ones(1, 2, width)
+    grads = torch.tensor([[[1.0], [-1.0]]])
+    lengths = 2 * width**0.5
+    found = squared_norms_of_products(x, grads).sqrt().item()
+    assert found >= ((width + 4) * torch.finfo(torch.float64).eps) ** 0.5 * lengths

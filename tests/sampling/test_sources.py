@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import read_json, train_arguments, train_here
 from tests.worlds import build_plan
@@ -12,8 +14,9 @@ from utils.arguments.training import ModelArguments
 from utils.errors import UsageError
 from utils.files import STATEMENT
 from utils.ledger.checks import check_statement
-from utils.ledger.statement import Circumstances, build_statement, quote_total
-from utils.privacy.accounting import account, pld_epsilon
+from utils.ledger.statement import Circumstances, add_base, build_statement, quote_total
+from utils.privacy.accounting import account, pld_both_relations, pld_epsilon
+from utils.sampling.generation import prepare_generation
 from utils.sampling.sources import find_source, require_statement
 from utils.sampling.synthetic_sets import read_privacy
 
@@ -32,7 +35,7 @@ def copied(adapter, tmp_path):
 
 def state(**changes) -> dict:
     """A statement that holds by itself."""
-    plan = build_plan(num_units=500, steps=3, delta=1e-3, **changes)
+    plan = build_plan(**{"num_units": 500, "steps": 3, "delta": 1e-3} | changes)
     about = Circumstances(randomness="a test")
     made = build_statement(plan, plan.events(), account(plan.events(), plan.delta), about)
     return json.loads(json.dumps(made | {"files": {}}))
@@ -109,6 +112,46 @@ def test_a_base_and_an_adapter_add_up(private_base, adapter):
     assert check_statement(source.statement) == []
     source.statement["base"]["epsilon"]["add_or_remove_one"] /= 2
     assert "it and its base" in check_statement(source.statement)[0]
+
+
+@pytest.mark.parametrize("first, second", [(1e-3, 1e-4), (1e-4, 1e-3)])
+def test_a_base_and_an_adapter_are_quoted_at_the_smaller_delta(first, second):
+    base, own = state(delta=first), state(delta=second)
+    statement = add_base(own, base)
+    assert quote_total(statement)[1] == 1e-4 and check_statement(statement) == []
+    epsilon = pld_epsilon([*base["events"], *own["events"]], 1e-4)
+    assert quote_total(statement)[0] == epsilon
+    third = add_base(state(delta=1e-3), statement)  # a base that has one itself
+    assert quote_total(third)[1] == 1e-4 and len(third["base"]["events"]) == 2
+    larger = pld_both_relations([*base["events"], *own["events"]], 5e-3)
+    statement["base"] |= {"delta": 5e-3, "epsilon": larger}
+    assert "at a larger delta" in check_statement(statement)[0]
+
+
+def test_an_adapter_that_is_replaced_while_it_is_loaded_is_refused(
+    tiny_base, copied, tmp_path, accelerator
+):
+    """What was verified is what generates."""
+    source, folder = find(tiny_base, copied), tmp_path / "images"
+    weights = copied / "pytorch_lora_weights.safetensors"
+    save_file({k: 2 * v for k, v in load_file(weights).items()}, weights)
+    model = ModelArguments(pretrained_model_name_or_path=str(tiny_base))
+    sampling = SamplingArguments(adapter=str(copied), prompts=["a"])
+    with pytest.raises(UsageError, match="changed while it was loaded"):
+        prepare_generation(model, sampling, source, folder, PartialState())
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"private": true}', '{"schema_version": 2, "private": 1}'])
+def test_a_malformed_statement_gets_a_sentence(tiny_base, copied, tmp_path, text):
+    for folder in (copied, tmp_path):
+        (folder / STATEMENT).write_text(text)
+    with pytest.raises(UsageError):
+        find(tiny_base, copied)
+    with pytest.raises(UsageError):
+        find(tmp_path)
+    with pytest.raises(UsageError):
+        read_privacy(str(tmp_path), None)
 
 
 def test_a_base_that_protects_another_unit_is_refused(private_base, adapter):

@@ -79,8 +79,8 @@ class PrivacyArguments:
         "reproducible noise, for debugging: every result is stamped NOT PRIVATE", None
     )
     replay_audit: bool = option(
-        "first replay some steps of this very set-up, on public noise images, with and without one "
-        "unit (audit_privacy.py --replay); what it proves goes into privacy.json",
+        "before training, replay some steps of this very set-up, on public noise images, with and "
+        "without one unit (audit_privacy.py --replay); what it proves goes into privacy.json",
         False,
     )
     privacy_ledger: str | None = option(

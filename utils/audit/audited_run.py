@@ -23,10 +23,10 @@ from utils.audit.replay import SetUp, replay
 from utils.data.latents import Objective
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source
-from utils.files import CACHE, LATENTS, LEDGER, make_private, private_folder
+from utils.files import CACHE, LATENTS, make_private, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.ledger import Ledger
-from utils.ledger.remembered import remember_run
+from utils.ledger.remembered import remember_run, warn_of_other_ledgers
+from utils.ledger.reservations import find_ledger
 from utils.models.lora import add_lora
 from utils.models.pipelines import choose_resolution, load_pipeline
 from utils.privacy.accounting import calibrate_noise_multiplier, pld_epsilon
@@ -108,13 +108,14 @@ def record_audit(args: AuditArguments, data: DataArguments, plan: PrivacyPlan) -
     """Charge an audit on private images to a ledger, before it trains.
 
     Raises:
-        UsageError: see `Ledger.reserve`.
+        UsageError: see `find_ledger` and `Ledger.reserve`.
     """
-    own = private_folder(args.output_dir) / LEDGER
-    ledger = Ledger(own if args.privacy_ledger is None else args.privacy_ledger)
+    privacy = PrivacyArguments(privacy_ledger=args.privacy_ledger)
+    ledger, source = find_ledger(Path(args.output_dir), privacy), name_source(data)
     branch = ledger.reserve(plan.terms(is_private=True))
     epsilon = pld_epsilon([plan.event()], plan.delta)
-    remember_run(name_source(data), ledger, branch.run, epsilon, plan.delta)
+    warn_of_other_ledgers(source, ledger)
+    remember_run(source, ledger, branch.run, epsilon, plan.delta)
     branch.release(plan.steps, "audit")
     print(f"recorded in {ledger.path}: epsilon {epsilon:.3f} at delta {plan.delta:g}")
 

@@ -216,8 +216,8 @@ def build_dataset_card(made_by: Maker, num_images: int, repo_id: str, license: s
     if statement is not None:
         privacy = (
             f"{describe_plainly(statement)}\n\n{describe_formally(statement)}\n\nGenerating images "
-            "with the adapter costs no further privacy: the guarantee covers this set, however "
-            "large. `privacy.json` is the adapter's statement."
+            "costs no further privacy: the guarantee covers this set, however large. "
+            "`privacy.json` is the statement of what generated it."
         )
     text = f"""---
 {data.to_yaml()}

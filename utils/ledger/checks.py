@@ -29,6 +29,13 @@ PLD_TOLERANCE, PRV_TOLERANCE, PRV_RELATIVE_TOLERANCE = 1e-3, 0.02, 2e-3
 
 def check_statement(statement: dict) -> list[str]:
     """What is wrong with a statement by itself: a sentence each; none if it can be recomputed."""
+    try:
+        return _check_content(statement)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"the statement is malformed: {error!r}"]
+
+
+def _check_content(statement: dict) -> list[str]:
     schema = statement.get("schema_version")
     if schema not in range(1, SCHEMA_VERSION + 1):
         return [f"the statement has schema version {schema}, none of 1 to {SCHEMA_VERSION}"]
@@ -140,8 +147,8 @@ def check_ledger(statement: dict, records: list[dict]) -> list[str]:
     stated = statement["ledger"].get("everything", {"events": charged})["events"]
     if stated != everything:
         problems.append("the statement's total is not that of the ledger")
-    quoted = statement["ledger"].get("everything", {}).get("delta")
-    if quoted not in (None, find_smallest_delta(records[: index + 1])):
+    quoted = statement["ledger"].get("everything", {}).get("delta", statement["delta"])
+    if "everything" in statement["ledger"] and quoted != find_smallest_delta(records[: index + 1]):
         problems.append("the statement's total is not quoted at the ledger's smallest delta")
     before, now = (
         count_charged_steps(part, run, live=False) for part in (records[: index + 1], records)

@@ -73,6 +73,12 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
     return sentences
 
 
+def warn_of_other_ledgers(source: str, ledger: Ledger) -> None:
+    """Say on stderr where else `source` was charged."""
+    for sentence in find_other_ledgers(source, ledger):
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
 def _read(path: Path) -> dict[str, list[dict]]:
     try:
         known = json.loads(path.read_text())

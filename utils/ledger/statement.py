@@ -98,9 +98,8 @@ def add_base(statement: dict, base: dict) -> dict:
     return statement | {"base": base, "membership_inference": membership_power(together)}
 
 
-def quote_total(statement: dict) -> tuple[float | None, float]:
-    """Epsilon, for adding or removing one unit, and delta of a result with its base model; None for
-    epsilon if it is NOT PRIVATE."""
+def quote_total(statement: dict) -> tuple[float, float]:
+    """Epsilon, for adding or removing one unit, and delta of a private result with its base."""
     total = statement.get("base", statement)
     return total["epsilon"]["add_or_remove_one"], total["delta"]
 

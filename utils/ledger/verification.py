@@ -130,9 +130,12 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a privacy statement")
+    return content
 
 
 def find_problems(source: Source) -> list[str]:
@@ -154,6 +157,26 @@ def find_problems(source: Source) -> list[str]:
     except (KeyError, TypeError, AttributeError) as error:
         problems.append(f"the statement or the ledger is malformed: {error!r}")
     return problems
+
+
+def describe_verified(source: Source) -> list[str]:
+    """What is now known of a source without problems: a sentence each."""
+    statement, sentences = source.statement, []
+    if statement is not None:
+        epsilon = statement["epsilon"]
+        sentences.append(
+            f"ok: epsilon {epsilon['add_or_remove_one']:.3f} at delta {statement['delta']:g} "
+            f"(replace one: {epsilon['replace_one']:.3f}) follows from the events of the statement"
+        )
+    if statement is not None and source.folder is not None:
+        sentences.append(f"ok: the {len(statement['files'])} published file(s) are those paid for")
+    if source.ledger is None:
+        sentences.append("its ledger is not here, and was not checked")
+    elif statement is None:
+        sentences.append("ok: the ledger is whole; there is no statement here to compare it with")
+    else:
+        sentences.append("ok: the ledger is whole, and agrees with the statement and checkpoints")
+    return sentences
 
 
 def _check_with_ledger(source: Source) -> list[str]:

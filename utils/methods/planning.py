@@ -1,7 +1,6 @@
 """From the private rows to a plan: a preview of it, or one reserved before an image is read."""
 
 import json
-import sys
 from collections.abc import Callable
 
 from accelerate import Accelerator
@@ -13,8 +12,7 @@ from utils.data.rows import load_rows, name_source, number_units, read_captions
 from utils.errors import UsageError, on_main_process
 from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.ledger import Ledger
-from utils.ledger.remembered import find_other_ledgers, remember_run
+from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import confirm, find_ledger, open_run
 from utils.ledger.runs import Run
 from utils.privacy.accounting import account
@@ -60,7 +58,7 @@ def preview(
 
     def check() -> None:
         ledger = find_ledger(training.output_dir, privacy)
-        warn_of_other_ledgers(data, ledger)
+        warn_of_other_ledgers(name_source(data), ledger)
         ledger.check(plan.terms(is_private), privacy.total_epsilon)
 
     on_main_process(check)
@@ -93,11 +91,12 @@ def reserve(
     is_private = privacy.debug_noise_seed is None
 
     def open_and_remember() -> Run:
-        run = open_run(training, privacy, plan, agreed, is_private)
-        warn_of_other_ledgers(data, run.branch.ledger)
+        run, source = open_run(training, privacy, plan, agreed, is_private), name_source(data)
+        branch = run.branch
+        warn_of_other_ledgers(source, branch.ledger)
         if run.checkpoint is None and is_private:
-            terms = (run.branch.run, spent.add_or_remove_one, plan.delta)
-            remember_run(name_source(data), run.branch.ledger, *terms)
+            epsilon = spent.add_or_remove_one
+            remember_run(source, branch.ledger, branch.run, epsilon, plan.delta)
         return run
 
     run = on_main_process(open_and_remember)
@@ -109,12 +108,6 @@ def reserve(
             on_main_process(run.branch.give_up)
         raise
     return private_set, plan, run
-
-
-def warn_of_other_ledgers(data: DataArguments, ledger: Ledger) -> None:
-    """Say on stderr where else these images were charged."""
-    for sentence in find_other_ledgers(name_source(data), ledger):
-        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _load_and_plan(

@@ -7,6 +7,8 @@ The unit of privacy is one row (its image and caption), or all rows that share a
 import math
 from dataclasses import asdict, dataclass, replace
 
+from tqdm import tqdm
+
 from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
 from utils.errors import UsageError
 from utils.privacy.accounting import SMALLEST_DELTA, Spent, calibrate_noise_multiplier
@@ -160,3 +162,12 @@ def _check_plan(plan: PrivacyPlan, target_epsilon: float | None) -> None:
 def summarise_plan(plan: PrivacyPlan, spent: Spent) -> dict:
     """The plan and its cost, for `--dry_run`."""
     return asdict(plan) | {"sampling_rate": plan.sampling_rate, "epsilon": asdict(spent)}
+
+
+def calibrate_table(plan: PrivacyPlan, targets: set[float]) -> list[dict]:
+    """The noise multiplier that `plan` would need for each target epsilon, smallest first."""
+    table = []
+    for target in tqdm(sorted(targets), "calibrating", leave=False):
+        sigma = calibrate_noise_multiplier(target, plan.delta, plan.sampling_rate, plan.steps)
+        table.append({"epsilon": target, "noise_multiplier": sigma})
+    return table

@@ -84,6 +84,7 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
         problems.append("it is about other weights than those that made the images")
     if problems:
         raise UsageError(f"the privacy.json of {images} does not hold: {'; '.join(problems)}")
-    epsilon, delta = quote_total(statement)
-    epsilon = epsilon if is_private else None  # whatever it claims
+    epsilon, delta = None, statement.get("delta")  # NOT PRIVATE, whatever else it claims
+    if is_private:
+        epsilon, delta = quote_total(statement)
     return statement, {"epsilon": {"value": epsilon, **known, "delta": delta, "weights": files}}
