@@ -17,13 +17,15 @@ in the ledger; its cost is composed with that of the training that follows.
 
 from utils.arguments.methods import SHARED, LoraArguments, SaliencyArguments
 from utils.arguments.parsing import parse
-from utils.errors import run_script
+from utils.errors import UsageError, run_script
 
 
 def main():
     model, data, privacy, training, _, lora, saliency = parse(
         *SHARED, LoraArguments, SaliencyArguments, description=__doc__
     )
+    if privacy.replay_audit:
+        raise UsageError("--replay_audit replays training steps: a selection takes none")
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.selection import run_selection
 

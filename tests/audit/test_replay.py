@@ -59,6 +59,9 @@ def world():
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False)
     add_lora(pipeline, LoraArguments(rank=2))
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_B" in name:  # else A has no gradient, and does not move without noise
+            torch.nn.init.normal_(parameter, std=1e-2)
     return pipeline, PerUnitGradients(pipeline.unet, 3)
 
 
@@ -103,8 +106,8 @@ def norms_of_the_batch(record, plan):
 
 
 def micro_batches_by_size(units, size):
-    """A larger batch is cut in another way, so that everybody's draws are others."""
-    return units.split(1 if len(units) > 6 else size)
+    """One unit more, and the batch is cut in another way, so that everybody's draws are others."""
+    return units.split(1 + len(units) % 2)
 
 
 def half_the_noise(total, plan, randomness, accelerator):

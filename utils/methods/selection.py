@@ -54,8 +54,6 @@ def run_selection(
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
-    if privacy.replay_audit:
-        raise UsageError("--replay_audit replays training steps: a selection takes none")
     accelerator, _lock = start(training)
     stage = load_stage(accelerator, model, data, privacy, training)
     candidates = find_candidates(stage.pipeline.unet, args.scope)
@@ -288,5 +286,5 @@ def select_first(
         latents_dir=str(choose_latents_folder(training)),
         discard_latents=False,
     )
-    run_selection(model, data, replace(privacy, replay_audit=False), within, lora, args)
+    run_selection(model, data, privacy, within, lora, args)
     return str(found)
