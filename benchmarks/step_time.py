@@ -63,7 +63,18 @@ def build_unet(shape: str) -> UNet2DConditionModel:
     else:
         unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults: Stable Diffusion 1's
     use_fast_linear(unet)
+    for module in unet.modules():
+        if type(module) is torch.nn.GroupNorm:
+            module.register_forward_pre_hook(require_input_gradient)
     return unet.to(memory_format=torch.channels_last)
+
+
+def require_input_gradient(norm: torch.nn.GroupNorm, inputs: tuple[torch.Tensor]):
+    """PyTorch 2.13 crashes in the backward pass of a norm whose input needs no gradient (CPU,
+    channels last): such an input gets one."""
+    (x,) = inputs
+    if norm.weight.requires_grad and not x.requires_grad:
+        return (x.detach().requires_grad_(),)
 
 
 class Bench:

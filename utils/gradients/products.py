@@ -16,6 +16,7 @@ EPS_32, EPS_64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 TINY_32 = torch.finfo(torch.float32).tiny
 LARGEST_FACTOR = 1e15  # so that a product of two, over many positions, is far from fp32's limit
 CHUNK = 1024  # squares that are added up in fp32
+CACHED = 2**19  # numbers in fp64 that a processor's cache holds
 
 
 def by_unit(x: torch.Tensor, num_units: int) -> torch.Tensor:
@@ -23,18 +24,25 @@ def by_unit(x: torch.Tensor, num_units: int) -> torch.Tensor:
     return x.reshape(num_units, -1, x.shape[-1])
 
 
-def squared_norms_of_rows(rows: torch.Tensor) -> torch.Tensor:
-    """||row||^2: [U, size] -> [U], fp64; never below the true one.
+def squared_norms_of_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    """||row||^2 of every part: L tensors [U, size] -> [U, L], fp64; never below the true one.
 
     An fp32 sum drifts over millions of squares, so they are added up in chunks, and the chunks in
     fp64. What rounding within a chunk, and squares too small for fp32, could hide is added.
     """
+    norms = torch.stack([_chunked_norms(rows) for rows in parts], 1).double()
+    tiny = norms.new_tensor([rows.shape[1] * TINY_32 for rows in parts])
+    return norms.square() * (1 + (CHUNK + 4) * EPS_32) + tiny
+
+
+def _chunked_norms(rows: torch.Tensor) -> torch.Tensor:
     size = rows.shape[1]
+    if size <= CHUNK:
+        return torch.linalg.vector_norm(rows, dim=1).double()
     whole = size // CHUNK * CHUNK
     chunks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, CHUNK)), dim=2)
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1)
-    total = chunks.double().square().sum(1) + rest.double().square()
-    return total * (1 + (CHUNK + 4) * EPS_32) + size * TINY_32
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    return torch.linalg.vector_norm(torch.cat([chunks, rest], 1), dim=1, dtype=torch.float64)
 
 
 def product_is_smaller(positions: int, out_features: int, in_features: int) -> bool:
@@ -68,24 +76,33 @@ def squared_norms_of_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Ten
     eps (in + out + T^2) L^2 of the sum here, in fp64, and eps T L of the product, in fp32; L, the
     sum over positions of |x| |g|, stands for all terms that may cancel (Higham 2002, section 3.1).
 
-    A unit with a factor beyond `LARGEST_FACTOR` gets infinity: its product could overflow.
+    A unit with a position longer than `LARGEST_FACTOR` gets infinity: its product could overflow.
     """
+    squares, width = _gram(grads), grads.shape[2]
+    lengths = squares.diagonal(dim1=1, dim2=2)  # |g|^2 of each position
+    largest, terms = lengths.amax(1), lengths
     if x.is_floating_point():
-        largest = torch.maximum(x.abs().amax((1, 2)), grads.abs().amax((1, 2)))
-        x = x.double()
-        gram, lengths, width = x @ x.transpose(1, 2), x.norm(dim=2), x.shape[2]
+        gram, width = _gram(x), width + x.shape[2]
+        lengths = gram.diagonal(dim1=1, dim2=2)
+        largest, terms = torch.maximum(largest, lengths.amax(1)), terms * lengths
     else:
-        largest = grads.abs().amax((1, 2))
-        gram, lengths, width = (x[:, :, None] == x[:, None, :]).double(), 1.0, 1
-    grads = grads.double()
-    positions, width = grads.shape[1], width + grads.shape[2]
-    squared = (gram * (grads @ grads.transpose(1, 2))).sum((1, 2))
-    terms = (lengths * grads.norm(dim=2)).sum(1)  # L
+        gram, width = x[:, :, None] == x[:, None, :], width + 1
+    positions, terms = grads.shape[1], terms.sqrt().sum(1)  # L
+    squared = (squares * gram).sum((1, 2))
     hidden = (width + positions**2 + 8) * EPS_64 * terms.square()
     norms = (squared.clamp_min(0) + hidden).sqrt() + (positions + 2) * EPS_32 * terms
     norms += positions * width * TINY_32  # of products too small for fp32
-    usable = largest <= LARGEST_FACTOR  # not for NaN
+    usable = largest <= LARGEST_FACTOR**2  # not for NaN
     return norms.square().masked_fill(~usable, torch.inf)
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """The products of every two positions: [U, T, d] -> [U, T, T], fp64."""
+    few = min(len(x), max(1, CACHED // x[0].numel()))
+    while len(x) % few:  # groups of one size, so that every unit meets the same rounding
+        few -= 1
+    parts = map(torch.Tensor.double, x.split(few))  # one at a time
+    return torch.cat([part @ part.transpose(1, 2) for part in parts])
 
 
 def unit_products(x: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ class Recording:
         self.parameters, self.num_units, self.num_rows = parameters, num_units, num_rows
         self._rows: dict[nn.Parameter, torch.Tensor] = {}
         self._uses = defaultdict(list)  # weight -> (leaf, input, gradient of the output) a use
+        self._factors: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}  # of all uses
 
     def check_rows(self, x: torch.Tensor) -> None:
         """The input of a leaf has a row for each row of the batch, or one for each unit.
@@ -62,6 +63,7 @@ class Recording:
     def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
         """Note one use of a leaf; its weight gradient stays a product until it is asked for."""
         self._uses[leaf.weight].append((leaf, x.detach(), grad_output))
+        self._factors.pop(leaf.weight, None)
         if leaf.weight in self._rows:
             self._multiply_out(leaf.weight)
 
@@ -94,13 +96,14 @@ class Recording:
 
         Never below the true one; infinity or NaN for a unit that must not be used.
         """
-        columns = []
+        columns = {}
+        if self._rows:
+            squared = squared_norms_of_rows(list(self._rows.values()))
+            columns = dict(zip(self._rows, squared.unbind(1), strict=True))
         for parameter in self.parameters:
-            if parameter in self._rows:
-                columns.append(squared_norms_of_rows(self._rows[parameter]))
-            else:
-                columns.append(squared_norms_of_products(*self._matrices(parameter)))
-        return torch.stack(columns, 1)
+            if parameter not in columns:
+                columns[parameter] = squared_norms_of_products(*self._matrices(parameter))
+        return torch.stack([columns[parameter] for parameter in self.parameters], 1)
 
     def weighted_sum(self, scales: torch.Tensor) -> torch.Tensor:
         """The sum over units of scales[u, l] times the gradient of tensor l: [U, L] -> [P]."""
@@ -120,6 +123,7 @@ class Recording:
             self._rows[parameter] = rows.masked_fill(units[:, None], 0.0)
         for uses in self._uses.values():
             uses[:] = [(leaf, *(self._blank(t, units) for t in pair)) for leaf, *pair in uses]
+        self._factors.clear()
 
     def rows(self) -> torch.Tensor:
         """Every unit's whole gradient, multiplied out: [U, P]. For small models and for tests."""
@@ -140,13 +144,17 @@ class Recording:
 
     def _matrices(self, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
         """X [U, T, in] and G [U, T, out] over all uses of a weight."""
-        pairs = [factor_matrices(*use, self.num_units) for use in self._uses[parameter]]
-        x, grads = zip(*pairs, strict=True)
-        return torch.cat(x, 1), torch.cat(grads, 1)
+        if parameter not in self._factors:
+            pairs = [factor_matrices(*use, self.num_units) for use in self._uses[parameter]]
+            if len(pairs) > 1:
+                x, grads = zip(*pairs, strict=True)
+                pairs = [(torch.cat(x, 1), torch.cat(grads, 1))]
+            self._factors[parameter] = pairs[0]
+        return self._factors[parameter]
 
     def _multiply_out(self, parameter: nn.Parameter) -> None:
         x, grads = self._matrices(parameter)
-        del self._uses[parameter]
+        del self._uses[parameter], self._factors[parameter]
         self.add_rows(parameter, products(x, grads, parameter))
 
     def _blank(self, tensor: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -167,7 +175,7 @@ class NormRecording(Recording):
 
     def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         rows = gradient.reshape(self.num_units, -1).float()
-        self._note(parameter, squared_norms_of_rows(rows))
+        self._note(parameter, squared_norms_of_rows([rows]).squeeze(1))
 
     def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
         factors = factor_matrices(leaf, x.detach(), grad_output, self.num_units)
