@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test audit style format base
+.PHONY: help demo test audit mutants style format base
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ test: .venv/.installed  ## run the tests (about a quarter of an hour)
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants
+
+mutants: .venv/.installed  ## break the code that the guarantee rests on, 300 times: do the tests notice? (about three hours)
+	$(BIN)/pip install --quiet cosmic-ray==8.7.0 pytest-cov==7.1.0
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py trace
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py run
 
 style: .venv/.installed  ## check style and formatting
 	$(BIN)/ruff check .
