@@ -208,8 +208,9 @@ def test_the_shape_of_a_micro_batch_does_change_rounding(accelerator):
 def test_blank_places_give_zero_whatever_the_first_unit_is(accelerator):
     world = LinearWorld(["nan", "ordinary", "huge"])
     alone = world.total(accelerator, [1], micro=1)
-    torch.testing.assert_close(world.total(accelerator, [0, 1], micro=8), alone)
-    torch.testing.assert_close(world.total(accelerator, [1], micro=8), alone)
+    for units in ([0, 1], [1]):  # another place in the batch rounds otherwise in fp32, by processor
+        total = world.total(accelerator, units, micro=8)
+        torch.testing.assert_close(total, alone, rtol=0, atol=2e-6)
     assert world.total(accelerator, [2], micro=8).norm() <= 1 + 1e-5
 
 
