@@ -26,6 +26,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from xml.etree import ElementTree
@@ -57,6 +58,11 @@ class Mutant:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}:{self.column} {self.operator.removeprefix('core/')}"
+
+    def names(self) -> set[str]:
+        """What `--only` may call it."""
+        line = f"{self.path}:{self.line}"
+        return {self.path, line, f"{line}:{self.column}", str(self)}
 
     def code(self) -> str:
         text = (ROOT / self.path).read_text()
@@ -101,7 +107,7 @@ def compiles(mutant: Mutant) -> bool:
     before = ast.dump(ast.parse((ROOT / mutant.path).read_text()))
     try:
         return ast.dump(ast.parse(mutant.code())) != before
-    except SyntaxError:  # such as `-` for the `*` of a signature
+    except (SyntaxError, AttributeError):  # `-` for the `*` of a signature; `except os.error`
         return False
 
 
@@ -114,9 +120,10 @@ def draw(mutants: list[Mutant], number: int, seed: int) -> list[Mutant]:
     order = sorted(places)
     chosen.shuffle(order)
     for place in order:
-        usable = [mutant for mutant in places[place] if compiles(mutant)]
-        if usable and len(drawn) < number:
-            drawn.append(chosen.choice(usable))
+        here = chosen.sample(places[place], len(places[place]))
+        drawn += islice(filter(compiles, here), 1)
+        if len(drawn) == number:
+            break
     return drawn
 
 
@@ -240,19 +247,19 @@ class Meeting:
         return "killed" if self.process.exitcode else "survived"
 
 
-def run(mutants: list[Mutant], seconds: float, workers: int) -> list[Mutant]:
-    """Every mutant meets its tests, `workers` at a time; returns the survivors."""
+def run(mutants: list[Mutant], args: argparse.Namespace) -> list[Mutant]:
+    """Every mutant meets its tests, `args.workers` at a time; returns the survivors."""
     preload()
     sys.dont_write_bytecode = True  # that of a mutant would be taken for the file's
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     times, waiting, meetings, survivors, done = read_times(), list(mutants), [], [], 0
-    free = [make_copy(str(number)) for number in range(workers)]
+    free = [make_copy(str(number)) for number in range(args.workers)]
     while waiting or meetings:
         while waiting and free:
             mutant = waiting.pop(0)
-            tests = choose_tests(mutant, times, seconds)
-            limit = 120 + 4 * sum(times[test] for test in tests)
-            meetings.append(Meeting(mutant, free.pop(), tests, limit))
+            tests = choose_tests(mutant, times, args.seconds)
+            limit = 120 + 4 * sum(times[test] for test in tests) + 900 * len(args.also)
+            meetings.append(Meeting(mutant, free.pop(), tests + args.also, limit))
         wait([meeting.process.sentinel for meeting in meetings], timeout=1)
         for meeting in [meeting for meeting in meetings if meeting.is_over()]:
             meetings.remove(meeting)
@@ -274,19 +281,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--seconds", type=float, default=240, help="of tests, for each mutant")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at a time")
-    parser.add_argument("--only", nargs="+", default=[], help="FILE or FILE:LINE; all of those")
+    parser.add_argument("--also", nargs="+", default=[], help="tests to run last, traced or not")
+    parser.add_argument("--only", nargs="+", default=[], help="files, FILE:LINE, or as printed")
     args = parser.parse_args()
     if args.command == "trace":
         return trace(args.workers)
     paths = sorted({path for pattern in GUARDED for path in (ROOT / "utils").glob(pattern)})
     mutants = [mutant for path in paths for mutant in list_mutants(path)]
     if args.only:
-        drawn = [m for m in mutants if {m.path, f"{m.path}:{m.line}"} & set(args.only)]
-        drawn = [mutant for mutant in drawn if compiles(mutant)]
+        wanted = set(args.only)
+        drawn = [mutant for mutant in mutants if wanted & mutant.names() and compiles(mutant)]
     else:
         drawn = draw(mutants, args.number, args.seed)
     print(f"{len(drawn)} of {len(mutants)} mutants in {len(paths)} files", flush=True)
-    survivors = run(drawn, args.seconds, args.workers)
+    survivors = run(drawn, args)
     killed = len(drawn) - len(survivors)
     print(f"{killed} of {len(drawn)} killed ({100 * killed / len(drawn):.1f} %)")
     for path, count in Counter(mutant.path for mutant in survivors).most_common():

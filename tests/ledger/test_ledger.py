@@ -9,7 +9,7 @@ from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
 from utils.ledger.charges import count_charged_steps, is_live, list_charged_events
-from utils.ledger.ledger import Ledger, find_branch
+from utils.ledger.ledger import Ledger, find_branch, hash_record
 from utils.ledger.verification import check_records
 
 TERMS = build_plan(steps=10).terms(True)
@@ -139,6 +139,19 @@ def test_damage_is_found_and_nothing_is_appended_to_it(ledger, damage):
     with pytest.raises(UsageError, match="damaged in line"):
         branch.release(8, "checkpoint")
     assert ledger.path.read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize("changes", [{"previous": "0" * 64}, {"previous": "f" * 64}, {"index": 0}])
+@pytest.mark.parametrize("line", [1, 2])
+def test_a_forged_record_does_not_fit_its_place(ledger, changes, line):
+    """Its own hash is right; what it says of those before it is not."""
+    ledger.reserve(TERMS).release(10, "weights"), ledger.reserve(TERMS)
+    lines = ledger.path.read_text().splitlines()
+    forged = json.loads(lines[line]) | changes
+    forged["hash"] = hash_record(forged)
+    ledger.path.write_text("\n".join([*lines[:line], json.dumps(forged)]) + "\n")
+    with pytest.raises(UsageError, match=f"damaged in line {line + 1}: a record was changed"):
+        ledger.records()
 
 
 def test_an_append_that_was_cut_off_never_happened(ledger):

@@ -1,0 +1,85 @@
+"""What the records of a ledger come to, number by number."""
+
+import pytest
+
+from tests.worlds import build_plan
+from utils.errors import UsageError
+from utils.ledger.charges import find_smallest_delta, list_charged_events, summarise_runs
+from utils.ledger.ledger import Ledger
+from utils.privacy.accounting import pld_epsilon
+
+
+def terms(steps: int, **changes) -> dict:
+    return build_plan(steps=steps).terms(True) | changes
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    return Ledger(tmp_path / "ledger.jsonl")
+
+
+def test_only_the_runs_that_are_asked_for_and_only_those_that_spent(ledger):
+    first, second, third = (ledger.reserve(terms(steps)) for steps in (3, 5, 7))
+    third.give_up()  # before it released anything
+    first.release(3, "weights")
+    second.release(2, "checkpoint")
+    records = ledger.records()
+    assert [event["steps"] for event in list_charged_events(records)] == [3, 5]
+    assert [e["steps"] for e in list_charged_events(records, [second.run])] == [5]
+    assert list_charged_events(records, [third.run]) == []
+    assert list_charged_events(records, []) == []
+    second.give_up()
+    assert summarise_runs(ledger.records()) == [
+        {"run": first.run, "released": 3, "planned": 3, "state": "finished"},
+        {"run": second.run, "released": 2, "planned": 5, "state": "given up"},
+        {"run": third.run, "released": 0, "planned": 7, "state": "given up"},
+    ]
+
+
+def test_the_smallest_delta_is_of_runs_that_spent(ledger):
+    idle = ledger.reserve(terms(3, delta=1e-9))
+    ledger.reserve(terms(3, delta=1e-4)), ledger.reserve(terms(3, delta=1e-5))
+    assert find_smallest_delta(ledger.records()) == 1e-9
+    idle.give_up()
+    assert find_smallest_delta(ledger.records()) == 1e-5
+
+
+def test_a_cap_says_what_is_held_and_who_holds_it(ledger):
+    live = ledger.reserve(terms(3))
+    done = ledger.reserve(terms(4))
+    done.release(4, "weights")
+    held = pld_epsilon(list_charged_events(ledger.records()), 1e-4)
+    total = pld_epsilon([build_plan(steps=steps).event() for steps in (3, 4, 2)], 1e-4)
+    with pytest.raises(UsageError) as refused:
+        ledger.reserve(terms(2), total_epsilon=total - 1e-6)
+    text = str(refused.value)
+    assert f"to epsilon {total:.3f}, above --total_epsilon {total - 1e-6:g}" in text
+    assert f"comes to {held:.3f} at delta 0.0001, the smallest on record" in text
+    assert f"(unfinished: {live.run}; resume them" in text and done.run not in text
+    ledger.reserve(terms(2), total_epsilon=total + 1e-9)
+
+
+def test_a_fresh_ledger_holds_nothing(ledger):
+    with pytest.raises(UsageError, match=r"comes to 0\.000 at delta 0\.0001, the smallest on rec"):
+        ledger.reserve(terms(3), total_epsilon=0.01)
+
+
+def test_other_units_and_reproducible_noise_do_not_mix(ledger):
+    public = ledger.reserve(terms(3, private=False))
+    with pytest.raises(UsageError, match="holds a run with reproducible noise"):
+        ledger.reserve(terms(3))
+    with pytest.raises(UsageError, match="a run with reproducible noise has no epsilon: give it"):
+        ledger.reserve(terms(3, private=False))
+    ledger.reserve(terms(3, private=False, builds_on=[public.run]))
+    with pytest.raises(UsageError, match="about another privacy unit than 'all images of one p'"):
+        ledger.reserve(terms(3, private=False, privacy_unit="all images of one p"))
+
+
+def test_a_run_with_reproducible_noise_takes_no_cap(ledger):
+    with pytest.raises(UsageError, match="no --total_epsilon"):
+        ledger.reserve(terms(3, private=False), total_epsilon=5.0)
+
+
+def test_a_run_that_gave_up_before_its_first_step_binds_nobody(ledger):
+    ledger.reserve(terms(3, privacy_unit="all images of one p", private=False)).give_up()
+    ledger.reserve(terms(3))
