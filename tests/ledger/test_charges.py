@@ -75,6 +75,13 @@ def test_other_units_and_reproducible_noise_do_not_mix(ledger):
         ledger.reserve(terms(3, private=False, privacy_unit="all images of one p"))
 
 
+def test_every_run_that_spent_counts_whichever_came_first(ledger):
+    ledger.reserve(terms(3)).give_up()
+    ledger.reserve(terms(3, privacy_unit="all images of one p"))
+    with pytest.raises(UsageError, match="about another privacy unit than 'image'"):
+        ledger.reserve(terms(3))
+
+
 def test_a_run_with_reproducible_noise_takes_no_cap(ledger):
     with pytest.raises(UsageError, match="no --total_epsilon"):
         ledger.reserve(terms(3, private=False), total_epsilon=5.0)

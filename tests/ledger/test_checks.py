@@ -7,7 +7,8 @@ import pytest
 
 from tests.worlds import build_plan
 from utils.ledger.charges import list_charged_events
-from utils.ledger.checks import check_ledger, check_records, check_statement
+from utils.ledger.checkpoints import announce_checkpoint, locate_checkpoint, save_checkpoint
+from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.statement import Circumstances, add_base, build_statement, quote_total
 from utils.privacy.accounting import account, membership_power, pld_both_relations
@@ -215,6 +216,21 @@ def test_a_total_is_that_of_the_ledger_at_its_smallest_delta(tmp_path, whole):
         "the statement's total is not that of the ledger"
     ]
     assert check(None) == ["the statement's total is not that of the ledger"]
+
+
+def test_checkpoints_must_be_of_steps_that_their_run_released(tmp_path):
+    for step in (1, 2, 3):
+        announce_checkpoint(tmp_path, step)
+        save_checkpoint(tmp_path, step, {}, {"run": "a", "agreed": {}})
+    released = [record("release", step=1), record("release", run="b", step=2)]
+    found = check_checkpoints([RESERVE, *released, record("wrote", step=3)], tmp_path)
+    assert found == [f"the ledger did not release checkpoint-{step}" for step in (2, 3)]
+    locate_checkpoint(tmp_path, 2).rename(locate_checkpoint(tmp_path, 4))
+    (locate_checkpoint(tmp_path, 3) / "state.pt").unlink()
+    released = [record("release", step=step) for step in (1, 2, 3, 4)]
+    damaged, renamed = check_checkpoints(released, tmp_path)
+    assert "checkpoint-3 is missing or damaged" in damaged
+    assert renamed == "the ledger did not release checkpoint-4"
 
 
 def record(kind: str, branch: int = 0, run: str = "a", **fields) -> dict:

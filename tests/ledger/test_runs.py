@@ -14,6 +14,7 @@ from utils.files import hash_file, private_folder
 from utils.ledger.charges import count_charged_steps, list_charged_events
 from utils.ledger.checkpoints import (
     announce_checkpoint,
+    empty_unfinished,
     find_newest_intact,
     list_differences,
     list_steps,
@@ -91,6 +92,16 @@ def test_what_is_left_over_is_swept(tmp_path):
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     sweep(tmp_path / "none")
+
+
+def test_what_an_unfinished_checkpoint_holds_is_destroyed_and_its_folder_stays(tmp_path):
+    for step in (2, 3):
+        announce_checkpoint(tmp_path, step)
+        (tmp_path / f"unfinished-{step}" / "state.pt").write_bytes(b"noisy weights")
+    empty_unfinished(tmp_path)
+    for step in (2, 3):
+        assert was_left_unfinished(tmp_path, step)
+        assert not list((tmp_path / f"unfinished-{step}").iterdir())
 
 
 def test_differences_are_named_however_deep():
