@@ -98,9 +98,13 @@ def test_modules_to_save_outside_known_leaves_are_refused():
 def test_a_layer_that_recorded_nothing_is_an_error():
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     engine = PerUnitGradients(model)
-    with pytest.raises(UsageError, match="no gradient reached 2 trainable"):
+    with pytest.raises(UsageError, match=r"no gradient reached 2 .* such as 1\.weight"):
         with engine.recording(1):
             model[0](torch.ones(1, 2)).sum().backward()
+    single = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
+    with pytest.raises(UsageError, match=r"no gradient reached 1 .* such as 1\.weight"):
+        with PerUnitGradients(single).recording(1):
+            single[0](torch.ones(1, 2)).sum().backward()
 
 
 def test_a_layer_that_mixes_rows_is_an_error():
@@ -192,6 +196,18 @@ def test_weights_that_do_not_move_are_an_error(accelerator):
     train_linear(accelerator, model, model.parameters())
     with pytest.raises(RuntimeError, match="did not move"):
         train_linear(accelerator, model, [nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize("rates", [(1, 1e-30, 0), (0, 1, 1e-30)])
+def test_weights_must_move_once_at_the_first_step_with_a_rate(accelerator, rates):
+    """Later a rate may be too small for fp32."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (*rates, 0)[step])
+    state = TrainingState(PerUnitGradients(model), optimizer, schedule)
+    losses = lambda units: model(torch.ones(len(units), 3)).sum(1)  # noqa: E731
+    train(accelerator, state, losses, build_plan(steps=3), SecretRandomness(), 8)
+    assert state.step == 3
 
 
 def test_fp16_is_refused(accelerator, monkeypatch):

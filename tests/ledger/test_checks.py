@@ -83,6 +83,7 @@ def test_what_is_wrong_with_a_statement_is_said(whole, path, value, sentence):
         (["accountants", "prv", "epsilon"], lambda e: e + 0.019),
         (["membership_inference", "0.001"], lambda p: p + 0.0009),
         (["schema_version"], 1),
+        (["num_units"], 1),
     ],
 )
 def test_what_another_version_of_an_accountant_may_say_passes(whole, path, value):

@@ -64,9 +64,10 @@ def test_the_newest_are_kept_and_the_newest_intact_is_found(tmp_path):
     rotate(tmp_path, 5)
     assert list_steps(tmp_path) == [9, 10]
     assert find_newest_intact(tmp_path) == (tmp_path / "checkpoint-10", [])
-    (tmp_path / "checkpoint-10" / "state.pt").write_bytes(b"other")
-    path, (sentence,) = find_newest_intact(tmp_path)
-    assert path == tmp_path / "checkpoint-9"
+    for content in map(bytes, range(20)):  # of digests before and after the right one
+        (tmp_path / "checkpoint-10" / "state.pt").write_bytes(content)
+        path, (sentence,) = find_newest_intact(tmp_path)
+        assert path == tmp_path / "checkpoint-9"
     assert "checkpoint-10 is missing or damaged: state.pt is not what was written" in sentence
     assert sentence.endswith("; resuming from the one before")
     (tmp_path / "checkpoint-9" / "about.json").unlink()
