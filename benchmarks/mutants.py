@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
@@ -61,8 +61,7 @@ class Mutant:
 
     def names(self) -> set[str]:
         """What `--only` may call it."""
-        line = f"{self.path}:{self.line}"
-        return {self.path, line, f"{line}:{self.column}", str(self)}
+        return {self.path, f"{self.path}:{self.line}", str(self)}
 
     def code(self) -> str:
         text = (ROOT / self.path).read_text()
@@ -289,16 +288,12 @@ def main():
     paths = sorted({path for pattern in GUARDED for path in (ROOT / "utils").glob(pattern)})
     mutants = [mutant for path in paths for mutant in list_mutants(path)]
     if args.only:
-        wanted = set(args.only)
-        drawn = [mutant for mutant in mutants if wanted & mutant.names() and compiles(mutant)]
+        drawn = [m for m in mutants if m.names() & set(args.only) and compiles(m)]
     else:
         drawn = draw(mutants, args.number, args.seed)
     print(f"{len(drawn)} of {len(mutants)} mutants in {len(paths)} files", flush=True)
-    survivors = run(drawn, args)
-    killed = len(drawn) - len(survivors)
+    killed = len(drawn) - len(run(drawn, args))
     print(f"{killed} of {len(drawn)} killed ({100 * killed / len(drawn):.1f} %)")
-    for path, count in Counter(mutant.path for mutant in survivors).most_common():
-        print(f"  {count:3} survived in {path}")
 
 
 if __name__ == "__main__":
