@@ -16,6 +16,7 @@ missing test, or it changes nothing.
 import argparse
 import ast
 import difflib
+import importlib
 import multiprocessing
 import os
 import random
@@ -183,15 +184,15 @@ def choose_tests(mutant: Mutant, times: dict[str, float], seconds: float) -> lis
 
 
 def preload() -> None:
-    """Import what takes seconds, once, for all processes that are forked from this one."""
-    import datasets  # noqa: F401
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
+    """Import what our modules import, once, for all processes that are forked from this one."""
     import pytest  # noqa: F401
-    import torch
-    from transformers import CLIPTextModel  # noqa: F401
 
-    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    for path in (ROOT / "utils").rglob("[a-z]*.py"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name in list(sys.modules):  # of ours, each process imports its own
+        if name.partition(".")[0] in ("utils", "evaluate"):
+            del sys.modules[name]
 
 
 def meet_tests(copy: Path, mutant: Mutant, tests: list[str]) -> None:

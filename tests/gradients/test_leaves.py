@@ -261,3 +261,28 @@ def test_cancelling_positions_cannot_hide_a_norm():
         grads[:, 1] += 1e-4 * torch.randn(50, 40)
         exact = (grads.double().transpose(1, 2) @ x.double()).square().sum((1, 2))
         assert (squared_norms_of_products(x, grads) >= exact * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize(
+    "model, shape",
+    [
+        (nn.Linear(4, 4), (2, 4)),
+        (nn.Conv2d(4, 4, 1), (2, 4, 3, 3)),
+        (nn.GroupNorm(2, 4), (2, 4, 3, 3)),
+        (nn.LayerNorm(4), (2, 4)),
+        (
+            inject_adapter_in_model(
+                LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
+            ),
+            (2, 4),
+        ),
+    ],
+    ids=["linear", "conv", "group_norm", "layer_norm", "lora"],
+)
+def test_a_gradient_of_a_gradient_is_an_error_not_a_wrong_number(model, shape):
+    x = torch.randn(shape, requires_grad=True)
+    with PerUnitGradients(model).recording(2):
+        loss = model(x).square().sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()

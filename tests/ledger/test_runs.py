@@ -1,6 +1,5 @@
-"""A run's folder, checkpoints and reservation, without a model."""
+"""A run's folder, reservation and statement, without a model."""
 
-import json
 import stat
 from pathlib import Path
 
@@ -14,16 +13,8 @@ from utils.files import hash_file, private_folder
 from utils.ledger.charges import count_charged_steps, list_charged_events
 from utils.ledger.checkpoints import (
     announce_checkpoint,
-    empty_unfinished,
-    find_newest_intact,
-    list_differences,
     list_steps,
-    locate_checkpoint,
-    read_about,
-    read_state,
-    rotate,
     save_checkpoint,
-    sweep,
     was_left_unfinished,
 )
 from utils.ledger.ledger import Ledger
@@ -33,85 +24,6 @@ from utils.ledger.statement import Circumstances
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
 
 PLAN = build_plan(steps=4)
-
-
-def save(folder: Path, step: int, value: float = 1.0) -> None:
-    announce_checkpoint(folder, step)
-    save_checkpoint(folder, step, {"weight": torch.tensor([value])}, {"run": "a", "agreed": {}})
-
-
-def test_a_checkpoint_is_whole_or_absent(tmp_path):
-    announce_checkpoint(tmp_path, 3)
-    assert was_left_unfinished(tmp_path, 3) and list_steps(tmp_path) == []
-    save(tmp_path, 3, 7.0)
-    assert not was_left_unfinished(tmp_path, 3) and list_steps(tmp_path) == [3]
-    path = locate_checkpoint(tmp_path, 3)
-    about = read_about(path)
-    assert about["step"] == 3 and about["schema_version"] == 1 and about["run"] == "a"
-    assert about["sha256"] == hash_file(path / "state.pt")
-    assert read_state(path)["weight"] == 7.0
-    save(tmp_path, 3, 8.0)  # once more, after an older one was resumed from
-    assert read_state(path)["weight"] == 8.0
-
-
-def test_the_newest_are_kept_and_the_newest_intact_is_found(tmp_path):
-    for step in (2, 10, 9):
-        save(tmp_path, step)
-    (tmp_path / "checkpoint-11-of-another").mkdir()
-    assert list_steps(tmp_path) == [2, 9, 10]
-    rotate(tmp_path, 2)
-    assert list_steps(tmp_path) == [9, 10]
-    rotate(tmp_path, 5)
-    assert list_steps(tmp_path) == [9, 10]
-    assert find_newest_intact(tmp_path) == (tmp_path / "checkpoint-10", [])
-    for content in map(bytes, range(20)):  # of digests before and after the right one
-        (tmp_path / "checkpoint-10" / "state.pt").write_bytes(content)
-        path, (sentence,) = find_newest_intact(tmp_path)
-        assert path == tmp_path / "checkpoint-9"
-    assert "checkpoint-10 is missing or damaged: state.pt is not what was written" in sentence
-    assert sentence.endswith("; resuming from the one before")
-    (tmp_path / "checkpoint-9" / "about.json").unlink()
-    with pytest.raises(UsageError, match="there is no intact checkpoint in"):
-        find_newest_intact(tmp_path)
-    with pytest.raises(UsageError, match="there is no checkpoint in .* start a new run instead"):
-        find_newest_intact(tmp_path / "none")
-
-
-def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
-    save(tmp_path, 1)
-    path = locate_checkpoint(tmp_path, 1)
-    about = json.loads((path / "about.json").read_text())
-    (path / "about.json").write_text(json.dumps(about | {"schema_version": 2}))
-    with pytest.raises(UsageError, match="newer version"):
-        read_about(path)
-
-
-def test_what_is_left_over_is_swept(tmp_path):
-    save(tmp_path, 1)
-    announce_checkpoint(tmp_path, 2)
-    (tmp_path / "deleting-checkpoint-0").mkdir()
-    sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    sweep(tmp_path / "none")
-
-
-def test_what_an_unfinished_checkpoint_holds_is_destroyed_and_its_folder_stays(tmp_path):
-    for step in (2, 3):
-        announce_checkpoint(tmp_path, step)
-        (tmp_path / f"unfinished-{step}" / "state.pt").write_bytes(b"noisy weights")
-    empty_unfinished(tmp_path)
-    for step in (2, 3):
-        assert was_left_unfinished(tmp_path, step)
-        assert not list((tmp_path / f"unfinished-{step}").iterdir())
-
-
-def test_differences_are_named_however_deep():
-    then, now = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}, {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
-    assert list_differences(then, now) == ["c was 2, is 5", "e was 4, is None", "f was None, is 6"]
-    assert list_differences(then, then) == []
-
-
-# The folder --------------------------------------------------------------------------------------
 
 
 def training(folder: Path, checkpoint: str | None = None) -> TrainingArguments:
@@ -212,8 +124,9 @@ def test_another_model_is_named(tmp_path, agreed, sentence):
 def test_what_a_crash_left_is_settled(tmp_path):
     run = start(tmp_path / "run")
     run.save(1, dict, limit=9)
+    announce_checkpoint(run.checkpoints, 2)
     run.branch.release(2, "checkpoint")  # written, but not yet on record as written
-    save(run.checkpoints, 2)
+    save_checkpoint(run.checkpoints, 2, {}, {"run": run.branch.run, "agreed": {}})
     announce_checkpoint(run.checkpoints, 3)
     run.branch.release(3, "checkpoint")  # never finished
     run.branch.release(4, "checkpoint")  # moved away: it stays charged
@@ -298,3 +211,14 @@ def test_a_statement_gives_what_everything_on_the_ledger_comes_to(tmp_path):
     assert run.publish(export, PLAN, Circumstances())["files"] == statement["files"]
     alone = start(tmp_path / "alone").publish(export, PLAN, Circumstances())
     assert "everything" not in alone["ledger"]
+
+
+def test_a_statement_counts_all_that_is_on_record_before_its_weights(tmp_path):
+    """Another run hands its rest back while the weights are written."""
+    shared = tmp_path / "shared.jsonl"
+    other = Ledger(shared).reserve(build_plan(steps=7).terms(True))
+    other.release(1, "checkpoint")
+    run = start(tmp_path / "run", privacy_ledger=str(shared))
+    statement = run.publish(lambda folder: other.give_up(), PLAN, Circumstances())
+    everything = statement["ledger"]["everything"]["events"]
+    assert [event["steps"] for event in everything] == [1, PLAN.steps]

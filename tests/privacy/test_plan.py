@@ -76,6 +76,9 @@ def test_the_ends_of_each_range_are_taken(changes):
 
 
 def test_a_plan_in_numbers():
+    plan = make_plan(**PLAN)
+    assert (plan.noise_multiplicity, plan.clipping, plan.unit_name) == (1, "flat", "image")
+    assert (plan.purpose, plan.prior, plan.builds_on) == ("training", (), ())
     plan = build_plan(noise_multiplier=2.0, max_grad_norm=0.5, prior=({"mechanism": "x"},))
     assert (plan.sampling_rate, plan.sensitivity, plan.noise_std) == (0.3, 0.5, 1.0)
     assert plan.event(0)["steps"] == 0 and plan.event()["steps"] == 1
