@@ -39,6 +39,11 @@ def test_a_long_row_does_not_drift():
     assert exact <= squared_norms_of_rows([row])[:, 0] <= exact * 1.001
 
 
+def test_squares_too_small_for_fp32_are_not_lost():
+    row = torch.full((1, 20_000_000), 2.6e-23)  # their squares are 0 in fp32
+    assert squared_norms_of_rows([row])[0, 0] >= row.double().square().sum()
+
+
 def bend(shape, scale, spread, generator) -> torch.Tensor:
     powers = spread * (torch.rand(shape, generator=generator) - 0.5)
     return scale * torch.randn(shape, generator=generator) * 10.0**powers
