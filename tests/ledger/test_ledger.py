@@ -9,7 +9,7 @@ from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.ledger import ledger as ledger_module
 from utils.ledger.charges import count_charged_steps, is_live, list_charged_events
-from utils.ledger.ledger import Ledger, find_branch, hash_record
+from utils.ledger.ledger import Ledger, find_branch, hash_record, make_run_name
 from utils.ledger.verification import check_records
 
 TERMS = build_plan(steps=10).terms(True)
@@ -210,3 +210,34 @@ def test_each_append_is_on_disk_before_it_returns(ledger, monkeypatch):
     count = len(synced)
     branch.release(1, "checkpoint")
     assert count >= 1 and len(synced) > count
+
+
+# A ledger as version 0.9.0 wrote it; later versions must go on reading it.
+WRITTEN = {
+    "schema_version": 1,
+    "index": 0,
+    "time": "2026-11-26T00:00:00+00:00",
+    "kind": "reserve",
+    "run": "00aa",
+    "branch": 0,
+    "from_step": 0,
+    "event": {"mechanism": "poisson_subsampled_gaussian", "steps": 3},
+    "delta": 1e-05,
+    "num_units": 200,
+    "privacy_unit": "image",
+    "private": True,
+    "builds_on": [],
+    "previous": "0" * 64,
+    "hash": "ffca4f83992fec24e418a7380135f7a167a07e014fb3cf9d42778526bb142b00",
+}
+
+
+def test_a_ledger_of_an_earlier_version_is_read(ledger):
+    ledger.path.write_text(json.dumps(WRITTEN) + "\n")
+    assert ledger.records() == [WRITTEN]
+    assert [event["steps"] for event in list_charged_events(ledger.records())] == [3]
+
+
+def test_a_run_has_a_random_name():
+    names = {make_run_name() for _ in range(100)}
+    assert len(names) == 100 and all(len(bytes.fromhex(name)) == 8 for name in names)
