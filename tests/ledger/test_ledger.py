@@ -238,6 +238,13 @@ def test_a_ledger_of_an_earlier_version_is_read(ledger):
     assert [event["steps"] for event in list_charged_events(ledger.records())] == [3]
 
 
+def test_the_last_branch_of_a_run_is_found(ledger):
+    branch = ledger.reserve(TERMS)
+    checkpoint(branch, 4)
+    ledger.reserve(TERMS, run=branch.run, step=4)
+    assert (branch.number, find_branch(ledger, branch.run).number) == (0, 1)
+
+
 def test_a_run_has_a_random_name():
     names = {make_run_name() for _ in range(100)}
     assert len(names) == 100 and all(len(bytes.fromhex(name)) == 8 for name in names)

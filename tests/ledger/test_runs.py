@@ -112,6 +112,7 @@ def test_a_run_resumes_where_it_was_and_pays_twice_for_an_older_checkpoint(tmp_p
         ({"model": "other"}, "cannot resume .*checkpoint-1: model was m, is other$"),
         (dict.fromkeys("abcde", 1), "model was m, is None; a was None, is 1; b was .*and 3 more$"),
         ({"model": "m", "x": 1, "y": 2}, "x was None, is 1; y was None, is 2$"),
+        ({"model": "m", "x": 1, "y": 2, "z": 3}, "y was None, is 2; z was None, is 3$"),
     ],
 )
 def test_another_model_is_named(tmp_path, agreed, sentence):

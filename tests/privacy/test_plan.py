@@ -7,8 +7,8 @@ import pytest
 
 from tests.worlds import build_plan
 from utils.errors import UsageError
-from utils.privacy.accounting import Spent
-from utils.privacy.plan import make_plan, summarise_plan
+from utils.privacy.accounting import Spent, pld_epsilon
+from utils.privacy.plan import calibrate_table, make_plan, summarise_plan
 
 PLAN = {
     "num_units": 200,
@@ -73,6 +73,15 @@ def test_the_ends_of_each_range_are_taken(changes):
     plan = make_plan(**(PLAN | changes))
     for name, value in changes.items():
         assert getattr(plan, name) == value
+
+
+def test_a_table_of_targets_is_sorted_and_each_is_reached():
+    table = calibrate_table(make_plan(**PLAN), {8.0, 2.0})
+    assert [entry["epsilon"] for entry in table] == [2.0, 8.0]
+    for entry in table:
+        sigma = entry["noise_multiplier"]
+        spent = pld_epsilon([make_plan(**PLAN | {"noise_multiplier": sigma}).event()], 1e-4)
+        assert entry["epsilon"] - 0.01 < spent <= entry["epsilon"]
 
 
 def test_a_plan_in_numbers():
