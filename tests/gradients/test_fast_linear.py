@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.gradients.fast_linear import linear, use_fast_linear
+from utils.gradients.fast_linear import ONEDNN, linear, use_fast_linear
 
 DEVICE = "cpu"
 
@@ -57,3 +57,16 @@ def test_layers_and_gradients_are_those_of_pytorch(trained, autocast):
         model.zero_grad()
     torch.testing.assert_close(*found)
     assert (found[1][2] is not None) == bool(trained)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize(
+    "kind, out, through", [("matrix", 16, True), ("matrix", 15, False), ("bf16", 16, False)]
+)
+def test_what_gains_goes_through_onednn(kind, out, through):
+    x = inputs(kind)
+    weight = torch.randn(out, 32, dtype=x.dtype)
+    with torch.profiler.profile() as profile:
+        linear(x, weight)
+    names = {event.name for event in profile.events()}
+    assert ("mkldnn::_linear_pointwise" in names) == through
