@@ -19,7 +19,7 @@ help:  ## show this list
 demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about five minutes)
 	$(BIN)/python examples/digits/demo.py
 
-test: .venv/.installed  ## run the tests (about a quarter of an hour)
+test: .venv/.installed  ## run the tests (about half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist loadfile
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)

@@ -32,6 +32,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
@@ -131,11 +132,11 @@ def trace(workers: int) -> None:
     """Run the tests once, in a copy, and keep what each ran and for how long."""
     copy = make_copy("traced")
     tests = [*sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_privacy_*")), *TESTS]
-    pytest = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile"]
     tracing = ["--cov", "utils", "--cov-context", "test", "--cov-report", ""]
     report = ["--junitxml", str(RUNS / "times.xml"), "-o", "junit_family=xunit1"]
     variables = {**os.environ, "COVERAGE_FILE": str(RUNS / "coverage"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*pytest, *tracing, *report, *tests], cwd=copy, env=variables, check=True)
+    subprocess.run([*command, *tracing, *report, *tests], cwd=copy, env=variables, check=True)
 
 
 def make_copy(name: str) -> Path:
@@ -185,8 +186,6 @@ def choose_tests(mutant: Mutant, times: dict[str, float], seconds: float) -> lis
 
 def preload() -> None:
     """Import what our modules import, once, for all processes that are forked from this one."""
-    import pytest  # noqa: F401
-
     sys.path.insert(0, str(ROOT))
     for path in (ROOT / "utils").rglob("[a-z]*.py"):
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
@@ -197,8 +196,6 @@ def preload() -> None:
 
 def meet_tests(copy: Path, mutant: Mutant, tests: list[str]) -> None:
     """In a forked process: run the tests on the mutant; exits with 0 if they pass."""
-    import pytest
-
     os.setsid()
     log = os.open(copy / "log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, 1)
