@@ -4,7 +4,12 @@ import pytest
 
 from tests.worlds import build_plan
 from utils.errors import UsageError
-from utils.ledger.charges import find_smallest_delta, list_charged_events, summarise_runs
+from utils.ledger.charges import (
+    find_smallest_delta,
+    list_charged_events,
+    list_released_steps,
+    summarise_runs,
+)
 from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import pld_epsilon
 
@@ -90,3 +95,12 @@ def test_a_run_with_reproducible_noise_takes_no_cap(ledger):
 def test_a_run_that_gave_up_before_its_first_step_binds_nobody(ledger):
     ledger.reserve(terms(3, privacy_unit="all images of one p", private=False)).give_up()
     ledger.reserve(terms(3))
+
+
+def test_a_release_that_was_taken_back_shows_nothing_unless_it_was_written():
+    def entry(kind: str, step: int) -> dict:
+        return {"kind": kind, "branch": 0, "step": step}
+
+    records = [entry("release", 1), entry("release", 2), entry("release", 3)]
+    records += [entry("void", 2), entry("wrote", 3), entry("void", 3), entry("void", 9)]
+    assert list_released_steps(records) == {1, 3}
