@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from utils.gradients import products
 from utils.gradients.products import (
+    product_is_smaller,
     squared_norms_of_products,
     squared_norms_of_rows,
     sum_of_products,
@@ -138,3 +140,26 @@ def test_the_slack_of_the_fp64_sum_is_there_too():
     lengths = 2 * width**0.5
     found = squared_norms_of_products(x, grads).sqrt().item()
     assert found >= ((width + 4) * torch.finfo(torch.float64).eps) ** 0.5 * lengths
+
+
+def test_of_two_forms_of_one_size_the_product_is_taken():
+    assert product_is_smaller(2, 4, 4) and not product_is_smaller(1, 3, 2)
+
+
+@pytest.mark.parametrize("width, groups", [(16, 1), (2**17, 1), (2**18, 2), (2**19, 4), (2**20, 4)])
+def test_gram_matrices_are_made_in_groups_that_a_cache_holds(width, groups):
+    x = torch.ones(4, 1, width)
+    with torch.profiler.profile() as profile:
+        gram = products._gram(x)
+    assert (gram == width).all() and gram.dtype == torch.float64
+    assert sum(event.name == "aten::bmm" for event in profile.events()) == groups
+
+
+@pytest.mark.parametrize("units", [3, 5, 7])
+def test_every_group_has_the_same_size(units):
+    """So that no unit is multiplied in another shape than its neighbours."""
+    x = torch.ones(units, 1, 2**18)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        products._gram(x)
+    shapes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::bmm"]
+    assert shapes == [[1, 1, 2**18]] * units

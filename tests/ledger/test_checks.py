@@ -1,10 +1,12 @@
 """A statement that is not right: the sentence for each."""
 
+import json
+
 import pytest
 
 from tests.ledger.conftest import change, state
 from utils.ledger.checks import check_statement
-from utils.ledger.statement import add_base, quote_total
+from utils.ledger.statement import add_base, quote_total, write_statement
 from utils.privacy.accounting import membership_power, pld_both_relations
 
 
@@ -105,3 +107,10 @@ def test_a_base_adds_up(whole):
     assert "it and its base are quoted at a larger delta than the statement" in check_statement(
         whole | {"base": larger}
     )
+
+
+def test_the_file_is_laid_out_for_people(whole, tmp_path):
+    write_statement(whole, tmp_path)
+    text = (tmp_path / "privacy.json").read_text()
+    assert json.loads(text) == whole and text.startswith('{\n  "schema_version": 2,\n')
+    assert text.endswith("\n}\n")
