@@ -33,6 +33,8 @@ def test_only_the_runs_that_are_asked_for_and_only_those_that_spent(ledger):
     assert [e["steps"] for e in list_charged_events(records, [second.run])] == [5]
     assert list_charged_events(records, [third.run]) == []
     assert list_charged_events(records, []) == []
+    unfinished = {"run": second.run, "released": 2, "planned": 5, "state": "unfinished"}
+    assert summarise_runs(records)[1] == unfinished
     second.give_up()
     assert summarise_runs(ledger.records()) == [
         {"run": first.run, "released": 3, "planned": 3, "state": "finished"},
