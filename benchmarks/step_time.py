@@ -41,6 +41,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.saliency import Scoring
 from utils.models.denoising import denoising_loss
 from utils.models.loda.loda import LoDAConfig
+from utils.models.processes import read_process
 from utils.models.targets import resolve_targets
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.randomness import SecretRandomness, SecureRandomness
@@ -52,6 +53,7 @@ SHAPES = {
     "tiny": {"units": 32, "draws": 4, "side": 8},
     "sd15": {"units": 4, "draws": 1, "side": 32},
 }
+PROCESS = read_process(DDPMScheduler())
 KINDS = ["nonprivate", "private", "private_secure_noise", "scoring"]
 KINDS += ["opacus_hooks", "opacus_ghost"]
 
@@ -101,7 +103,7 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         self.accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
         self.plan = plan_one_step(10**5, self.units, noise_multiplicity=self.draws)
-        self.scheduler, self.randomness = DDPMScheduler(), SecretRandomness()
+        self.randomness = SecretRandomness()
         rows, side, width = args.units * args.draws, args.side, self.unet.config.cross_attention_dim
         self.latents, self.noise = torch.randn(2, rows, 4, side, side)
         self.words = torch.randn(rows, 77 if args.shape == "sd15" else 8, width)
@@ -111,7 +113,7 @@ class Bench:
         """[rows]."""
         with self.accelerator.autocast():
             inputs = (self.latents, self.words, self.noise, self.timesteps)
-            return denoising_loss(model, self.scheduler, *inputs)
+            return denoising_loss(model, PROCESS, *inputs)
 
     def nonprivate(self):
         self.losses(self.unet).mean().backward()

@@ -51,6 +51,7 @@ from utils.gradients import fast_linear, per_unit_gradients
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.denoising import denoising_loss
 from utils.models.pipelines import load_pipeline
+from utils.models.processes import read_process
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
@@ -178,7 +179,7 @@ class Throughput:
         """The loss after `steps` steps on the same draws: an ordinary loop's, or ours without
         noise or clipping."""
         generator = torch.Generator().manual_seed(0)
-        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        unet, process = self.pipeline.unet, read_process(self.pipeline.scheduler)
         side = self.args.resolution // self.pipeline.vae_scale_factor
         width = unet.config.cross_attention_dim
         latents, noise = torch.randn(2, self.size, 4, side, side, generator=generator)
@@ -188,7 +189,7 @@ class Throughput:
 
         def losses(units: torch.Tensor) -> torch.Tensor:
             inputs = (latents[units], words[units], noise[units], timesteps[units])
-            return denoising_loss(unet, scheduler, *(x.to(self.device) for x in inputs))
+            return denoising_loss(unet, process, *(x.to(self.device) for x in inputs))
 
         def ordinary() -> None:
             with self.accelerator.autocast():

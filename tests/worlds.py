@@ -7,6 +7,7 @@ from torch import nn
 from tests.conftest import build_tiny_pipeline
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.denoising import denoising_loss
+from utils.models.processes import read_process
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState, clipped_gradient_sum, private_steps
@@ -91,7 +92,7 @@ class UNetWorld:
 
     def losses(self, indices):
         parts = [tensor[indices].flatten(0, 1) for tensor in self.tensors]
-        values = denoising_loss(self.unet, self.scheduler, *parts)
+        values = denoising_loss(self.unet, read_process(self.scheduler), *parts)
         return values.view(len(indices), self.draws).mean(1)
 
     def total(self, accelerator, units, micro: int, **plan):

@@ -22,6 +22,7 @@ from utils.models.loda import loda
 from utils.models.loda.adapter import add_loda, save_loda
 from utils.models.loda.loda import LoDAConfig, LoDALayer, load_loda
 from utils.models.pipelines import load_pipeline
+from utils.models.processes import read_process
 
 TARGETS = ["to_q", "to_k", "to_out.0", "ff.net.2", "conv1", "conv_shortcut"]
 
@@ -194,7 +195,7 @@ def test_with_identity_it_equals_a_lora_in_outputs_and_per_unit_gradients():
     for unet in paired_unets():
         engine = PerUnitGradients(unet, num_draws=2)
         with engine.recording(3) as record:
-            losses = denoising_loss(unet, scheduler, latents, words, noise, steps)
+            losses = denoising_loss(unet, read_process(scheduler), latents, words, noise, steps)
             losses.view(3, 2).mean(1).sum().backward()
         named = [name.replace("lora_", "loda_") for name in engine.names]
         found.append((losses.detach(), record.rows(), named))

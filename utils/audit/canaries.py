@@ -20,6 +20,7 @@ from utils.data.images import find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.processes import read_process
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
 
@@ -72,7 +73,8 @@ class GradientCanaries:
         latents = torch.zeros(count, unet.config.in_channels, side, side, device=device)
         text = encode_text(self.pipeline, tokenize(self.pipeline, [""] * count), 8 * side)
         steps = torch.zeros(count, dtype=torch.long, device=device)
-        return denoising_loss(unet, self.pipeline.scheduler, latents, text, latents, steps)
+        process = read_process(self.pipeline.scheduler)
+        return denoising_loss(unet, process, latents, text, latents, steps)
 
     def watch(self, plan: PrivacyPlan) -> None:
         """What the attacker sees at a step: the noisy sum, along each canary's direction."""

@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from utils.arguments.training import TrainingArguments
 from utils.data.latent_files import choose_latents_folder, encode_rows
 from utils.data.private_set import PrivateSet
-from utils.models.denoising import denoising_loss, encode_text, snr_weights
+from utils.models.denoising import denoising_loss, encode_text
 from utils.models.pipelines import get_device, trains_text
+from utils.models.processes import read_process
 from utils.privacy.randomness import SecretRandomness
 
 FEW_CAPTIONS = 1000  # distinct ones; so many are embedded once, more are embedded when sampled
@@ -194,18 +195,17 @@ def unit_losses(
     A draw is one of the unit's images, noise, a timestep and a flip. A unit's draws are contiguous
     in the batch, as the engine requires.
     """
-    scheduler = pipeline.scheduler
+    process = read_process(pipeline.scheduler)
     rows = units.sample_rows(indices, objective.num_draws, randomness).flatten()
     flips = (randomness.uniform(rows.shape) * units.latents.shape[1]).long()
-    total = scheduler.config.num_train_timesteps
-    timesteps = objective.timesteps(len(indices), total, randomness).flatten()
+    timesteps = objective.timesteps(len(indices), process.num_timesteps, randomness).flatten()
     latents = units.latents[rows, flips]
     noise = randomness.normal(latents.shape)
     text = units.encode_captions(pipeline, rows)
     device = get_device(pipeline)
     latents, noise, timesteps = (t.to(device) for t in (latents, noise, timesteps))
     text = {name: values.to(device) for name, values in text.items()}
-    losses = denoising_loss(pipeline.unet, scheduler, latents, text, noise, timesteps)
+    losses = denoising_loss(pipeline.unet, process, latents, text, noise, timesteps)
     if objective.snr_gamma is not None:
-        losses = losses * snr_weights(scheduler, timesteps, objective.snr_gamma)
+        losses = losses * process.snr_weights(timesteps, objective.snr_gamma)
     return losses.view(len(indices), objective.num_draws).mean(1)

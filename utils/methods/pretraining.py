@@ -19,6 +19,7 @@ from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.models.denoising import denoising_loss, tokenize_captions
+from utils.models.processes import read_process
 from utils.models.public_models import (
     build_autoencoder,
     build_scheduler,
@@ -52,10 +53,9 @@ class DenoiserObjective(nn.Module):
 
     def forward(self, latents, token_ids):
         embeddings = self.text_encoder(token_ids).last_hidden_state
-        noise = torch.randn_like(latents)
-        steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(steps, (len(latents),), device=latents.device)
-        losses = denoising_loss(self.unet, self.scheduler, latents, embeddings, noise, timesteps)
+        noise, process = torch.randn_like(latents), read_process(self.scheduler)
+        timesteps = torch.randint(process.num_timesteps, (len(latents),), device=latents.device)
+        losses = denoising_loss(self.unet, process, latents, embeddings, noise, timesteps)
         return losses.mean()
 
 

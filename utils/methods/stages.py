@@ -30,6 +30,7 @@ from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
 from utils.models.denoising import denoising_loss, encode_text, tokenize
 from utils.models.pipelines import choose_resolution, get_device, list_parts, load_pipeline
+from utils.models.processes import read_process
 from utils.privacy.plan import name_unit
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import checksum
@@ -205,7 +206,8 @@ def _public_losses(
     rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(device)
     timesteps = torch.tensor([500 + len(caption) for caption in captions], device=device)
     text = encode_text(pipeline, tokenize(pipeline, captions), resolution)
-    return denoising_loss(unet, pipeline.scheduler, rows[:, 0], text, rows[:, 1], timesteps)
+    process = read_process(pipeline.scheduler)
+    return denoising_loss(unet, process, rows[:, 0], text, rows[:, 1], timesteps)
 
 
 def collect_settings(

@@ -2,10 +2,9 @@
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import compute_snr
 
-from utils.errors import UsageError
 from utils.models.pipelines import get_device, is_xl
+from utils.models.processes import Ddpm
 
 
 def tokenize_captions(tokenizer, captions: list[str]) -> torch.Tensor:
@@ -55,14 +54,7 @@ def encode_text(
     }
 
 
-def snr_weights(scheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Min-SNR weights of the loss: [batch]. Hang et al. 2023, section 3.4."""
-    snr = compute_snr(scheduler, timesteps)
-    bound = snr.clamp(max=gamma)
-    return bound / (snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr)
-
-
-def denoising_loss(unet, scheduler, latents, text, noise, timesteps) -> torch.Tensor:
+def denoising_loss(unet, process: Ddpm, latents, text, noise, timesteps) -> torch.Tensor:
     """The mean squared error of each row: [batch], not yet averaged over the batch.
 
     Args:
@@ -72,13 +64,7 @@ def denoising_loss(unet, scheduler, latents, text, noise, timesteps) -> torch.Te
 
     Source: Ho et al. 2020, eq. 14; for v-prediction, Salimans and Ho 2022, appendix D.
     """
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    if scheduler.config.prediction_type == "epsilon":
-        target = noise
-    elif scheduler.config.prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
-    else:
-        raise UsageError(f"prediction type '{scheduler.config.prediction_type}' is not supported")
+    noisy, target = process.corrupt(latents, noise, timesteps)
     added = dict(text) if isinstance(text, dict) else {"encoder_hidden_states": text}
     hidden = added.pop("encoder_hidden_states")
     predicted = unet(noisy, timesteps, hidden, added_cond_kwargs=added or None).sample

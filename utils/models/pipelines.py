@@ -6,6 +6,7 @@ from torch import nn
 
 from utils.errors import UsageError
 from utils.gradients.fast_linear import use_fast_linear
+from utils.models.processes import read_process
 
 PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 NO_SAFETY_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
@@ -15,7 +16,8 @@ def load_pipeline(name_or_path: str, revision: str | None = None) -> DiffusionPi
     """Load a pipeline in fp32 with every weight frozen and every dropout off.
 
     Raises:
-        UsageError: there is no such folder or Hub id, or it is not a Stable Diffusion pipeline.
+        UsageError: there is no such folder or Hub id, it is not a Stable Diffusion pipeline, or it
+            was not trained as one (`read_process`).
     """
     try:
         config = DiffusionPipeline.load_config(name_or_path, revision=revision)
@@ -29,6 +31,10 @@ def load_pipeline(name_or_path: str, revision: str | None = None) -> DiffusionPi
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
+    try:
+        read_process(pipeline.scheduler)
+    except UsageError as error:
+        raise UsageError(f"'{name_or_path}': {error}") from error
     for part in list_parts(pipeline):
         freeze(part)
     pipeline.set_progress_bar_config(disable=True)
