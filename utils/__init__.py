@@ -36,6 +36,7 @@
         privacy_words       a privacy statement in words
         evaluation_card     a card's section on evaluate.py's figures
     data/           rows to images, captions, latents and losses
+        folders             an image folder: its files, metadata and classes
         rows                loading a split; the caption, label and unit of each row
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units
@@ -43,6 +44,7 @@
         latents             units to the losses of their draws
     models/         public pipelines and what trains in them
         pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
+        processes           how a base was trained to see noise, from its scheduler's config
         denoising           the denoising loss, and the text that conditions it
         targets             which layers a target pattern names
         lora                LoRA on the U-Net (DP-LoRA, DP-SAPF)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List
 from PIL import Image as PILImage
 
 from tests.conftest import build_tiny_pipeline
@@ -9,7 +10,8 @@ from utils.data.images import crop_to_pixels, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.data.rows import load_split, read_captions
-from utils.models.denoising import snr_weights
+from utils.errors import UsageError
+from utils.models.processes import read_process
 from utils.privacy.randomness import SecretRandomness
 
 
@@ -70,7 +72,7 @@ def test_min_snr_weights_of_both_predictions():
         alphas = scheduler.alphas_cumprod[steps]
         snr = alphas / (1 - alphas)
         expected = snr.clamp(max=5) / (snr + divisor)
-        torch.testing.assert_close(snr_weights(scheduler, steps, 5.0), expected)
+        torch.testing.assert_close(read_process(scheduler).snr_weights(steps, 5.0), expected)
 
 
 def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
@@ -92,3 +94,25 @@ def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
     for draw in range(4):
         counts = (timesteps[:, draw] // 250).bincount(minlength=4).double()
         assert (counts - 1000).abs().max() < 6.5 * (4000 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "value, kind", [({"raw": "a cat", "tokens": [1]}, "dict"), ([{"raw": "a cat"}], "dict")]
+)
+def test_what_is_no_text_is_no_caption(value, kind):
+    rows = Dataset.from_dict({"text": [value], "label": [value]})
+    with pytest.raises(UsageError, match=f"--caption_column text: a row holds a {kind}, not a te"):
+        read_captions(rows, "text", None, "")[0]
+    with pytest.raises(UsageError, match=f"--label_column label: a row holds a {kind}, not a la"):
+        read_captions(rows, None, "label", "a {label}")[0]
+
+
+def test_several_labels_are_joined_by_name():
+    features = Features({"label": List(ClassLabel(names=["effusion", "no_finding", "mass"]))})
+    rows = Dataset.from_dict({"label": [[0, 2], [1], []]}, features=features)
+    captions = read_captions(rows, None, "label", "an x-ray: {label}")
+    assert captions[0] == "an x-ray: effusion, mass" and captions[1] == "an x-ray: no finding"
+    with pytest.raises(UsageError, match="a row has no label"):
+        captions[2]
+    plain = Dataset.from_dict({"label": [[1, 2], [3]]})
+    assert list(read_captions(plain, None, "label", "{label}")) == ["1, 2", "3"]

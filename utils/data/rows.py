@@ -5,14 +5,15 @@ Nothing here holds more than a few rows' captions at a time.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from utils.arguments.training import DataArguments
+from utils.data.folders import is_image_folder, load_image_folder
 from utils.errors import UsageError
 
 READ_AT_ONCE = 1000  # rows of captions
@@ -59,8 +60,8 @@ def load_split(
             rows = load_from_disk(str(folder))
             if isinstance(rows, DatasetDict):
                 rows = rows[split]
-        elif folder.is_dir() and _holds_images(folder):
-            rows = load_dataset("imagefolder", data_dir=str(folder), split=split, cache_dir=cache)
+        elif folder.is_dir() and is_image_folder(folder):
+            rows = load_image_folder(folder, split)
         else:
             name = str(folder) if folder.is_dir() else dataset_name
             hub = {} if folder.is_dir() else {"revision": revision}
@@ -70,13 +71,6 @@ def load_split(
     if len(rows) == 0:
         raise UsageError(f"{folder} holds no images in split '{split}'")
     return rows
-
-
-def _holds_images(folder: Path) -> bool:
-    """Whether it is an image folder, rather than one of parquet files (a picture may lie there)."""
-    if any(folder.rglob("*.parquet")):
-        return False
-    return any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.rglob("*"))
 
 
 def require_column(rows: Dataset, column: str, argument: str) -> None:
@@ -121,7 +115,7 @@ def read_captions(
     """
     if caption_column is not None:
         require_column(rows, caption_column, "--caption_column")
-        return Column(rows, caption_column, _choose_first)
+        return Column(rows, caption_column, partial(_choose_first, caption_column))
     labels = read_labels(rows, label_column)
     fill_template(template, "")  # refused now, not at the first row
     return Column(rows, label_column, lambda value: fill_template(template, labels.to_text(value)))
@@ -138,22 +132,41 @@ def fill_template(template: str, label: str) -> str:
     return template.replace("{label}", label.replace("_", " "))
 
 
-def _choose_first(value) -> str:
+def _choose_first(column: str, value: object) -> str:
     if isinstance(value, list):
         value = value[0] if value else None
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    if not isinstance(value, str | int | float):
+        raise UsageError(
+            f"--caption_column {column}: a row holds a {type(value).__name__}, not a text; make a "
+            "column of texts of it"
+        )
+    return str(value)
 
 
 def read_labels(rows: Dataset, label_column: str | None) -> Column:
-    """The class name of every row (its number, as text, where the dataset names no classes)."""
+    """The class name of every row (its number, as text, where the dataset names no classes); of
+    several labels, the names with commas between.
+
+    Raises:
+        UsageError: there is no such column, a row has no label, or one that is no number or name.
+    """
     if label_column is None:
         raise UsageError("give --caption_column, or --label_column and --caption_template")
     require_column(rows, label_column, "--label_column")
     feature = rows.features[label_column]
+    feature = getattr(feature, "feature", feature)  # of a list, that of its items
 
     def name(value) -> str:
-        if value is None or value == -1:
+        if value is None or value == -1 or value == []:
             raise UsageError(f"--label_column {label_column}: a row has no label; fill it in")
+        if isinstance(value, list):
+            return ", ".join(map(name, value))
+        if not isinstance(value, str | int | float):
+            raise UsageError(
+                f"--label_column {label_column}: a row holds a {type(value).__name__}, not a label"
+            )
         return feature.int2str(int(value)) if isinstance(feature, ClassLabel) else str(value)
 
     return Column(rows, label_column, name)

@@ -1,0 +1,218 @@
+"""An image folder as rows: its files, what metadata says of them, and the folders they lie in.
+
+Files are listed here, not by name patterns: the name of a file never decides about another file,
+and text in a table stays the text that it is. What is not used is counted, and said.
+"""
+
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, Image
+from PIL import Image as PILImage
+
+from utils.errors import UsageError
+
+# Names of folders that are splits, where every folder of a set has such a name.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+FILE_NAME = "file_name"  # the column of metadata that names an image
+IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
+
+
+def find_image_extensions() -> set[str]:
+    """Of the files that Pillow can open here: lower-case, with the dot."""
+    PILImage.init()
+    return {suffix for suffix, kind in PILImage.EXTENSION.items() if kind in PILImage.OPEN}
+
+
+def is_image_folder(folder: Path) -> bool:
+    """Whether it holds images, or archives of them, rather than parquet files beside which a
+    picture may lie."""
+    names = [path.name.lower() for path in folder.rglob("*")]
+    if any(name.endswith(".parquet") and name not in METADATA_NAMES for name in names):
+        return False
+    known = find_image_extensions() | set(ARCHIVES)
+    return any(Path(name).suffix in known for name in names)
+
+
+def load_image_folder(folder: Path, split: str) -> Dataset:
+    """One row an image, in the order of the paths: `image`; `label`, the folder that it lies in, if
+    any lies in one; and the columns of metadata.csv, .jsonl or .parquet, or else the `text` of the
+    `.txt` files beside them. With metadata, the images that it names are the set.
+
+    Raises:
+        UsageError: there is no such split or no image; metadata cannot be read, names no image, or
+            names one twice; or some images have a `.txt` beside them, and others have not.
+    """
+    root = find_split(folder, split)
+    extensions = find_image_extensions()
+    files = sorted(path for path in root.rglob("*") if path.is_file() and _is_shown(path, root))
+    images = [path for path in files if path.suffix.lower() in extensions]
+    unused = {path: "not an image" for path in files if path.suffix.lower() not in extensions}
+    if not images:
+        archives = [path.name for path in unused if path.suffix.lower() in ARCHIVES]
+        hint = f": unpack {', '.join(archives[:3])} first" if archives else ""
+        raise UsageError(f"{root} holds no images{hint}")
+    tables = [path for path in unused if path.name.lower() in METADATA_NAMES]
+    if root != folder:
+        tables += [p for p in sorted(folder.iterdir()) if p.name.lower() in METADATA_NAMES]
+    columns: dict[str, list] = {}
+    if tables:
+        entries = read_metadata(tables)
+        absent = [path for path in entries if path.is_relative_to(root) and not path.is_file()]
+        unused |= {path: "not in the metadata" for path in images if path not in entries}
+        unused |= {path: "in the metadata, but not there" for path in absent}
+        found = [path for path in images if path in entries]
+        if not found:
+            raise UsageError(_explain_paths(tables[0], absent or list(entries), images))
+        images = found
+        columns = _collect_columns([entries[path] for path in images])
+    else:
+        texts = {path: path.with_suffix(".txt") for path in images}
+        beside = {path: text for path, text in texts.items() if text in unused}
+        if beside and len(beside) < len(images):
+            raise UsageError(
+                f"{len(images) - len(beside)} of the {len(images)} images in {root} have no .txt "
+                "file with a caption beside them: add what is missing, or remove the .txt files"
+            )
+        if beside:
+            columns = {TEXT: [_read_text(texts[path]).strip() for path in images]}
+            tables = list(texts.values())
+    for path in tables:
+        unused.pop(path, None)
+    _say_what_is_unused(root, len(images), unused)
+    return _make_rows(images, root, columns)
+
+
+def find_split(folder: Path, split: str) -> Path:
+    """The folder of a split: one below, if all folders below have names of splits; else itself.
+
+    Raises:
+        UsageError: it has no such split.
+    """
+    inside = [path for path in folder.iterdir() if _is_shown(path, folder)]
+    folders = {path.name.lower(): path for path in inside if path.is_dir()}
+    loose = any(path.suffix.lower() in find_image_extensions() for path in inside)
+    known = {name for names in SPLITS.values() for name in names}
+    if folders and set(folders) <= known and not loose:
+        named = [folders[name] for name in SPLITS.get(split, (split,)) if name in folders]
+        if len(named) == 1:
+            return named[0]
+        raise UsageError(f"{folder} has the splits {', '.join(sorted(folders))}: not '{split}'")
+    if split != "train":
+        raise UsageError(
+            f"{folder} is not divided into splits, so it has only 'train'; a folder named "
+            f"'{split}' beside one named 'train' would be another"
+        )
+    return folder
+
+
+def _is_shown(path: Path, root: Path) -> bool:
+    parts = path.relative_to(root).parts
+    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def read_metadata(tables: list[Path]) -> dict[Path, dict]:
+    """By the path of an image, what the tables say of it: every other column, as it is written.
+
+    Raises:
+        UsageError: a table cannot be read, has no `file_name`, or an image is named twice.
+    """
+    entries: dict[Path, dict] = {}
+    for table in tables:
+        try:
+            rows = _READERS[table.suffix.lower()](table)
+        except (ValueError, KeyError, TypeError, OSError, csv.Error, pa.ArrowException) as error:
+            raise UsageError(f"cannot read {table}: {error}") from error
+        for number, row in enumerate(rows, 1):
+            name = row.pop(FILE_NAME, None) if isinstance(row, dict) else None
+            if not isinstance(name, str) or not name:
+                raise UsageError(f"{table}: row {number} has no {FILE_NAME}, the path of an image")
+            path = table.parent / name
+            if path in entries:
+                raise UsageError(
+                    f"{table}: row {number} names an image that another row names too; each image "
+                    "is one row, with one caption and one privacy unit"
+                )
+            entries[path] = row
+    return entries
+
+
+def _read_csv(table: Path) -> list[dict]:
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        rows = list(reader)
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError("a row has more or fewer fields than the first line")
+    return rows
+
+
+def _read_jsonl(table: Path) -> list[dict]:
+    lines = _read_text(table).splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_parquet(table: Path) -> list[dict]:
+    return pq.read_table(table).to_pylist()
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise UsageError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+
+
+def _collect_columns(entries: list[dict]) -> dict[str, list]:
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    if IMAGE in names:
+        raise UsageError(f"the metadata has a column '{IMAGE}', which is that of the images")
+    return {name: [entry.get(name) for entry in entries] for name in names}
+
+
+def _explain_paths(table: Path, named: list[Path], images: list[Path]) -> str:
+    first = named[0].relative_to(table.parent) if named else "nothing"
+    sentence = (
+        f"none of the images is in {table}: it names {first}, and paths in it count from its own "
+        "folder"
+    )
+    same = [path for path in images if named and path.name == named[0].name]
+    if same and same[0].is_relative_to(table.parent):
+        sentence += f"; did you mean {same[0].relative_to(table.parent)}?"
+    return sentence
+
+
+def _say_what_is_unused(root: Path, used: int, unused: dict[Path, str]) -> None:
+    if not unused or not PartialState().is_main_process:
+        return
+    reasons = Counter((why, path.suffix.lower() or path.name) for path, why in unused.items())
+    parts = [f"{count} {suffix} ({why})" for (why, suffix), count in sorted(reasons.items())]
+    print(f"{root}: {used} images used; not used: {', '.join(parts)}", file=sys.stderr)
+
+
+def _make_rows(images: list[Path], root: Path, columns: dict[str, list]) -> Dataset:
+    try:
+        rows = Dataset.from_dict({IMAGE: [str(path) for path in images], **columns})
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"the metadata of {root} mixes kinds in one column: {error}") from error
+    rows = rows.cast_column(IMAGE, Image())
+    folders = [path.parent.name if path.parent != root else None for path in images]
+    if any(folders) and LABEL not in columns:
+        names = ClassLabel(names=sorted(set(folders) - {None}))
+        numbers = [None if name is None else names.str2int(name) for name in folders]
+        rows = rows.add_column(LABEL, numbers, feature=names)
+    return rows
