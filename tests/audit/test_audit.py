@@ -16,6 +16,7 @@ from utils.audit.auditing import (
     spread,
 )
 from utils.audit.mutants import PIECES
+from utils.data.rows import load_split
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import pld_epsilon
@@ -91,7 +92,10 @@ def test_the_audit_runs_the_real_loop_and_every_mutant(run_script, tiny_base, tm
 
 
 def test_image_canaries_and_own_images(run_script, tiny_base, image_folder, tmp_path):
-    arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", image_folder]
+    (tmp_path / "set").mkdir()
+    rows = load_split(None, None, str(image_folder), "train")
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--dataset_name", tmp_path / "set"]
     arguments += ["--label_column", "label", "--canaries", "images", "--num_canaries", 100]
     arguments += ["--output_dir", tmp_path / "audit", "--num_images", 40]
     run = run_script("audit_privacy.py", *arguments)
