@@ -25,7 +25,7 @@ test: .venv/.installed  ## run the tests (about half an hour)
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants
 
-mutants: .venv/.installed  ## break the code that the guarantee rests on, 300 times: do the tests notice? (about three hours)
+mutants: .venv/.installed  ## break the code that the guarantee rests on, 300 times: do the tests notice? (hours)
 	$(BIN)/pip install --quiet cosmic-ray==8.7.0 pytest-cov==7.1.0
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py trace
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py run

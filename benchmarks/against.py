@@ -10,6 +10,7 @@ step, which no change of ours touches, says how much is chance.
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -17,14 +18,24 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from step_time import SHAPES, require_input_gradient
+
 ROOT = Path(__file__).resolve().parent.parent
-SERVE = """
+# An older benchmark may lack the hook without which PyTorch crashes; a second one does nothing.
+SERVE = f"""
 import json, sys, time
 from argparse import Namespace
+import torch
+
+{inspect.getsource(require_input_gradient)}
+
 sys.path.insert(0, sys.argv[1])
 from step_time import SHAPES, Bench
 args = json.loads(sys.argv[2])
 bench = Bench(Namespace(**SHAPES[args["shape"]], **args))
+for module in bench.unet.modules():
+    if type(module) is torch.nn.GroupNorm:
+        module.register_forward_pre_hook(require_input_gradient)
 for kind in sys.stdin:
     start = time.perf_counter()
     getattr(bench, kind.strip())()
@@ -52,7 +63,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("older", type=Path, help="folder of a checkout")
-    parser.add_argument("--shape", choices=["tiny", "sd15"], default="tiny")
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--method", choices=["lora", "loda", "attention", "all"], default="lora")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")

@@ -211,6 +211,8 @@ def test_blank_places_give_zero_whatever_the_first_unit_is(accelerator):
     for units in ([0, 1], [1]):  # another place in the batch rounds otherwise in fp32, by processor
         total = world.total(accelerator, units, micro=8)
         torch.testing.assert_close(total, alone, rtol=0, atol=2e-6)
+    same_place = world.total(accelerator, [1], micro=8)
+    assert torch.equal(world.total(accelerator, [1, 0], micro=8), same_place)
     assert world.total(accelerator, [2], micro=8).norm() <= 1 + 1e-5
 
 

@@ -41,6 +41,15 @@ def test_a_long_row_does_not_drift():
     assert exact <= squared_norms_of_rows([row])[:, 0] <= exact * 1.001
 
 
+def test_a_row_of_many_chunks_does_not_drift():
+    """One large number, and 80,000 whose squares fp32 would lose beside it."""
+    row = torch.zeros(1, 80_000 * 1024)
+    row[0, ::1024] = 0.999 * 2.0**-12
+    row[0, 0] = 1.0
+    exact = row[0, ::1024].double().square().sum()
+    assert exact <= squared_norms_of_rows([row])[0, 0] <= exact * 1.001
+
+
 def test_squares_too_small_for_fp32_are_not_lost():
     row = torch.full((1, 20_000_000), 2.6e-23)  # their squares are 0 in fp32
     assert squared_norms_of_rows([row])[0, 0] >= row.double().square().sum()

@@ -145,6 +145,19 @@ def test_memory_is_what_the_recording_says_and_factors_keep_it_small():
         model(torch.randn(8, 3, 200)).square().sum().backward()
     factors = 2 * (8 * 3 * 200 * 2) * 4  # two layers; input and output gradient; fp32
     assert record.nbytes() == factors < 4 * 2 * 200 * 200 * 4
+    record.squared_norms()  # their factors are views of what is held already
+    assert record.nbytes() == factors
+
+
+def test_memory_counts_the_spread_input_of_a_convolution_while_it_is_held():
+    model = nn.Conv2d(8, 64, 3, padding=1, bias=False)
+    with PerUnitGradients(model).recording(2) as record:
+        model(torch.randn(2, 8, 4, 4)).square().sum().backward()
+    before = record.nbytes()
+    record.squared_norms()
+    assert record.nbytes() == before + 4 * 2 * 4 * 4 * 8 * 9
+    record.drop(torch.tensor([True, False]))
+    assert record.nbytes() == before
 
 
 def test_the_model_is_as_before_after_recording():

@@ -67,32 +67,46 @@ def load_image_folder(folder: Path, split: str) -> Dataset:
     tables = [path for path in unused if path.name.lower() in METADATA_NAMES]
     if root != folder:
         tables += [p for p in sorted(folder.iterdir()) if p.name.lower() in METADATA_NAMES]
-    columns: dict[str, list] = {}
     if tables:
-        entries = read_metadata(tables)
-        absent = [path for path in entries if path.is_relative_to(root) and not path.is_file()]
-        unused |= {path: "not in the metadata" for path in images if path not in entries}
-        unused |= {path: "in the metadata, but not there" for path in absent}
-        found = [path for path in images if path in entries]
-        if not found:
-            raise UsageError(_explain_paths(tables[0], absent or list(entries), images))
-        images = found
-        columns = _collect_columns([entries[path] for path in images])
+        images, columns = _follow_metadata(tables, root, images, unused)
     else:
-        texts = {path: path.with_suffix(".txt") for path in images}
-        beside = {path: text for path, text in texts.items() if text in unused}
-        if beside and len(beside) < len(images):
-            raise UsageError(
-                f"{len(images) - len(beside)} of the {len(images)} images in {root} have no .txt "
-                "file with a caption beside them: add what is missing, or remove the .txt files"
-            )
-        if beside:
-            columns = {TEXT: [_read_text(texts[path]).strip() for path in images]}
-            tables = list(texts.values())
-    for path in tables:
-        unused.pop(path, None)
+        columns = _read_texts_beside(root, images, unused)
     _say_what_is_unused(root, len(images), unused)
     return _make_rows(images, root, columns)
+
+
+def _follow_metadata(
+    tables: list[Path], root: Path, images: list[Path], unused: dict[Path, str]
+) -> tuple[list[Path], dict[str, list]]:
+    """The images that the tables name, and their columns; brings `unused` up to date."""
+    entries = read_metadata(tables)
+    absent = [path for path in entries if path.is_relative_to(root) and not path.is_file()]
+    named = [path for path in images if path in entries]
+    if not named:
+        raise UsageError(_explain_paths(tables[0], absent or list(entries), images))
+    unused |= {path: "not in the metadata" for path in images if path not in entries}
+    unused |= {path: "in the metadata, but not there" for path in absent}
+    for table in tables:
+        unused.pop(table, None)
+    return named, _collect_columns([entries[path] for path in named])
+
+
+def _read_texts_beside(
+    root: Path, images: list[Path], unused: dict[Path, str]
+) -> dict[str, list[str]]:
+    """The column of captions from `.txt` files, if there are any; brings `unused` up to date."""
+    texts = [path.with_suffix(".txt") for path in images]
+    lacking = sum(text not in unused for text in texts)
+    if lacking == len(images):
+        return {}
+    if lacking:
+        raise UsageError(
+            f"{lacking} of the {len(images)} images in {root} have no .txt file with a caption "
+            "beside them: add what is missing, or remove the .txt files"
+        )
+    for text in set(texts):
+        del unused[text]
+    return {TEXT: [_read_text(text).strip() for text in texts]}
 
 
 def find_split(folder: Path, split: str) -> Path:

@@ -89,6 +89,9 @@ class Recording:
         """Memory that this recording holds."""
         kept = list(self._rows.values())
         kept += [tensor for uses in self._uses.values() for use in uses for tensor in use[1:]]
+        known = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        made = [tensor for pair in self._factors.values() for tensor in pair]
+        kept += [tensor for tensor in made if tensor.untyped_storage().data_ptr() not in known]
         return sum(tensor.nbytes for tensor in kept)
 
     def squared_norms(self) -> torch.Tensor:
