@@ -240,7 +240,7 @@ class Meeting:
             return "no test"
         self.log = (self.copy / "log").read_text()
         if self.process.exitcode == 4 and "loading conftest" not in self.log:
-            raise RuntimeError(f"the tests of {self.mutant} did not start:\n{self.log}")
+            raise RuntimeError(f"tests changed since they were traced: trace again\n{self.log}")
         return "killed" if self.process.exitcode else "survived"
 
 

@@ -238,6 +238,18 @@ def test_a_ledger_of_an_earlier_version_is_read(ledger):
     assert [event["steps"] for event in list_charged_events(ledger.records())] == [3]
 
 
+def test_only_the_last_branch_can_hand_back_what_is_reserved(ledger):
+    branch = ledger.reserve(TERMS)
+    checkpoint(branch, 4)
+    branch.give_up()
+    assert charge(ledger, branch) == (4, 4)
+    again = ledger.reserve(TERMS, run=branch.run, step=4)
+    assert charge(ledger, again) == (4, 10)  # what the first one handed back is taken again
+    checkpoint(again, 6)
+    again.give_up()
+    assert charge(ledger, again) == (6, 6)
+
+
 def test_the_last_branch_of_a_run_is_found(ledger):
     branch = ledger.reserve(TERMS)
     checkpoint(branch, 4)
