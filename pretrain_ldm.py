@@ -44,7 +44,12 @@ def main():
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    from utils.data.images import keep_readable, read_pixel_batches
+    from utils.data.images import (
+        ImageRows,
+        describe_left_out,
+        keep_readable,
+        read_pixel_batches,
+    )
     from utils.data.rows import load_rows, read_captions
     from utils.methods import pretraining
     from utils.models.public_models import assemble_pipeline, build_tokenizer, save_in_fp16
@@ -52,13 +57,13 @@ def main():
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
 
-    rows = load_rows(data)
-    rows, dropped = keep_readable(rows, data.image_column, data.strict_images)
-    captions = read_captions(rows, data.caption_column, data.label_column, data.caption_template)
+    images = ImageRows(load_rows(data), data.image_column, data.window)
+    images, left_out = keep_readable(images, data.strict_images)
+    captions = read_captions(images.rows, data)
     accelerator.print(
-        f"{len(rows)} public images, {len(set(captions))} captions, {dropped} unreadable"
+        f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"
     )
-    pixels = torch.cat(list(read_pixel_batches(rows, data.image_column, data.resolution, 256)))
+    pixels = torch.cat(list(read_pixel_batches(images, data.resolution, 256)))
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
 

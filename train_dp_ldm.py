@@ -19,10 +19,8 @@ from utils.arguments.parsing import parse
 from utils.errors import run_script
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
-USAGE = """from diffusers import {pipeline}, UNet2DConditionModel
-
-unet = UNet2DConditionModel.from_pretrained("{adapter}", subfolder="unet")
-pipeline = {pipeline}.from_pretrained("{base}", unet=unet)"""
+USAGE = """unet = UNet2DConditionModel.from_pretrained("{adapter}", subfolder="unet")
+pipeline = {load}({base}, unet=unet)"""
 LORA_USAGE = """
 pipeline.load_lora_weights("{adapter}")  # of the text encoder"""
 

@@ -17,10 +17,8 @@ from utils.arguments.methods import SHARED, LoDAArguments, StageArguments
 from utils.arguments.parsing import parse
 from utils.errors import run_script
 
-USAGE = """from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained(
-    "{base}", custom_pipeline="{adapter}", trust_remote_code=True
+USAGE = """pipeline = DiffusionPipeline.from_pretrained(
+    {base}, custom_pipeline="{adapter}", trust_remote_code=True
 )
 pipeline.load_loda("{adapter}")"""
 

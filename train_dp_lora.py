@@ -34,9 +34,7 @@ from utils.arguments.methods import (
 from utils.arguments.parsing import parse
 from utils.errors import run_script
 
-USAGE = """from diffusers import {pipeline}
-
-pipeline = {pipeline}.from_pretrained("{base}")
+USAGE = """pipeline = {load}({base})
 pipeline.load_lora_weights("{adapter}")"""
 
 

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from utils.arguments.parsing import option, parse
-from utils.data.images import keep_readable, read_pixel_batches
+from utils.data.images import ImageRows, keep_readable, read_pixel_batches
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError, run_script
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -78,10 +78,11 @@ def tanh_cnn(num_classes: int) -> nn.Sequential:
 
 def load(args: ClassifierArguments, split: str, cache: str) -> tuple[torch.Tensor, list[str]]:
     """Grey images [N, 1, 28, 28] around zero, and their class names."""
-    rows = keep_readable(load_split(args.dataset_name, None, None, split, cache), "image")[0]
-    pixels = torch.cat(list(read_pixel_batches(rows, "image", SIDE, 256)))
+    images = ImageRows(load_split(args.dataset_name, None, None, split, cache))
+    images = keep_readable(images)[0]
+    pixels = torch.cat(list(read_pixel_batches(images, SIDE, 256)))
     return pixels.float().mean(1, keepdim=True) / 127.5 - 1, list(
-        read_labels(rows, args.label_column)
+        read_labels(images.rows, args.label_column)
     )
 
 

@@ -35,7 +35,13 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.arguments.parsing import option, parse
-from utils.data.images import keep_readable, read_pixel_batches, scale_to_unit_range, tile_images
+from utils.data.images import (
+    ImageRows,
+    keep_readable,
+    read_pixel_batches,
+    scale_to_unit_range,
+    tile_images,
+)
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError, run_script
 from utils.evaluation.features import IMAGENET, load_efficientnet, normalise_pixels
@@ -200,8 +206,8 @@ def main():
         if not isinstance(rows.features[args.label_column], ClassLabel):
             raise UsageError(f"--label_column {args.label_column} does not name its classes")
         names = rows.features[args.label_column].names  # public
-        rows = keep_readable(rows, "image")[0]
-        images = torch.cat(list(read_pixel_batches(rows, "image", SIDE, 256)))
+        kept = keep_readable(ImageRows(rows))[0]
+        rows, images = kept.rows, torch.cat(list(read_pixel_batches(kept, SIDE, 256)))
         labels = torch.tensor(
             [names.index(label) for label in read_labels(rows, args.label_column)]
         )

@@ -35,7 +35,12 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.data.images import crop_to_pixels, keep_readable, scale_to_unit_range
+from utils.data.images import (
+    ImageRows,
+    crop_to_pixels,
+    keep_readable,
+    scale_to_unit_range,
+)
 from utils.data.rows import load_rows, read_captions
 from utils.errors import UsageError, run_script
 from utils.models.denoising import tokenize_captions
@@ -95,7 +100,7 @@ def main():
         raise UsageError(f"--output_dir {folder} already holds files")
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     torch.manual_seed(training.seed or 0)
-    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    pipeline = load_pipeline(*model.source)
     pipeline.to(accelerator.device)
     add_lora(pipeline, lora)
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
@@ -108,10 +113,9 @@ def main():
     )
     resolution = choose_resolution(pipeline, data.resolution)
     with TemporaryDirectory() as cache:
-        rows = keep_readable(load_rows(data, cache), data.image_column)[0]
-        captions = read_captions(
-            rows, data.caption_column, data.label_column, data.caption_template
-        )
+        images = ImageRows(load_rows(data, cache), data.image_column, data.window)
+        rows = keep_readable(images)[0].rows
+        captions = read_captions(rows, data)
         how = (pipeline.tokenizer, resolution, training.random_flip)
         images = Images(rows, data.image_column, list(captions), *how)
         loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)

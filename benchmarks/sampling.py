@@ -23,13 +23,14 @@ from tempfile import TemporaryDirectory
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from utils.arguments.sampling import SamplingArguments
 from utils.models.adapters import load_adapter
+from utils.models.drawing import choose_settings
 from utils.models.pipelines import load_pipeline
 from utils.models.public_models import build_stable_diffusion
-from utils.sampling.generation import generate_pieces, use_dpm_solver, write_metadata
+from utils.sampling.generation import Generation, generate_pieces, write_metadata
 from utils.sampling.shards import plan_image_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,15 +52,17 @@ def build(shape: str, folder: Path) -> Path:
 
 def speed(args) -> dict[str, float]:
     """Images per second of each way, saving included."""
-    settings = {"num_inference_steps": args.steps, "guidance_scale": 2.0}
     with TemporaryDirectory() as folder:
         base = build(args.shape, Path(folder) / "base")
         plain = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-        use_dpm_solver(plain).set_progress_bar_config(disable=True)
-        ours = use_dpm_solver(load_pipeline(str(base)))
-        halved = use_dpm_solver(load_pipeline(str(base)).to(torch.bfloat16))
-        size = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
-        sampling = SamplingArguments(num_inference_steps=args.steps, resolution=args.resolution)
+        plain.set_progress_bar_config(disable=True)
+        sampling = SamplingArguments(num_inference_steps=args.steps, guidance_scale=2.0)
+        drawing = choose_settings(plain, sampling, args.resolution)
+        ours = Generation(load_pipeline(str(base)), PROMPTS, drawing)
+        halved = Generation(load_pipeline(str(base)).to(torch.bfloat16), PROMPTS, drawing)
+        for pipeline in (plain, ours.pipeline, halved.pipeline):
+            drawing.use_scheduler(pipeline)
+        settings = drawing.describe_call()
         count, out = args.images, Path(folder) / "images"
         out.mkdir()
         entries = [PROMPTS[i % 10] for i in range(count)]
@@ -67,10 +70,10 @@ def speed(args) -> dict[str, float]:
 
         def loop() -> None:
             for index, text in enumerate(texts):
-                plain(text, **settings, **size).images[0].save(out / f"{index}.png")
+                plain(text, **settings).images[0].save(out / f"{index}.png")
 
         def batched() -> None:
-            for index, image in enumerate(plain(texts, **settings, **size).images):
+            for index, image in enumerate(plain(texts, **settings).images):
                 image.save(out / f"{index}.png")
 
         pieces = plan_image_files(count)
@@ -94,15 +97,15 @@ def quality(args, name: str, steps: int) -> dict:
     """Draw images with one solver, and train classifiers on them."""
     pipeline = load_pipeline(str(BASE))
     load_adapter(pipeline, Path(args.adapter))
-    if name == "ddim":
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    else:
-        use_dpm_solver(pipeline)
-    sampling = SamplingArguments(num_inference_steps=steps)
+    solver = {"scheduler": {"_class_name": "DDIMScheduler"}} if name == "ddim" else {}
+    sampling = SamplingArguments(num_inference_steps=steps, guidance_scale=2.0)
+    drawing = choose_settings(pipeline, sampling, None, solver)
+    drawing.use_scheduler(pipeline)
+    prepared = Generation(pipeline, PROMPTS, drawing)
     entries = [PROMPTS[i % 10] for i in range(args.num_images)]
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
-        generate_pieces(pipeline, entries, plan_image_files(len(entries)), sampling, Path(folder))
+        generate_pieces(prepared, entries, plan_image_files(len(entries)), sampling, Path(folder))
         seconds = time.perf_counter() - start
         write_metadata(Path(folder), entries)
         command = [sys.executable, "evaluate.py", "--synthetic", folder, "--metrics", "utility"]
@@ -138,7 +141,7 @@ def main():
     parser.add_argument("--images", type=int, help="a round, for speed")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--resolution", type=int, help="for speed; default: the model's")
-    parser.add_argument("--steps", type=int, default=SamplingArguments.num_inference_steps)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--adapter", help="measure quality, with this adapter of the digits model")
     parser.add_argument("--test_dataset_name", help="real images, for quality")
     parser.add_argument("--num_images", type=int, default=3000, help="of each solver, for quality")

@@ -44,7 +44,7 @@ from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader
 
-from utils.data.images import find_readable_rows
+from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.gradients import fast_linear, per_unit_gradients
@@ -110,9 +110,9 @@ class Throughput:
     def ours(self) -> Iterator[None]:
         """Endless steps; what comes before the first is set-up."""
         everyone = torch.arange(len(self.rows))
-        digests = find_readable_rows(self.rows, "image")[1]
+        digests = find_readable_rows(ImageRows(self.rows)).digests
         captions = list(self.rows["text"])
-        private_set = PrivateSet(self.rows, "image", captions, everyone, 0, digests)
+        private_set = PrivateSet(self.rows, "image", captions, everyone, {}, digests)
         with TemporaryDirectory() as folder:
             where = (self.args.resolution, Path(folder))
             units, _ = encode_units(self.pipeline, private_set, *where)

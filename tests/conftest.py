@@ -62,6 +62,7 @@ def tiny_base(tmp_path_factory) -> Path:
     """Folder of the tiny pipeline."""
     folder = tmp_path_factory.mktemp("base")
     build_tiny_pipeline().save_pretrained(folder)
+    (folder / "sampling.json").write_text('{"num_inference_steps": 4, "guidance_scale": 2.0}')
     return folder
 
 

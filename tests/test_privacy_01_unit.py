@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import build_tiny_pipeline
 from tests.worlds import TAIL, build_plan
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data.images import find_readable_rows
+from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import (
     EncodedUnits,
     Objective,
@@ -88,7 +88,7 @@ def spoilt_units(image_folder, tmp_path, what: str = "images") -> list[int]:
     if what == "captions of a trained encoder":
         words = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     private_set = PrivateSet(
-        rows, "image", captions, unit_of_row, 0, find_readable_rows(rows, "image")[1]
+        rows, "image", captions, unit_of_row, {}, find_readable_rows(ImageRows(rows)).digests
     )
     units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents")
     if what == "images":

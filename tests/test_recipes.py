@@ -1,14 +1,22 @@
 """The recipes of examples/: each can be parsed by its script, and its plan is possible."""
 
+import csv
 import importlib
+import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import ClassLabel, Dataset
+from PIL import Image
 
 from tests.conftest import ROOT
+from tests.layouts import build_layout
+from utils.arguments.parsing import read_yaml
 from utils.errors import UsageError
 
 RECIPES = sorted(
@@ -74,6 +82,92 @@ def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     target = float(re.search(r"target_epsilon: (\S+)", (ROOT / recipe).read_text())[1])
     epsilon = float(re.search(r"is epsilon ([\d.]+)", shown)[1])
     assert target - 0.01 < epsilon <= target
+
+
+def draw_images(count: int = 24) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 255, (count, 40, 40, 3), np.uint8)
+    return [Image.fromarray(image) for image in pixels]
+
+
+def write_folder(folder: Path, table: str, header: list[str], rows: list[list]) -> list:
+    folder.mkdir()
+    for index, image in enumerate(draw_images(len(rows))):
+        image.save(folder / f"{index}.png")
+    with open(folder / table, "w", newline="") as file:
+        if table.endswith(".csv"):
+            csv.writer(file).writerows([header, *rows])
+        else:
+            file.writelines(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows)
+    return ["--train_data_dir", folder]
+
+
+def save_set(folder: Path, image: str, **columns) -> list:
+    """As the Hub's set has it, once it is here."""
+    names = {name: ClassLabel(names=value[0]) for name, value in columns.items() if value[0]}
+    rows = Dataset.from_dict({image: draw_images(), **{k: v[1] for k, v in columns.items()}})
+    for name, feature in names.items():
+        rows = rows.cast_column(name, feature)
+    rows.save_to_disk(folder)
+    return ["--dataset_name", folder]
+
+
+def make_private_set(name: str, folder: Path) -> list:
+    """A small set such as the recipe is for, and the options that name it."""
+    if name == "captioned_folder":
+        rows = [[f"{i}.png", "a photo"] for i in range(24)]
+        return write_folder(folder, "metadata.jsonl", ["file_name", "text"], rows)
+    if name == "chest_xrays":
+        rows = [[f"{i}.png", "effusion", f"00{i // 2}"] for i in range(48)]
+        return write_folder(folder, "metadata.csv", ["file_name", "text", "patient_id"], rows)
+    if name == "two_nodes":
+        return save_set(folder, "image", text=(None, ["a photo"] * 24))
+    classes = {"celeba_hq": ["female", "male"]}.get(name, [str(d) for d in range(10)])
+    labels = [i % len(classes) for i in range(24)]
+    return save_set(folder, "img" if name == "cifar10" else "image", label=(classes, labels))
+
+
+MAKERS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+SMALL = {
+    "expected_batch_size": 10, "max_train_steps": 2, "noise_multiplicity": 2,
+    "num_validation_images": 2, "num_inference_steps": 2, "target_delta": 1e-3, "rank": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if not str(r).startswith(LOCAL) and r.stem != "base"], ids=str
+)
+def test_it_runs_to_the_end_on_a_small_model_of_its_makers_layout(
+    recipe, monkeypatch, tmp_path, tiny_base
+):
+    """The command in its head, all that it sets but the sizes; then its adapter draws."""
+    train, _ = read_commands(recipe)
+    module, arguments = find_main(train)
+    base = read_yaml(ROOT / recipe)["pretrained_model_name_or_path"]
+    small, side = tiny_base, 16
+    if base in MAKERS:
+        small, side = build_layout(MAKERS[base], tmp_path / "base"), 32
+    more = ["--pretrained_model_name_or_path", small, "--output_dir", tmp_path / "run"]
+    more += ["--resolution", side, *make_private_set(recipe.parts[1], tmp_path / "private")]
+    more += [word for name, value in SMALL.items() for word in (f"--{name}", value)]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*arguments, *map(str, more)])
+    module.main()
+    run = tmp_path / "run"
+    statement = json.loads((run / "privacy.json").read_text())
+    assert statement["private"] is True and statement["num_units"] == 24
+    assert len(list((run / "samples").glob("0*.png"))) == 2
+    assert json.loads((run / "sampling.json").read_text())["resolution"] == side
+
+    prompts = ["--prompts", "a photo", "--num_images", 1, "--output_dir", tmp_path / "drawn"]
+    drawn = ["sample.py", *more[:2], "--adapter", run, *prompts]
+    monkeypatch.setattr(sys, "argv", list(map(str, drawn)))
+    importlib.import_module("sample").main()
+    with Image.open(tmp_path / "drawn" / "000000.png") as image:
+        assert image.size == (side, side)
 
 
 def test_two_nodes_use_eight_processes():

@@ -40,10 +40,12 @@
         rows                loading a split; the caption, label and unit of each row
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units
+        diagnostics         what the owner of a private set should look at first
         latent_files        latents and token ids on disk, encoded once
         latents             units to the losses of their draws
     models/         public pipelines and what trains in them
         pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
+        drawing             how images are drawn from a model: sampling.json
         processes           how a base was trained to see noise, from its scheduler's config
         denoising           the denoising loss, and the text that conditions it
         targets             which layers a target pattern names
@@ -80,6 +82,7 @@
         fast_linear         linear layers on a CPU, through oneDNN
     metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
     arguments/      every option of every script, a dataclass a group; `parsing` reads them
+    fetching        one file of a folder, or of a repository on the Hub
     files           names of what a run leaves; files whole or absent, digests, modes
     version         which version of this code made something
     errors          how a script ends: a mistake in one sentence, or a clean stop

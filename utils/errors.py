@@ -12,6 +12,13 @@ from datetime import timedelta
 PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
 
 
+OUT_OF_MEMORY = (
+    "the memory does not suffice. For training, take a smaller --train_batch_size, which changes "
+    "no result, --gradient_checkpointing or --mixed_precision bf16, and --resume_from_checkpoint "
+    "latest if a checkpoint was saved; for drawing images, a smaller --batch_size"
+)
+
+
 class UsageError(ValueError):
     """A bad argument or bad data: its message says what was wrong and what to do."""
 
@@ -79,7 +86,8 @@ def on_main_process(work: Callable[[], object]) -> object:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`, and end with a sentence on stderr rather than a traceback.
 
-    Exit code 2 for a `UsageError`; 128 + signal for a clean stop; 1 if another process was lost.
+    Exit code 2 for a `UsageError`; 128 + signal for a clean stop; 1 if memory ran out, or another
+    process was lost.
     """
     where = f" (process {_rank()})" if _rank() else ""
     if _world_size() > 1:
@@ -92,12 +100,15 @@ def run_script(main: Callable[[], None]) -> None:
     except Stopped as stop:
         print(f"{stop}{where}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if _ran_out_of_memory(error):
+            print(f"error{where}: {OUT_OF_MEMORY} ({_first_line(error)})", file=sys.stderr)
+            sys.exit(1)
         if not _lost_a_process(error):
             raise
         print(
             f"error{where}: another process ended, so this one does too; what was saved is safe: "
-            f"resume with --resume_from_checkpoint latest ({str(error).splitlines()[0]})",
+            f"resume with --resume_from_checkpoint latest ({_first_line(error)})",
             file=sys.stderr,
             flush=True,
         )
@@ -114,7 +125,20 @@ def _join_on_cpu() -> None:
         PartialState(cpu=True, timeout=PATIENCE)
 
 
-def _lost_a_process(error: RuntimeError) -> bool:
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error).lower() for sign in signs
+    )
+
+
+def _lost_a_process(error: BaseException) -> bool:
     import torch
 
     signs = ("connection closed", "connection reset", "broken pipe", "timed out")

@@ -18,13 +18,14 @@ STATEMENT = "privacy.json"  # what epsilon is computed from
 CARD = "README.md"
 SAMPLES = "samples"  # images of the trained model
 SALIENCY = "saliency.json"  # which matrices a selection chose
-SAMPLING_SETTINGS = "sampling.json"  # how a folder of synthetic images was made
+SAMPLING_SETTINGS = "sampling.json"  # how images are drawn from a model; or how a set was made
 METADATA = "metadata.jsonl"  # the captions of an image folder, as `datasets` reads them
 METRICS = "metrics.json"
 GRID = "grid.png"  # a sheet of images
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
 PRIVATE = "private"
 LEDGER = "ledger.jsonl"
+DATA_SHEET, DATA_REPORT = "images.png", "data.json"  # in PRIVATE: what a private set looks like
 SAMPLE_DIGESTS = "samples.json"  # in PRIVATE: the SHA-256 of each sample, as it was generated
 CHECKPOINTS, CACHE, LATENTS, LOGS = "checkpoints", "cache", "latents", "logs"  # in PRIVATE
 # What is downloaded of a published adapter.
@@ -81,6 +82,18 @@ def sync_file(path: Path) -> None:
     """Make what was written to a file outlive a power cut."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte-order mark.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: save it as UTF-8") from error
 
 
 def hash_file(path: Path) -> str:

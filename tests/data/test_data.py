@@ -6,7 +6,8 @@ from datasets import ClassLabel, Dataset, Features, List
 from PIL import Image as PILImage
 
 from tests.conftest import build_tiny_pipeline
-from utils.data.images import crop_to_pixels, find_readable_rows
+from utils.arguments.training import DataArguments
+from utils.data.images import ImageRows, crop_to_pixels, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.data.rows import load_split, read_captions
@@ -24,9 +25,11 @@ def encoded(image_folder, tmp_path, flip: bool):
     pipeline = build_tiny_pipeline()
     pipeline.text_encoder.requires_grad_(False)
     rows = load_split(None, None, str(image_folder), "train", tmp_path)
-    captions = read_captions(rows, None, "label", "the digit {label}")
+    captions = read_captions(
+        rows, DataArguments(label_column="label", caption_template="the digit {label}")
+    )
     private_set = PrivateSet(
-        rows, "image", captions, torch.arange(40), 0, find_readable_rows(rows, "image")[1]
+        rows, "image", captions, torch.arange(40), {}, find_readable_rows(ImageRows(rows)).digests
     )
     return pipeline, encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)[0]
 
@@ -102,17 +105,21 @@ def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
 def test_what_is_no_text_is_no_caption(value, kind):
     rows = Dataset.from_dict({"text": [value], "label": [value]})
     with pytest.raises(UsageError, match=f"--caption_column text: a row holds a {kind}, not a te"):
-        read_captions(rows, "text", None, "")[0]
+        read_captions(rows, DataArguments(caption_column="text"))[0]
     with pytest.raises(UsageError, match=f"--label_column label: a row holds a {kind}, not a la"):
-        read_captions(rows, None, "label", "a {label}")[0]
+        read_captions(rows, DataArguments(label_column="label", caption_template="a {label}"))[0]
 
 
 def test_several_labels_are_joined_by_name():
     features = Features({"label": List(ClassLabel(names=["effusion", "no_finding", "mass"]))})
     rows = Dataset.from_dict({"label": [[0, 2], [1], []]}, features=features)
-    captions = read_captions(rows, None, "label", "an x-ray: {label}")
+    captions = read_captions(
+        rows, DataArguments(label_column="label", caption_template="an x-ray: {label}")
+    )
     assert captions[0] == "an x-ray: effusion, mass" and captions[1] == "an x-ray: no finding"
     with pytest.raises(UsageError, match="a row has no label"):
         captions[2]
     plain = Dataset.from_dict({"label": [[1, 2], [3]]})
-    assert list(read_captions(plain, None, "label", "{label}")) == ["1, 2", "3"]
+    assert list(
+        read_captions(plain, DataArguments(label_column="label", caption_template="{label}"))
+    ) == ["1, 2", "3"]

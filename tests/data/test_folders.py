@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from utils.arguments.training import DataArguments
 from utils.data.folders import load_image_folder
-from utils.data.rows import load_split, number_units, read_captions, read_labels
+from utils.data.rows import load_split, read_captions, read_labels
 from utils.errors import UsageError
 
 
@@ -98,7 +99,7 @@ def test_text_in_a_table_stays_as_it_is_written(tmp_path):
         table.append({"file_name": f"{number}.png", "text": caption, "patient_id": patient})
     write_csv(tmp_path / "metadata.csv", table)
     rows = load(tmp_path)
-    assert list(read_captions(rows, "text", None, "")) == captions
+    assert list(read_captions(rows, DataArguments(caption_column="text"))) == captions
     assert number_units(rows, "patient_id").tolist() == list(range(7))
 
 
@@ -149,7 +150,7 @@ def test_what_is_not_used_is_counted_with_its_reason(tmp_path, capsys):
         "1 .png (not in the metadata)",
         "1 .png (in the metadata, but not there)",
         "1 .txt (not an image)",
-        "1 .dcm (not an image)",
+        "1 .dcm (a scan, convert it)",
     ):
         assert part in said
     assert ".csv" not in said and "DS_Store" not in said
@@ -168,7 +169,6 @@ def test_nothing_is_said_where_all_is_used(tmp_path, capsys):
         (['{"file_name": "b.png"}'], "none of the images is in"),
         (['{"text": "x"}'], "row 1 has no file_name"),
         (['{"file_name": "a.png"}', "[1]"], "row 2 has no file_name"),
-        (['{"file_name": "a.png"}'] * 2, "row 2 names an image that another row names too"),
         (["{broken"], "cannot read"),
         (['{"file_name": "a.png", "image": "x"}'], "has a column 'image'"),
     ],

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import build_tiny_pipeline, train_arguments, train_here
 from utils.data import latent_files, latents
-from utils.data.images import find_readable_rows
+from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latent_files import encode_images
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
@@ -25,8 +25,8 @@ def tiny_set(image_folder, folder, captions=None, first: int = 0) -> PrivateSet:
     rows = load_split(None, None, str(image_folder), "train", folder / "cache")
     rows = rows.select([max(index, first) for index in range(40)])  # as many, others first
     captions = captions or [f"the digit {i % 4}" for i in range(len(rows))]
-    digests = find_readable_rows(rows, "image")[1]
-    return PrivateSet(rows, "image", captions, torch.arange(len(rows)), 0, digests)
+    digests = find_readable_rows(ImageRows(rows)).digests
+    return PrivateSet(rows, "image", captions, torch.arange(len(rows)), {}, digests)
 
 
 def made_in(folder) -> list:
@@ -65,7 +65,7 @@ def pipeline():
 def test_latents_are_the_autoencoders_as_they_are_and_mirrored(pipeline, image_folder, tmp_path):
     private_set = tiny_set(image_folder, tmp_path)
     units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents", random_flip=True)
-    pixels = next(latent_files.read_pixel_batches(private_set.rows, "image", 16, 40))
+    pixels = next(latent_files.read_pixel_batches(private_set.images, 16, 40))
     images = latent_files.scale_to_unit_range(pixels)
     with torch.no_grad():
         for flip, view in enumerate((images, images.flip(-1))):

@@ -15,6 +15,7 @@ from tests.conftest import ROOT, read_json, train_arguments, train_here
 from utils.arguments.training import DataArguments
 from utils.data.images import (
     LARGEST_IMAGE,
+    ImageRows,
     crop_to_pixels,
     find_readable_rows,
     open_image,
@@ -24,6 +25,7 @@ from utils.data.rows import load_rows, load_split, read_captions
 from utils.errors import UsageError
 
 RED, SIZE = (200, 30, 40), (24, 16)
+LEVELS = (0, 65535)  # --intensity_range
 
 
 def encode_png(width: int, height: int) -> bytes:
@@ -56,7 +58,7 @@ def save_readable(folder) -> dict[str, str]:
         "cmyk.jpg": plain.convert("CMYK"),
         "sixteen_bit.png": sixteen,
         "sixteen_bit.tif": sixteen,
-        "float.tif": Image.fromarray(np.full((16, 24), 0.5, np.float32)),
+        "float.tif": Image.fromarray(np.full((16, 24), 127 * 257, np.float32)),
         "one_pixel.png": Image.new("RGB", (1, 1), RED),
         "thin.png": Image.new("RGB", (400, 1), RED),
         "huge.png": Image.new("L", (4000, 3000), 128),
@@ -106,9 +108,10 @@ def torture(tmp_path_factory):
 def test_training_on_it_ends_well_and_counts_the_units_right(torture, tiny_base, tmp_path):
     folder, good, bad = torture
     arguments = train_arguments(tiny_base, folder, tmp_path / "run", "--caption_column", "text")
+    arguments += ["--intensity_range", *LEVELS]
     shown = train_here([*arguments, "--latents_dir", tmp_path / "latents"])
     assert "saved the weights" in shown
-    assert f"{len(good)} private units ({len(bad)} unreadable images, skipped)" in shown
+    assert f"{len(good)} private units (left out: {len(bad)} unreadable)" in shown
     statement = read_json(tmp_path / "run" / "privacy.json")
     assert statement["num_units"] == len(good)
     event = statement["events"][0]
@@ -121,14 +124,14 @@ def test_training_on_it_ends_well_and_counts_the_units_right(torture, tiny_base,
 
 def test_strict_images_refuses_it_with_a_sentence(torture, tiny_base, tmp_path):
     arguments = train_arguments(tiny_base, torture[0], tmp_path / "run", "--caption_column", "text")
-    shown = train_here([*arguments, "--strict_images"])
-    assert shown.startswith("error: the image of row") and "cannot be read" in shown
+    shown = train_here([*arguments, "--strict_images", "--intensity_range", *LEVELS])
+    assert shown.startswith("error: the image of row") and "is unreadable" in shown
     assert not (tmp_path / "run" / "privacy.json").exists()
 
 
 def colour(folder, name: str) -> list[int]:
     """Of the middle, as training sees it."""
-    return crop_to_pixels(open_image((folder / name).read_bytes()), 16)[:, 8, 8].tolist()
+    return crop_to_pixels(open_image((folder / name).read_bytes(), LEVELS), 16)[:, 8, 8].tolist()
 
 
 def test_each_kind_is_seen_as_it_looks(torture):
@@ -184,7 +187,7 @@ def test_nothing_is_said_about_a_damaged_image(tmp_path):
     # Pillow warns of bombs from 89 million pixels.
     (tmp_path / "b.png").write_bytes(encode_png(12_000, 12_000))
     code = "import sys; from utils.data.images import _check\n"
-    code += "for name in sys.argv[1:]: _check({'bytes': None, 'path': name})"
+    code += "for name in sys.argv[1:]: _check({'bytes': None, 'path': name}, None)"
     names = [tmp_path / "a.jpg", tmp_path / "b.png"]
     command = [sys.executable, "-c", code, *map(str, names)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -195,13 +198,14 @@ def test_captions_that_are_lists_empty_or_missing():
     from datasets import Dataset
 
     rows = Dataset.from_dict({"text": [["first", "second"], [], None, [""]]})
-    assert list(read_captions(rows, "text", None, "")) == ["first", "", "", ""]
+    assert list(read_captions(rows, DataArguments(caption_column="text"))) == ["first", "", "", ""]
     rows = Dataset.from_dict({"text": ["one", None, "", "naïve 猫"]})
-    captions = read_captions(rows, "text", None, "")
+    captions = read_captions(rows, DataArguments(caption_column="text"))
     assert list(captions) == ["one", "", "", "naïve 猫"]
     assert captions[3] == "naïve 猫" and captions[1:3] == ["", ""]
+    labels = DataArguments(label_column="label", caption_template="{label} in {0} braces")
     rows = Dataset.from_dict({"label": [7]})
-    assert read_captions(rows, None, "label", "{label} in {0} braces")[0] == "7 in {0} braces"
+    assert read_captions(rows, labels)[0] == "7 in {0} braces"
 
 
 def test_a_row_without_a_label_is_refused():
@@ -210,7 +214,7 @@ def test_a_row_without_a_label_is_refused():
     features = Features({"label": ClassLabel(names=["cat", "dog"])})
     rows = Dataset.from_dict({"label": [0, None]}, features=features)
     with pytest.raises(UsageError, match="a row has no label"):
-        list(read_captions(rows, None, "label", "a {label}"))
+        list(read_captions(rows, DataArguments(label_column="label", caption_template="a {label}")))
 
 
 def test_every_way_to_name_a_set(image_folder, tmp_path):
@@ -225,7 +229,9 @@ def test_every_way_to_name_a_set(image_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "parquet" / "grid.png")  # as published sets have
     data = DataArguments(dataset_name=str(tmp_path / "parquet"))
     assert len(load_rows(data, tmp_path / "c")) == len(rows)
-    captions = read_captions(rows, None, "label", "the digit {label}")
+    captions = read_captions(
+        rows, DataArguments(label_column="label", caption_template="the digit {label}")
+    )
     assert captions[0] == "the digit 0" and captions[-1] == "the digit 3"
     folder = DataArguments(dataset_name=str(image_folder), max_train_samples=7)
     assert len(load_rows(folder, tmp_path / "c")) == 7
@@ -235,11 +241,11 @@ def test_the_rule_looks_at_one_image_alone(torture):
     """Pixels do not depend on what else is in the folder, nor on the batch they are read in."""
 
     rows = load_split(None, None, str(torture[0]), "train", torture[0].parent / "c")
-    good, digests = find_readable_rows(rows, "image")
+    good, digests, _ = find_readable_rows(ImageRows(rows))
     kept = rows.select(good)
-    whole = torch.cat(list(read_pixel_batches(kept, "image", 16, 64)))
-    apart = torch.cat(list(read_pixel_batches(kept, "image", 16, 3)))
+    whole = torch.cat(list(read_pixel_batches(ImageRows(kept), 16, 64)))
+    apart = torch.cat(list(read_pixel_batches(ImageRows(kept), 16, 3)))
     assert torch.equal(whole, apart)
     fewer = kept.select(range(1, len(kept)))
-    assert torch.equal(torch.cat(list(read_pixel_batches(fewer, "image", 16, 64))), whole[1:])
-    assert (find_readable_rows(fewer, "image")[1] == digests[1:]).all()
+    assert torch.equal(torch.cat(list(read_pixel_batches(ImageRows(fewer), 16, 64))), whole[1:])
+    assert (find_readable_rows(ImageRows(fewer)).digests == digests[1:]).all()

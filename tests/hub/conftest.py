@@ -12,7 +12,7 @@ from tests.conftest import ROOT, train_arguments
 from tests.hub_stand_in import TOKEN, hub_stand_in
 
 SAMPLES = ["samples/0000.png", "samples/0001.png", "samples/grid.png"]
-COMMON = ["README.md", "privacy.json", *SAMPLES]
+COMMON = ["README.md", "privacy.json", "sampling.json", *SAMPLES]
 LODA_FILES = ["adapter_config.json", "adapter_model.safetensors", "loda.py", "pipeline.py"]
 KINDS = {
     "lora": ("train_dp_lora.py", ["pytorch_lora_weights.safetensors"], ["--lora_alpha", 10]),

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from tests.conftest import read_json
 from tests.worlds import build_plan
 from utils.arguments.evaluation import ExtractorArguments
+from utils.data.images import ImageRows
 from utils.errors import UsageError
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
 from utils.evaluation.features import build_extractor, extract
@@ -224,7 +225,7 @@ def test_each_extractor_reads_images_its_own_way(folders, tmp_path):
     for arguments, resolution, width, classes in cases:
         extractor = build_extractor(arguments, state.device)
         assert extractor.resolution == resolution
-        seen = extract(rows, "image", extractor, state, "test")
+        seen = extract(ImageRows(rows), extractor, state, "test")
         assert seen.features.shape == (40, width) and np.isfinite(seen.features).all()
         if classes is None:
             assert seen.log_probabilities is None

@@ -7,6 +7,7 @@ import sys
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from tests.conftest import read_json, train_arguments
 from utils.errors import run_script
@@ -42,8 +43,18 @@ MISTAKES = [
     (["--snr_gamma", "0"], "must be positive"),
     (["--privacy_unit_column", "patient"], "there is no such column"),
     (["--secure_noise", "--debug_noise_seed", "1"], "exclude each other"),
-    (["--mixed_precision", "fp16"], "invalid choice"),
+    (["--mixed_precision", "fp16"], "its loss scaling looks at the data; use bf16"),
     (["--config", "no.yaml"], "no such file"),
+    (["--seed", "-1"], "--seed -1 must be from 0 to 4294967295"),
+    (["--seed", "4294967296"], "must be from 0 to"),
+    (["--report_to", "wandb"], "its package is not installed"),
+    (["--hub_license", "Apache 2.0"], "did you mean apache-2.0?"),
+    (["--hub_license", "MIT"], "did you mean mit?"),
+    (["--guidance_scale", "-1"], "at least 0"),
+    (["--num_inference_steps", "0"], "at least 1"),
+    (["--resolution", "0"], "must be positive"),
+    (["--resolution", "-16"], "must be positive"),
+    (["--variant", "fp16"], "fp16"),
 ]
 
 
@@ -68,6 +79,36 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     assert (occupied / "privacy.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_change(capsys, error):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(fail)
+    said = capsys.readouterr().err
+    assert exit.value.code == 1
+    for option in ("--train_batch_size", "--gradient_checkpointing", "--batch_size"):
+        assert option in said
+    assert "more" not in said.split("(")[-1]
+
+
+def test_another_error_stays_what_it_is():
+    def fail():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(fail)
+
+
 def test_an_attempt_that_failed_does_not_block_its_folder(
     run_script, tiny_base, image_folder, tmp_path
 ):
@@ -89,7 +130,7 @@ def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_f
     run = run_script("train_dp_lora.py", *arguments)
     assert run.returncode == 0, run.stderr
     plan = json.loads(run.stdout)
-    assert plan["unreadable_images"] == 1 and plan["num_units"] == 39
+    assert plan["images_left_out"] == {"unreadable": 1} and plan["num_units"] == 39
     run = run_script("train_dp_lora.py", *arguments, "--strict_images")
     assert run.returncode == 2 and "row 3 cannot be read" in run.stderr
 

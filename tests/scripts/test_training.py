@@ -15,7 +15,8 @@ from PIL import Image
 
 from tests.conftest import BUDGET, read_json, train_arguments
 from utils.arguments.methods import LoraArguments
-from utils.data.images import find_readable_rows
+from utils.arguments.training import DataArguments
+from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.data.rows import load_split, read_captions
@@ -33,7 +34,8 @@ def test_training_leaves_what_it_promises(trained):
     output, shown = trained
     there = {path.name for path in output.iterdir()}
     assert there == {
-        *("pytorch_lora_weights.safetensors", "privacy.json", "README.md", "samples", "private")
+        *("pytorch_lora_weights.safetensors", "privacy.json", "README.md", "samples", "private"),
+        "sampling.json",
     }
     assert stat.S_IMODE(os.stat(output / "private").st_mode) == 0o700
     statement = read_json(output / "privacy.json")
@@ -106,7 +108,7 @@ def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     run = run_script(script, *arguments, launch=True)
     assert run.returncode == 0, run.stderr
     there = {path.name for path in (tmp_path / "run").iterdir()}
-    assert there == files | {"privacy.json", "README.md", "samples", "private"}
+    assert there == files | {"privacy.json", "sampling.json", "README.md", "samples", "private"}
     assert read_json(tmp_path / "run" / "privacy.json")["private"] is True
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--adapter", tmp_path / "run"]
     arguments += ["--prompts", "the digit 3", "--num_images", 2, "--num_inference_steps", 2]
@@ -144,9 +146,11 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     engine = PerUnitGradients(collect_trained_modules(pipeline), num_draws=2)
     assert any("text_encoder" in name for name in engine.names)
     rows = load_split(None, None, str(image_folder), "train", tmp_path / "cache")
-    captions = read_captions(rows, None, "label", "the digit {label}")
+    captions = read_captions(
+        rows, DataArguments(label_column="label", caption_template="the digit {label}")
+    )
     private_set = PrivateSet(
-        rows, "image", captions, torch.arange(40), 0, find_readable_rows(rows, "image")[1]
+        rows, "image", captions, torch.arange(40), {}, find_readable_rows(ImageRows(rows)).digests
     )
     units, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents")
 

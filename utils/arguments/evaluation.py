@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.training import ModelArguments
+from utils.arguments.values import INTENSITY_HELP, check_range
 from utils.errors import UsageError
 
 CLASSIFIERS = ["cnn", "resnet9", "wrn-40-4"]
@@ -20,7 +21,9 @@ class EvaluateArguments:
         "real images that nothing was trained on: Hub id or folder of parquet files", None
     )
     test_data_dir: str | None = option("image folder, instead of --test_dataset_name", None)
-    test_split: str = option("split of the test images", "test")
+    test_split: str | None = option(
+        "split of the test images; default: test, or the only one there is", None
+    )
     test_is_public: bool = option(
         "the test images may be shown, and numbers about them published", False
     )
@@ -31,8 +34,19 @@ class EvaluateArguments:
     )
     private_data_dir: str | None = option("image folder, instead of --private_dataset_name", None)
     private_split: str = option("split of the private images", "train")
-    image_column: str = option("column of the images, in all sets", "image")
-    label_column: str = option("column of the labels, for utility", "label")
+    synthetic_image_column: str | None = option(
+        "column of the synthetic images; default: image, or the only one that holds images", None
+    )
+    test_image_column: str | None = option("column of the test images; default: likewise", None)
+    private_image_column: str | None = option(
+        "column of the private images; default: likewise", None
+    )
+    synthetic_label_column: str = option("column of the synthetic labels, for utility", "label")
+    test_label_column: str = option("column of the test labels", "label")
+    private_label_column: str | None = option(
+        "column of the private labels, for --train_on_real; default: that of the test labels", None
+    )
+    intensity_range: list[float] | None = option(INTENSITY_HELP, None)
     metrics: list[str] | None = option(
         f"which of {', '.join(MEASURED)}; default: all that the sets allow", None
     )
@@ -55,8 +69,7 @@ class EvaluateArguments:
                 raise UsageError(
                     f"--{name} {' '.join(unknown)}: unknown; there are: {', '.join(known)}"
                 )
-        if self.has_private and self.test_source == self.private_source:
-            raise UsageError("the held-out images and the private ones are the same set")
+        check_range(self.intensity_range)
         if self.classifier_seeds < 1 or self.classifier_steps < 1 or not self.classifiers:
             raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
         if not self.has_private and (self.train_on_real or "memorisation" in (self.metrics or [])):

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from utils.errors import UsageError
+from utils.files import read_text
 
 
 def option(help: str, default=MISSING, choices: list | None = None, positional: bool = False):
@@ -102,7 +103,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         default = action.default
-        hidden = default in (None, MISSING, argparse.SUPPRESS, False, [""])
+        hidden = default in (None, MISSING, argparse.SUPPRESS, False)
         if not action.option_strings or hidden:
             return action.help
         text = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -126,8 +127,25 @@ def _find_config(argv: list[str]) -> str | None:
     return first.parse_known_args(argv)[0].config
 
 
+class _Words(yaml.SafeLoader):
+    """Reads every value as the text that the file has, as a command line would: `no` and 007 are
+    not turned into false and 7. Only an empty value, `~` and `null` are None."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, shape) for tag, shape in rules if tag.endswith((":null", ":merge"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        names = [name.value for name, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
-    """The arguments in a YAML file.
+    """The arguments in a YAML file: texts, lists of texts, or None.
 
     Raises:
         UsageError: it is missing, is not valid, or does not map names to values.
@@ -136,7 +154,7 @@ def read_yaml(path: str | Path) -> dict:
     if not path.is_file():
         raise UsageError(f"--config {path}: there is no such file")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(read_text(path), _Words)
     except yaml.YAMLError as error:
         raise UsageError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -145,18 +163,40 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
+    """Make the values of a file the defaults, as strictly read as the command line's."""
     values = read_yaml(path)
-    actions = {action.dest: action for action in parser._actions}
-    unknown = sorted(set(values) - set(actions))
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    unknown = [str(name) for name in values if name not in actions or name in ("help", "config")]
     if unknown:
-        raise UsageError(f"--config {path}: unknown argument {', '.join(unknown)}")
+        raise UsageError(f"--config {path}: unknown argument {', '.join(sorted(unknown))}")
     for name, value in values.items():
-        action = actions[name]
-        if value is not None and action.nargs == "+" and not isinstance(value, list):
-            value = [value]
-        if value is not None and action.type in (int, float) and not isinstance(value, list):
-            try:
-                value = action.type(value)  # YAML reads 1e-5 as text
-            except ValueError as error:
-                raise UsageError(f"--config {path}: {name} is not a number: {value}") from error
-        action.default, action.required = value, False
+        if value is None:  # as if it were not there
+            continue
+        try:
+            actions[name].default = _read_value(actions[name], value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise UsageError(f"--config {path}: {name}: {error}") from error
+        actions[name].required = False
+
+
+def _read_value(action: argparse.Action, value: str | list) -> object:
+    """The value of an option, from the text that stands for it. Raises: ValueError."""
+    if action.nargs == "+":
+        words = value if isinstance(value, list) else [value]
+        if not words:
+            raise ValueError("the list is empty")
+        return [_read_word(action, word) for word in words]
+    return _read_word(action, value)
+
+
+def _read_word(action: argparse.Action, word: object) -> object:
+    if not isinstance(word, str):
+        raise ValueError(f"{word!r} is not one value")
+    kinds = {int: "a whole number", float: "a number"}
+    try:
+        value = word if action.type is None else action.type(word)
+    except ValueError as error:
+        raise ValueError(f"{word} is not {kinds.get(action.type, 'valid')}") from error
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"{word} is none of {', '.join(map(str, action.choices))}")
+    return value

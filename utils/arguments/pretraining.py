@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
+from utils.arguments.values import check_seed, choose_precision
 
 
 @dataclass
@@ -28,5 +29,11 @@ class PretrainArguments:
     caption_dropout: float = option("share of captions replaced by '' (for guidance)", 0.1)
     ema_decay: float = option("decay of the moving average of the weights", 0.999)
     checkpointing_steps: int = option("save the state every so many steps", 1000)
-    mixed_precision: str = option("no or bf16", "no")
+    mixed_precision: str | None = option(
+        "no or bf16; default: that of accelerate launch, or no", None
+    )
     seed: int = option("seed of everything here (nothing here is private)", 0)
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        self.mixed_precision = choose_precision(self.mixed_precision)

@@ -1,5 +1,6 @@
 """The options of publishing on the Hugging Face Hub."""
 
+import re
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
@@ -17,8 +18,19 @@ class RepositoryArguments:
         None,
     )
     hub_license: str | None = option(
-        "licence on the card, as the Hub names it: mit, openrail", None
+        "licence on the card, as the Hub names it: apache-2.0, openrail; default for a model: that "
+        "of its base model",
+        None,
     )
+
+    def __post_init__(self):
+        name = self.hub_license
+        if name is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
+            likely = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+            raise UsageError(
+                f"--hub_license '{name}': the Hub names licences in small letters and without "
+                f"spaces; did you mean {likely}?"
+            )
 
 
 @dataclass
@@ -43,6 +55,7 @@ class PublishSetArguments(RepositoryArguments):
     hub_dataset_id: str | None = option("dataset repository; needed for --push_to_hub", None)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.push_to_hub and self.hub_dataset_id is None:
             raise UsageError("--push_to_hub needs --hub_dataset_id")
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
+from utils.arguments.sampling import DrawingArguments
+from utils.arguments.values import INTENSITY_HELP, check_range, check_seed, choose_precision
 from utils.errors import UsageError
 
 CLIPPING_MODES = ["flat", "automatic", "per_layer"]
@@ -24,6 +26,9 @@ class DataArguments:
         "use the first so many rows only; they are then the private set", None
     )
     image_column: str = option("column that holds the images", "image")
+    caption: str | None = option(
+        "one public caption for all images, instead of a column; '' for none", None
+    )
     caption_column: str | None = option("column that holds the captions", None)
     label_column: str | None = option("column that holds class labels, instead of captions", None)
     caption_template: str = option("caption of a label", "a photo of a {label}")
@@ -35,11 +40,18 @@ class DataArguments:
         "images are resized and centre-cropped to this many pixels; default: that of the model",
         None,
     )
+    intensity_range: list[float] | None = option(INTENSITY_HELP, None)
     strict_images: bool = option(
-        "refuse a set with an unreadable image, rather than skip it", False
+        "refuse a set with an image that cannot be used, rather than leave it out", False
     )
 
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """`intensity_range`, as `ImageRows` takes it."""
+        return check_range(self.intensity_range)
+
     def __post_init__(self):
+        check_range(self.intensity_range)
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise UsageError(f"--max_train_samples {self.max_train_samples} must be at least 1")
 
@@ -48,8 +60,21 @@ class DataArguments:
 class ModelArguments:
     """The public pipeline to start from."""
 
-    pretrained_model_name_or_path: str = option("Stable Diffusion pipeline: folder or Hub id")
+    pretrained_model_name_or_path: str = option(
+        "Stable Diffusion pipeline: folder, Hub id, or .safetensors file of a whole checkpoint"
+    )
     revision: str | None = option("revision of a Hub id", None)
+    variant: str | None = option("variant of the weights' files, such as fp16", None)
+    allow_distilled: bool = option(
+        "accept a model that was distilled to a few steps, such as Turbo; training undoes that",
+        False,
+    )
+
+    @property
+    def source(self) -> tuple:
+        """Arguments of `load_pipeline`."""
+        name = self.pretrained_model_name_or_path
+        return (name, self.revision, self.variant, self.allow_distilled)
 
 
 @dataclass
@@ -103,8 +128,8 @@ class PrivacyArguments:
 
 
 @dataclass
-class TrainingArguments:
-    """The optimizer and the run."""
+class TrainingArguments(DrawingArguments):
+    """The optimizer and the run; how samples are drawn."""
 
     output_dir: str = option("where the adapter, the statement, the card and the samples go")
     optimizer: str = option(
@@ -134,15 +159,16 @@ class TrainingArguments:
         "units per forward pass; changes speed and memory, never the result", 32
     )
     random_flip: bool = option("flip each draw left to right with probability 1/2", False)
-    mixed_precision: str = option(
-        "precision of the forward and backward pass; weights stay in fp32",
-        "no",
-        choices=["no", "bf16"],
+    mixed_precision: str | None = option(
+        "precision of the forward and backward pass, no or bf16; weights stay in fp32; default: "
+        "that of accelerate launch, or no",
+        None,
     )
     gradient_checkpointing: bool = option("recompute activations to save memory", False)
-    validation_prompt: list[str] = option(
-        "prompts of the images at the end in samples/, shown on the card; default: none",
-        [""],
+    validation_prompt: list[str] | None = option(
+        "prompts of the images at the end in samples/, shown on the card; default: that of "
+        "--caption, or none",
+        None,
     )
     num_validation_images: int = option("how many images to generate at the end", 16)
     checkpointing_steps: int = option(
@@ -169,11 +195,12 @@ class TrainingArguments:
     report_to: str | None = option(
         "tracker for step, learning rate and epsilon, such as tensorboard or wandb", None
     )
-    seed: int | None = option(
-        "seed of the adapter's start and of samples/; never of the noise", None
-    )
+    seed: int | None = option("seed of the adapter's start; never of the noise", None)
 
     def __post_init__(self):
+        super().__post_init__()
+        check_seed(self.seed)
+        self.mixed_precision = choose_precision(self.mixed_precision)
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"--ema_decay {self.ema_decay} must be at least 0 and below 1")
         if min(self.train_batch_size, self.checkpointing_steps, self.checkpoints_total_limit) < 1:
@@ -183,7 +210,5 @@ class TrainingArguments:
             )
         if self.num_validation_images < 0:
             raise UsageError("--num_validation_images must be at least 0")
-        if not self.validation_prompt:
-            raise UsageError("--validation_prompt needs a prompt; '' is one")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from utils.audit.auditing import log_likelihood_ratio, spread
-from utils.data.images import find_readable_rows
+from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.models.denoising import denoising_loss, encode_text, tokenize
@@ -140,5 +140,5 @@ def add_noise_images(ordinary: PrivateSet, count: int, resolution: int) -> Priva
     rows = concatenate_datasets([ordinary.rows.select_columns([column]), noise])
     captions = list(ordinary.captions) + [ordinary.captions[0]] * count
     units = torch.cat([ordinary.unit_of_row, ordinary.num_units + torch.arange(count)])
-    digests = find_readable_rows(rows, column)[1]
-    return PrivateSet(rows, column, captions, units, 0, digests)
+    digests = find_readable_rows(ImageRows(rows, column)).digests
+    return PrivateSet(rows, column, captions, units, {}, digests)

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.arguments.training import PrivacyArguments, TrainingArguments
-from utils.data.images import find_readable_rows
+from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
 from utils.errors import UsageError
@@ -242,8 +242,8 @@ def make_noise_units(num_units: int, resolution: int, many_rows: bool) -> Privat
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels]})
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(len(rows))]
-    digests = find_readable_rows(images, "image")[1]
-    return PrivateSet(images, "image", captions, torch.tensor(rows), 0, digests)
+    digests = find_readable_rows(ImageRows(images)).digests
+    return PrivateSet(images, "image", captions, torch.tensor(rows), {}, digests)
 
 
 def compare_lanes(without: Lane, with_one: Lane) -> dict:

@@ -6,8 +6,10 @@ and text in a table stays the text that it is. What is not used is counted, and 
 
 import csv
 import json
+import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from datasets import ClassLabel, Dataset, Image
 from PIL import Image as PILImage
 
 from utils.errors import UsageError
+from utils.files import read_text
 
 # Names of folders that are splits, where every folder of a set has such a name.
 SPLITS = {
@@ -26,6 +29,7 @@ SPLITS = {
 }
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
 FILE_NAME = "file_name"  # the column of metadata that names an image
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
@@ -37,23 +41,23 @@ def find_image_extensions() -> set[str]:
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Whether it holds images, or archives of them, rather than parquet files beside which a
-    picture may lie."""
+    """Whether it holds images, or archives or scans that must become some first, rather than
+    parquet files beside which a picture may lie."""
     names = [path.name.lower() for path in folder.rglob("*")]
     if any(name.endswith(".parquet") and name not in METADATA_NAMES for name in names):
         return False
-    known = find_image_extensions() | set(ARCHIVES)
+    known = find_image_extensions() | set(ARCHIVES + MEDICAL)
     return any(Path(name).suffix in known for name in names)
 
 
-def load_image_folder(folder: Path, split: str) -> Dataset:
+def load_image_folder(folder: Path, split: str | None) -> Dataset:
     """One row an image, in the order of the paths: `image`; `label`, the folder that it lies in, if
     any lies in one; and the columns of metadata.csv, .jsonl or .parquet, or else the `text` of the
     `.txt` files beside them. With metadata, the images that it names are the set.
 
     Raises:
-        UsageError: there is no such split or no image; metadata cannot be read, names no image, or
-            names one twice; or some images have a `.txt` beside them, and others have not.
+        UsageError: there is no such split or no image; metadata cannot be read, or names no image;
+            or some images have a `.txt` beside them, and others have not.
     """
     root = find_split(folder, split)
     extensions = find_image_extensions()
@@ -61,9 +65,8 @@ def load_image_folder(folder: Path, split: str) -> Dataset:
     images = [path for path in files if path.suffix.lower() in extensions]
     unused = {path: "not an image" for path in files if path.suffix.lower() not in extensions}
     if not images:
-        archives = [path.name for path in unused if path.suffix.lower() in ARCHIVES]
-        hint = f": unpack {', '.join(archives[:3])} first" if archives else ""
-        raise UsageError(f"{root} holds no images{hint}")
+        raise UsageError(f"{root} holds no images{_hint_at(unused)}")
+    unused |= {path: "a scan, convert it" for path in unused if path.suffix.lower() in MEDICAL}
     tables = [path for path in unused if path.name.lower() in METADATA_NAMES]
     if root != folder:
         tables += [p for p in sorted(folder.iterdir()) if p.name.lower() in METADATA_NAMES]
@@ -75,20 +78,36 @@ def load_image_folder(folder: Path, split: str) -> Dataset:
     return _make_rows(images, root, columns)
 
 
+def _hint_at(files: Iterable[Path]) -> str:
+    """What to do with what a folder without images holds."""
+    archives = [path.name for path in files if path.suffix.lower() in ARCHIVES]
+    scans = [path.name for path in files if path.suffix.lower() in MEDICAL]
+    if archives:
+        return f": unpack {', '.join(archives[:3])} first"
+    if scans:
+        return (
+            f", but {len(scans)} scans such as {scans[0]}: convert each to a TIFF of floats, which "
+            "keeps all levels (docs/data.md has the two lines for DICOM), and give "
+            "--intensity_range"
+        )
+    return ""
+
+
 def _follow_metadata(
     tables: list[Path], root: Path, images: list[Path], unused: dict[Path, str]
 ) -> tuple[list[Path], dict[str, list]]:
     """The images that the tables name, and their columns; brings `unused` up to date."""
     entries = read_metadata(tables)
     absent = [path for path in entries if path.is_relative_to(root) and not path.is_file()]
-    named = [path for path in images if path in entries]
+    named = [path for path in images for _ in entries.get(path, ())]  # a row each time it is named
     if not named:
         raise UsageError(_explain_paths(tables[0], absent or list(entries), images))
     unused |= {path: "not in the metadata" for path in images if path not in entries}
     unused |= {path: "in the metadata, but not there" for path in absent}
     for table in tables:
         unused.pop(table, None)
-    return named, _collect_columns([entries[path] for path in named])
+    columns = _collect_columns([row for path in images for row in entries.get(path, ())])
+    return named, {FILE_NAME: [path.relative_to(root).as_posix() for path in named], **columns}
 
 
 def _read_texts_beside(
@@ -106,11 +125,12 @@ def _read_texts_beside(
         )
     for text in set(texts):
         del unused[text]
-    return {TEXT: [_read_text(text).strip() for text in texts]}
+    return {TEXT: [read_text(text).strip() for text in texts]}
 
 
-def find_split(folder: Path, split: str) -> Path:
+def find_split(folder: Path, split: str | None) -> Path:
     """The folder of a split: one below, if all folders below have names of splits; else itself.
+    Without a name, that of `test`, or the only one there is.
 
     Raises:
         UsageError: it has no such split.
@@ -120,11 +140,14 @@ def find_split(folder: Path, split: str) -> Path:
     loose = any(path.suffix.lower() in find_image_extensions() for path in inside)
     known = {name for names in SPLITS.values() for name in names}
     if folders and set(folders) <= known and not loose:
-        named = [folders[name] for name in SPLITS.get(split, (split,)) if name in folders]
+        asked = split or "test"
+        named = [folders[name] for name in SPLITS.get(asked, (asked,)) if name in folders]
+        if split is None and not named:
+            named = list(folders.values())
         if len(named) == 1:
             return named[0]
-        raise UsageError(f"{folder} has the splits {', '.join(sorted(folders))}: not '{split}'")
-    if split != "train":
+        raise UsageError(f"{folder} has the splits {', '.join(sorted(folders))}: not '{asked}'")
+    if split not in ("train", None):
         raise UsageError(
             f"{folder} is not divided into splits, so it has only 'train'; a folder named "
             f"'{split}' beside one named 'train' would be another"
@@ -137,13 +160,14 @@ def _is_shown(path: Path, root: Path) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def read_metadata(tables: list[Path]) -> dict[Path, dict]:
-    """By the path of an image, what the tables say of it: every other column, as it is written.
+def read_metadata(tables: list[Path]) -> dict[Path, list[dict]]:
+    """By the path of an image, the rows of the tables that name it: every other column, as it is
+    written.
 
     Raises:
-        UsageError: a table cannot be read, has no `file_name`, or an image is named twice.
+        UsageError: a table cannot be read, or has no `file_name`.
     """
-    entries: dict[Path, dict] = {}
+    entries: dict[Path, list[dict]] = {}
     for table in tables:
         try:
             rows = _READERS[table.suffix.lower()](table)
@@ -153,14 +177,16 @@ def read_metadata(tables: list[Path]) -> dict[Path, dict]:
             name = row.pop(FILE_NAME, None) if isinstance(row, dict) else None
             if not isinstance(name, str) or not name:
                 raise UsageError(f"{table}: row {number} has no {FILE_NAME}, the path of an image")
-            path = table.parent / name
-            if path in entries:
-                raise UsageError(
-                    f"{table}: row {number} names an image that another row names too; each image "
-                    "is one row, with one caption and one privacy unit"
-                )
-            entries[path] = row
+            entries.setdefault(_find_named(table.parent, name), []).append(row)
     return entries
+
+
+def _find_named(folder: Path, name: str) -> Path:
+    """The path of an image from its table's folder; some write it with backslashes, or `./`."""
+    path = folder / name
+    if not path.is_file() and "\\" in name:
+        path = folder / name.replace("\\", "/")
+    return Path(os.path.normpath(path))
 
 
 def _read_csv(table: Path) -> list[dict]:
@@ -173,7 +199,7 @@ def _read_csv(table: Path) -> list[dict]:
 
 
 def _read_jsonl(table: Path) -> list[dict]:
-    lines = _read_text(table).splitlines()
+    lines = read_text(table).splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -184,16 +210,9 @@ def _read_parquet(table: Path) -> list[dict]:
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise UsageError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-
-
 def _collect_columns(entries: list[dict]) -> dict[str, list]:
     names = dict.fromkeys(name for entry in entries for name in entry)
-    if IMAGE in names:
+    if {IMAGE, FILE_NAME} & set(names):
         raise UsageError(f"the metadata has a column '{IMAGE}', which is that of the images")
     return {name: [entry.get(name) for entry in entries] for name in names}
 

@@ -8,9 +8,13 @@ import io
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,57 +34,153 @@ CHANGED = (
     "as they are while a run reads them, and give every process the same"
 )
 
+UNREADABLE = "unreadable"
+MORE_BITS = "of more than 8 bits, without --intensity_range"
+Window = tuple[float, float] | None
+
+
+class MoreBitsError(ValueError):
+    """A grey image has more than 8 bits, and nobody said which levels are black and white."""
+
+
 # Pillow's warnings say what is in a private image; its limit of pixels is replaced by ours, which
 # is checked before anything is decoded. For the whole process: `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 PILImage.MAX_IMAGE_PIXELS = None
 
 
-def keep_readable(rows: Dataset, image_column: str, strict: bool = False) -> tuple[Dataset, int]:
-    """The rows whose image can be decoded (`find_readable_rows`), and how many others were left
-    out."""
-    good, _ = find_readable_rows(rows, image_column, strict)
-    dropped = len(rows) - len(good)
-    return (rows.select(good) if dropped else rows), dropped
+@dataclass(frozen=True)
+class ImageRows:
+    """Rows of a dataset, and how their images are read.
+
+    Attributes:
+        rows: the dataset. column: that of the images.
+        window: LOW and HIGH, the grey levels that become black and white in a file of more than 8
+            bits; None leaves such files out.
+    """
+
+    rows: Dataset
+    column: str = "image"
+    window: Window = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, numbers) -> "ImageRows":
+        """Those rows alone."""
+        return replace(self, rows=self.rows.select(numbers))
 
 
-def find_readable_rows(
-    rows: Dataset, image_column: str, strict: bool = False
-) -> tuple[list[int], np.ndarray]:
-    """The numbers of the rows whose image can be decoded, and the digests of their bytes [n, 32].
+class Checked(NamedTuple):
+    """What `find_readable_rows` found.
+
+    Attributes:
+        good: the numbers of the rows whose image can be used. digests: of the bytes of each,
+            [n, 32].
+        left_out: how many others there are, by the reason.
+    """
+
+    good: list[int]
+    digests: np.ndarray
+    left_out: Counter
+
+
+def keep_readable(images: ImageRows, strict: bool = False) -> tuple[ImageRows, Counter]:
+    """The rows whose image can be used (`find_readable_rows`), and how many others were left out,
+    by the reason."""
+    found = find_readable_rows(images, strict)
+    return (images.select(found.good) if found.left_out else images), found.left_out
+
+
+def find_readable_rows(images: ImageRows, strict: bool = False) -> Checked:
+    """The rows whose image can be decoded.
 
     The rule looks at one row alone, so adding or removing a row changes nothing about the others.
 
     Raises:
-        UsageError: the column is missing or holds no images, no image is readable, or, with
-            `strict`, any image is unreadable.
+        UsageError: the column is missing or holds no images, no image can be used, or, with
+            `strict`, any cannot.
     """
-    require_column(rows, image_column, "--image_column")
-    if not isinstance(rows.features[image_column], Image):
-        raise UsageError(f"--image_column {image_column} does not hold images")
-    good, digests = [], []
-    with tqdm(total=len(rows), desc="checking images", bar_format=PERCENT, leave=False) as bar:
-        for start, checked in _map_rows(rows, image_column, 256, _check):
-            for index, digest in enumerate(checked, start):
-                if digest is not None:
+    _check_column(images)
+    good, digests, left_out = [], [], Counter()
+    work = partial(_check, window=images.window)
+    with tqdm(total=len(images), desc="checking images", bar_format=PERCENT, leave=False) as bar:
+        for start, checked in _map_rows(images, 256, work):
+            for index, found in enumerate(checked, start):
+                if isinstance(found, bytes):
                     good.append(index)
-                    digests.append(digest)
+                    digests.append(found)
                 elif strict:
-                    raise UsageError(f"the image of row {index} cannot be read (--strict_images)")
+                    raise UsageError(f"the image of row {index} is {found} (--strict_images)")
+                else:
+                    left_out[found] += 1
             bar.update(len(checked))
     if not good:
-        raise UsageError(f"none of the {len(rows)} images can be read")
-    return good, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        raise UsageError(_explain_why_none(len(images), left_out))
+    return Checked(good, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), left_out)
 
 
-def _check(raw: dict | None) -> bytes | None:
-    """A digest of the bytes of an image that can be decoded; None if it cannot."""
+def _check_column(images: ImageRows) -> None:
+    require_column(images.rows, images.column, "--image_column")
+    feature = images.rows.features[images.column]
+    if isinstance(feature, dict):  # pyarrow's struct of bytes and path
+        readable = "bytes" in feature
+    else:  # datasets' own; or the bytes alone
+        readable = isinstance(feature, Image) or getattr(feature, "dtype", "").endswith("binary")
+    if not readable:
+        raise UsageError(
+            f"--image_column {images.column} does not hold images, but {_name_feature(feature)}"
+        )
+
+
+def find_image_column(rows: Dataset, asked: str | None, argument: str) -> str:
+    """The column of the images: as asked; or `image`; or the only one that holds images.
+
+    Raises:
+        UsageError: several do, or none.
+    """
+    if asked is not None:
+        require_column(rows, asked, argument)
+        return asked
+    found = [name for name in rows.column_names if isinstance(rows.features[name], Image)]
+    found = found or [name for name in rows.column_names if name == "image"]
+    if "image" in found or len(found) == 1:
+        return "image" if "image" in found else found[0]
+    raise UsageError(f"give {argument}: the columns are {', '.join(rows.column_names)}")
+
+
+def _name_feature(feature: object) -> str:
+    kind = getattr(feature, "dtype", None) or type(feature).__name__
+    return "texts; for paths or addresses, make an image folder" if kind == "string" else kind
+
+
+def _explain_why_none(count: int, left_out: Counter) -> str:
+    if not left_out[MORE_BITS]:
+        return f"none of the {count} images can be read"
+    return (
+        f"none of the {count} images can be used: {left_out[MORE_BITS]} are of more than 8 bits; "
+        "give --intensity_range LOW HIGH, the grey levels that become black and white: 0 4095 for "
+        "12 bits, 0 65535 for 16, or the window that you look at such images with"
+    )
+
+
+def describe_left_out(left_out: Counter) -> str:
+    """How many images were left out, and why, in words."""
+    if not left_out:
+        return "no image left out"
+    return "left out: " + ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+
+
+def _check(raw: dict | None, window: Window) -> bytes | str:
+    """A digest of the bytes of an image that can be used; or why it cannot."""
     try:
         content = _read_bytes(raw)
-        open_image(content).convert("RGB")
+        open_image(content, window).convert("RGB")
         return hashlib.sha256(content).digest()
+    except MoreBitsError:
+        return MORE_BITS
     except Exception:  # Pillow's decoders raise many kinds of errors on damaged files
-        return None
+        return UNREADABLE
 
 
 def _read_bytes(raw: dict) -> bytes:
@@ -88,23 +188,26 @@ def _read_bytes(raw: dict) -> bytes:
 
 
 def _map_rows(
-    rows: Dataset, image_column: str, batch_size: int, work: Callable[[dict | None], object]
+    images: ImageRows, batch_size: int, work: Callable[[dict | None], object]
 ) -> Iterator[tuple[int, list]]:
     """(first row, `work` of each row's undecoded image) a batch, in order; on several threads."""
-    raw = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    column = images.column
+    raw = images.rows.select_columns([column]).cast_column(column, Image(decode=False))
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(raw), batch_size):
-            yield start, list(pool.map(work, raw[start : start + batch_size][image_column]))
+            yield start, list(pool.map(work, raw[start : start + batch_size][column]))
 
 
-def open_image(content: bytes, about: int | None = None) -> PILImage.Image:
+def open_image(content: bytes, window: Window = None, about: int | None = None) -> PILImage.Image:
     """Decode the first frame of an image file, upright; on white where it is transparent.
 
-    Sixteen-bit greys keep their upper eight bits; a float image whose values are at most 1 is taken
-    to reach from 0 to 1, any other from 0 to 255. `about` is a size in pixels that will do for the
-    short side: a large JPEG is then decoded at a fraction of its size.
+    Of a grey file with more than 8 bits (integers, or floats), the levels of `window` become black
+    and white; colours of 16 bits keep their upper eight. `about` is a size in pixels that will do
+    for the short side: a large JPEG is then decoded at a fraction of its size.
 
     Raises:
+        MoreBitsError: it is a grey of more than 8 bits, and there is no window; or one beside
+            transparency, of which Pillow drops the lower bits.
         Exception: of many kinds, if it is damaged; ValueError if it has more than `LARGEST_IMAGE`
             pixels, which are not decoded.
     """
@@ -113,15 +216,17 @@ def open_image(content: bytes, about: int | None = None) -> PILImage.Image:
         raise ValueError(f"{image.width} x {image.height} pixels: is it a decompression bomb?")
     if about is not None:
         image.draft("RGB", (about, about))
+    wide = image.mode.startswith(("I", "F"))
+    cut = any(str(tile.args).startswith(("L;16", "LA;16")) for tile in image.tile)
+    if cut or (wide and window is None):
+        raise MoreBitsError
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = PILImage.fromarray((wide >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        values = values * 255 if values.max() <= 1 else values
-        image = PILImage.fromarray(values.clip(0, 255).astype(np.uint8))
+    if wide:
+        low, high = window
+        levels = np.nan_to_num(np.asarray(image).astype(np.float64), nan=low)
+        levels = ((levels - low) / (high - low)).clip(0, 1)
+        image = PILImage.fromarray((255 * levels).round().astype(np.uint8))
     elif image.has_transparency_data:
         layer = image.convert("RGBA")
         image = PILImage.new("RGBA", image.size, "white")
@@ -142,11 +247,7 @@ def scale_to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def read_pixel_batches(
-    rows: Dataset,
-    image_column: str,
-    resolution: int,
-    batch_size: int,
-    digests: np.ndarray | None = None,
+    images: ImageRows, resolution: int, batch_size: int, digests: np.ndarray | None = None
 ) -> Iterator[torch.Tensor]:
     """The images in order, as uint8 batches [<= batch_size, 3, resolution, resolution].
 
@@ -158,12 +259,12 @@ def read_pixel_batches(
     def pixels(raw: dict) -> tuple[torch.Tensor, bytes] | None:
         try:
             content = _read_bytes(raw)
-            image = open_image(content, 2 * resolution)
+            image = open_image(content, images.window, 2 * resolution)
             return crop_to_pixels(image, resolution), hashlib.sha256(content).digest()
         except Exception:  # as in `_check`; the error may name a private file
             return None
 
-    for start, batch in _map_rows(rows, image_column, batch_size, pixels):
+    for start, batch in _map_rows(images, batch_size, pixels):
         for row, read in enumerate(batch, start):
             if read is None or (digests is not None and digests[row].tobytes() != read[1]):
                 raise UsageError(CHANGED)

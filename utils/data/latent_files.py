@@ -26,6 +26,7 @@ from utils.data.private_set import PrivateSet
 from utils.errors import UsageError, on_main_process
 from utils.files import (
     CACHE,
+    DATA_SHEET,
     LATENTS,
     explain_disk_errors,
     private_folder,
@@ -33,8 +34,9 @@ from utils.files import (
     write_durably,
 )
 from utils.models.denoising import list_tokenizers, tokenize
+from utils.models.pipelines import is_xl
 
-ENCODING = 1  # raise it whenever images are read, resized or encoded otherwise
+ENCODING = 2  # raise it whenever images are read, resized or encoded otherwise
 PIXELS_AT_ONCE = 2**20  # that the autoencoder reads: four images of 512 pixels
 
 
@@ -102,12 +104,14 @@ def _plan_shapes(pipeline, private_set: PrivateSet, resolution: int, random_flip
 
 def _hash_inputs(pipeline, private_set: PrivateSet, resolution: int) -> str:
     """A digest of all that the files depend on, except their shapes."""
-    digest = hashlib.sha256(f"{ENCODING} {resolution}".encode() + private_set.digests.tobytes())
+    how = f"{ENCODING} {resolution} {private_set.window}"
+    digest = hashlib.sha256(how.encode() + private_set.digests.tobytes())
     for caption in private_set.captions:
         digest.update(hashlib.sha256(caption.encode(errors="surrogatepass")).digest())
     for name, tensor in sorted(pipeline.vae.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-    digest.update(repr(pipeline.vae.config.scaling_factor).encode())
+    keys = ("scaling_factor", "latents_mean", "latents_std")
+    digest.update(repr([pipeline.vae.config.get(key) for key in keys]).encode())
     for tokenizer in list_tokenizers(pipeline):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         for passing in ("padding", "truncation"):  # as its last caller left them
@@ -175,10 +179,10 @@ def _encode_span(
         UsageError: the disk does not take them, or see `read_pixel_batches`.
     """
     first, last = span
-    share, digests = private_set.rows.select(range(first, last)), private_set.digests[first:last]
+    share, digests = private_set.images.select(range(first, last)), private_set.digests[first:last]
     flips, cut = shapes["latents.f32"][1] == 2, 0
     batch_size = max(1, min(64, PIXELS_AT_ONCE // resolution**2))
-    batches = read_pixel_batches(share, private_set.image_column, resolution, batch_size, digests)
+    batches = read_pixel_batches(share, resolution, batch_size, digests)
     is_main = PartialState().is_main_process
     bar = tqdm(
         total=len(share),
@@ -218,7 +222,8 @@ def choose_latents_folder(training: TrainingArguments) -> Path:
 
 
 def discard_copies(output_dir: Path, encoded_dir: Path | None) -> None:
-    """Delete the copies of a run's private images: its latents, and what `datasets` cached.
+    """Delete the copies of a run's private images: its latents, the sheet of them, and what
+    `datasets` cached.
 
     Raises:
         UsageError: they cannot be deleted; on every process.
@@ -227,6 +232,7 @@ def discard_copies(output_dir: Path, encoded_dir: Path | None) -> None:
     def discard() -> None:
         for folder in (output_dir, output_dir / "selection"):
             shutil.rmtree(private_folder(folder) / CACHE, ignore_errors=True)
+            (private_folder(folder) / DATA_SHEET).unlink(missing_ok=True)
         if encoded_dir is not None and encoded_dir.exists():
             aside = encoded_dir.with_name(f"{encoded_dir.name}-discarded")
             os.replace(encoded_dir, aside)
@@ -252,5 +258,9 @@ def count_cut(pipeline: DiffusionPipeline, captions: list[str]) -> int:
 
 def encode_images(pipeline: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
     """The latent means of images in [-1, 1], as the U-Net wants them: [n, channels, r, r]."""
-    latents = pipeline.vae.encode(images).latent_dist.mode()
-    return latents * pipeline.vae.config.scaling_factor
+    latents, config = pipeline.vae.encode(images).latent_dist.mode(), pipeline.vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if is_xl(pipeline) and mean is not None and std is not None:  # of each channel
+        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
+        latents = (latents - mean) / std
+    return latents * config.scaling_factor

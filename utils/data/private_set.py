@@ -1,7 +1,7 @@
 """The private set: the rows whose image can be read, each with its caption and privacy unit."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from utils.arguments.training import DataArguments
-from utils.data.images import find_readable_rows
+from utils.data.images import ImageRows, Window, find_readable_rows
 from utils.data.rows import number_units, read_captions
 from utils.errors import UsageError, on_main_process
 
@@ -22,20 +22,33 @@ class PrivateSet:
     Attributes:
         rows: the dataset; its images are in `image_column`.
         captions: [rows]. unit_of_row: [rows], the privacy unit, 0 ... N - 1.
-        skipped: rows left out because their image could not be read.
+        left_out: how many rows were, because their image could not be used, by the reason.
         digests: [rows, 32], the SHA-256 of each image's bytes, to detect changes; never published.
+        window: see `ImageRows`.
     """
 
     rows: Dataset
     image_column: str
     captions: Sequence[str]
     unit_of_row: torch.Tensor
-    skipped: int
+    left_out: Mapping[str, int]
     digests: np.ndarray
+    window: Window = None
 
     @property
     def num_units(self) -> int:
         return int(self.unit_of_row.max()) + 1
+
+    @property
+    def images(self) -> ImageRows:
+        return ImageRows(self.rows, self.image_column, self.window)
+
+    def count_repeated(self) -> int:
+        """How many pictures, byte for byte, are in several privacy units, each of which is
+        protected by itself."""
+        _, picture = np.unique(self.digests, axis=0, return_inverse=True)
+        pairs = np.unique(np.stack([picture.ravel(), self.unit_of_row.numpy()]), axis=1)
+        return int((np.bincount(pairs[0]) > 1).sum())
 
 
 def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
@@ -45,16 +58,18 @@ def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
         UsageError: see `find_readable_rows`, `read_captions` and `number_units`; or the processes
             read different data.
     """
-    good, digests = on_main_process(
-        lambda: find_readable_rows(rows, data.image_column, data.strict_images)
+    images = ImageRows(rows, data.image_column, data.window)
+    good, digests, left_out = on_main_process(
+        lambda: find_readable_rows(images, data.strict_images)
     )
-    skipped = len(rows) - len(good)
-    rows = rows.select(good) if skipped else rows
-    captions = read_captions(rows, data.caption_column, data.label_column, data.caption_template)
+    rows = rows.select(good) if left_out else rows
+    captions = read_captions(rows, data)
     unit_of_row = number_units(rows, data.privacy_unit_column)
     content = hashlib.sha256(unit_of_row.numpy().tobytes())
     for caption in captions:
         content.update(repr(caption).encode())
     if len(set(gather_object([content.hexdigest()]))) > 1:  # compared in memory, and forgotten
         raise UsageError("the processes read different data: give all of them the same")
-    return PrivateSet(rows, data.image_column, captions, unit_of_row, skipped, digests)
+    return PrivateSet(
+        rows, data.image_column, captions, unit_of_row, left_out, digests, data.window
+    )

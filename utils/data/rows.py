@@ -4,18 +4,27 @@ Nothing here holds more than a few rows' captions at a time.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
 
 from utils.arguments.training import DataArguments
 from utils.data.folders import is_image_folder, load_image_folder
 from utils.errors import UsageError
 
+# RuntimeError: of a folder with a loading script, which `datasets` no longer runs.
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError)
 READ_AT_ONCE = 1000  # rows of captions
 
 
@@ -40,11 +49,12 @@ def load_split(
     dataset_name: str | None,
     dataset_config_name: str | None,
     train_data_dir: str | None,
-    split: str,
+    split: str | None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
 ) -> Dataset:
-    """Load one split, from the Hub, a folder of parquet files, a saved dataset or an image folder.
+    """Load one split, from the Hub, a folder of parquet files, a saved dataset or an image folder;
+    without a name, the split `test`, or the only one there is.
 
     Raises:
         UsageError: no source or two were named; the folder or the split is missing.
@@ -59,18 +69,34 @@ def load_split(
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             rows = load_from_disk(str(folder))
             if isinstance(rows, DatasetDict):
-                rows = rows[split]
+                rows = rows[split or choose_split(rows)]
         elif folder.is_dir() and is_image_folder(folder):
             rows = load_image_folder(folder, split)
         else:
             name = str(folder) if folder.is_dir() else dataset_name
-            hub = {} if folder.is_dir() else {"revision": revision}
-            rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache, **hub)
-    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
-        raise UsageError(f"cannot read split '{split}' of {folder}: {error}") from error
+            # The card of a folder may still have the counts of a set from which someone withdrew.
+            how = {"verification_mode": "no_checks"} if folder.is_dir() else {"revision": revision}
+            if split is None:
+                split = choose_split(get_dataset_split_names(name, dataset_config_name))
+            rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache, **how)
+    except LOADING_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"cannot read {name_split(split)} of {folder}: {reason}") from error
     if len(rows) == 0:
-        raise UsageError(f"{folder} holds no images in split '{split}'")
+        raise UsageError(f"{folder} holds no images in {name_split(split)}")
     return rows
+
+
+def name_split(split: str | None) -> str:
+    return "the test images" if split is None else f"split '{split}'"
+
+
+def choose_split(names: Iterable[str]) -> str:
+    """`test`, or the only one there is. Raises: ValueError if there are others."""
+    known = list(names)
+    if "test" in known or len(known) == 1:
+        return "test" if "test" in known else known[0]
+    raise ValueError(f"it has the splits {', '.join(known)}: name one")
 
 
 def require_column(rows: Dataset, column: str, argument: str) -> None:
@@ -103,22 +129,29 @@ class Column(Sequence):
             yield from self[start : start + READ_AT_ONCE]
 
 
-def read_captions(
-    rows: Dataset, caption_column: str | None, label_column: str | None, template: str
-) -> Sequence[str]:
-    """One caption a row: from a caption column, or a template filled with the name of its label.
+def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
+    """One caption a row: the same for all; or that of a caption column; or a template filled with
+    the name of its label.
 
     Of a list of captions the first counts; a row without any has the empty caption.
 
     Raises:
         UsageError: a missing column, or a template without `{label}`.
     """
-    if caption_column is not None:
-        require_column(rows, caption_column, "--caption_column")
-        return Column(rows, caption_column, partial(_choose_first, caption_column))
-    labels = read_labels(rows, label_column)
+    if data.caption is not None:
+        return Column(rows, data.image_column, lambda _: data.caption)
+    if data.caption_column is not None:
+        require_column(rows, data.caption_column, "--caption_column")
+        return Column(rows, data.caption_column, partial(_choose_first, data.caption_column))
+    if data.label_column is None:
+        raise UsageError(
+            "give --caption_column; or --label_column and --caption_template; or --caption TEXT, "
+            "one caption for all images ('' for none). "
+            f"The columns are {', '.join(rows.column_names)}"
+        )
+    labels, template = read_labels(rows, data.label_column), data.caption_template
     fill_template(template, "")  # refused now, not at the first row
-    return Column(rows, label_column, lambda value: fill_template(template, labels.to_text(value)))
+    return Column(rows, labels.column, lambda value: fill_template(template, labels.to_text(value)))
 
 
 def fill_template(template: str, label: str) -> str:
@@ -145,15 +178,13 @@ def _choose_first(column: str, value: object) -> str:
     return str(value)
 
 
-def read_labels(rows: Dataset, label_column: str | None) -> Column:
+def read_labels(rows: Dataset, label_column: str) -> Column:
     """The class name of every row (its number, as text, where the dataset names no classes); of
     several labels, the names with commas between.
 
     Raises:
         UsageError: there is no such column, a row has no label, or one that is no number or name.
     """
-    if label_column is None:
-        raise UsageError("give --caption_column, or --label_column and --caption_template")
     require_column(rows, label_column, "--label_column")
     feature = rows.features[label_column]
     feature = getattr(feature, "feature", feature)  # of a list, that of its items

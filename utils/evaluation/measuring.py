@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 
 from utils.arguments.evaluation import (
     MEASURED,
@@ -16,7 +16,14 @@ from utils.arguments.evaluation import (
     GenerateFirstArguments,
 )
 from utils.arguments.sampling import SamplingArguments
-from utils.data.images import keep_readable, read_pixel_batches
+from utils.arguments.values import check_range
+from utils.data.images import (
+    ImageRows,
+    describe_left_out,
+    find_image_column,
+    find_readable_rows,
+    read_pixel_batches,
+)
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
@@ -70,8 +77,7 @@ def evaluate_set(
             results |= summarise_neighbours(spaces)
             save_pairs(spaces, pixels, output.parent)
         visible = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
-        columns = (args.image_column, args.label_column)
-        sheets = {name: tile_sample(sets[name], *columns) for name in visible}
+        sheets = {name: tile_sample(*sets[name]) for name in visible}
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, json.dumps(results, indent=2) + "\n")
     page = Page(folder.name, results, statement, sheets, spaces, runs)
@@ -98,27 +104,62 @@ def print_results(results: dict[str, dict]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def load_sets(args: EvaluateArguments, cache: str) -> dict[str, Dataset]:
-    """The readable rows of the synthetic, the real, and (if named) the private set."""
-    sets = {
-        "synthetic": load_split(
-            args.synthetic, None, None, "train", cache, args.synthetic_revision
-        ),
-        "real": load_split(*args.test_source, cache),
+class LabelledRows(NamedTuple):
+    """Rows whose image can be used, and the column of their labels, which may be missing."""
+
+    images: ImageRows
+    label_column: str
+
+
+def load_sets(args: EvaluateArguments, cache: str) -> dict[str, LabelledRows]:
+    """The usable rows of the synthetic, the real, and (if named) the private set.
+
+    Raises:
+        UsageError: see `load_split` and `find_readable_rows`; or the private and the real images,
+            which are held out, have some in common, byte for byte.
+    """
+    synthetic = (args.synthetic, None, None, "train", cache, args.synthetic_revision)
+    columns = {
+        "synthetic": (args.synthetic_image_column, args.synthetic_label_column),
+        "real": (args.test_image_column, args.test_label_column),
+        "private": (args.private_image_column, args.private_label_column or args.test_label_column),
     }
+    rows = {"synthetic": load_split(*synthetic), "real": load_split(*args.test_source, cache)}
     if args.has_private:
-        sets["private"] = load_split(*args.private_source, cache)
-    return {name: keep_readable(rows, args.image_column)[0] for name, rows in sets.items()}
+        rows["private"] = load_split(*args.private_source, cache)
+    sets, digests = {}, {}
+    for name, loaded in rows.items():
+        asked, label_column = columns[name]
+        argument = f"--{'test' if name == 'real' else name}_image_column"
+        images = ImageRows(
+            loaded, find_image_column(loaded, asked, argument), check_range(args.intensity_range)
+        )
+        found = find_readable_rows(images)
+        sets[name] = LabelledRows(images.select(found.good), label_column)
+        digests[name] = [digest.tobytes() for digest in found.digests]
+        if found.left_out:
+            print(f"{name} images {describe_left_out(found.left_out)}", file=sys.stderr)
+    shared = set(digests["real"]) & set(digests.get("private", ()))
+    if shared:
+        raise UsageError(
+            f"{len(shared)} of the {len(digests['real'])} test images are among the private ones: "
+            "what the adapter was trained on is not held out; leave them out of one set"
+        )
+    return sets
 
 
-def choose_metrics(args: EvaluateArguments, sets: dict[str, Dataset]) -> list[str]:
+def choose_metrics(args: EvaluateArguments, sets: dict[str, LabelledRows]) -> list[str]:
     """What was asked for, or else all that is possible.
 
     Raises:
         UsageError: it was asked for, and there are too few images.
     """
-    labelled = all(args.label_column in sets[name].column_names for name in ("synthetic", "real"))
-    many = min(map(len, sets.values())) > NEIGHBOURS
+    labelled = all(
+        labels in images.rows.column_names
+        for name, (images, labels) in sets.items()
+        if name != "private"
+    )
+    many = min(len(images) for images, _ in sets.values()) > NEIGHBOURS
     possible = {"fidelity": many, "utility": labelled, "memorisation": args.has_private and many}
     if not many and {"fidelity", "memorisation"} & set(args.metrics or []):
         raise UsageError(
@@ -128,7 +169,7 @@ def choose_metrics(args: EvaluateArguments, sets: dict[str, Dataset]) -> list[st
 
 
 def extract_sets(
-    sets: dict[str, Dataset],
+    sets: dict[str, LabelledRows],
     metrics: list[str],
     args: EvaluateArguments,
     extractor: ExtractorArguments,
@@ -139,18 +180,18 @@ def extract_sets(
     features, pixels = {}, {}
     if "fidelity" in metrics or reads_private:
         network = build_extractor(extractor, state.device)
-        for name, rows in sets.items():
+        for name, (images, _) in sets.items():
             if name != "private" or reads_private:
-                features[name] = extract(rows, args.image_column, network, state, name)
-    for name, rows in sets.items():
+                features[name] = extract(images, network, state, name)
+    for name, (images, _) in sets.items():
         if "utility" in metrics or reads_private:
-            batches = read_pixel_batches(rows, args.image_column, args.evaluation_resolution, 256)
+            batches = read_pixel_batches(images, args.evaluation_resolution, 256)
             pixels[name] = torch.cat(list(batches))
     return features, pixels
 
 
 def measure_utility(
-    sets: dict[str, Dataset],
+    sets: dict[str, LabelledRows],
     pixels: dict[str, torch.Tensor],
     args: EvaluateArguments,
     covered: bool,
@@ -158,8 +199,8 @@ def measure_utility(
 ) -> dict[str, dict]:
     """Accuracy of classifiers trained on the synthetic, and perhaps on the private, images."""
     images = {
-        name: LabelledImages(pixels[name], list(read_labels(rows, args.label_column)))
-        for name, rows in sets.items()
+        name: LabelledImages(pixels[name], list(read_labels(found.rows, labels)))
+        for name, (found, labels) in sets.items()
         if name != "private" or args.train_on_real
     }
     setting = (args.classifiers, args.classifier_steps, args.classifier_seeds, state)

@@ -8,10 +8,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from utils.data.images import read_pixel_batches, tile_images
+from utils.data.images import ImageRows, read_pixel_batches, tile_images
 from utils.data.rows import read_labels
 from utils.evaluation.memorisation import Neighbours
 
@@ -97,11 +97,11 @@ def _svg(figure, alternative: str) -> str:
 
 
 def tile_sample(
-    rows: Dataset, image_column: str, label_column: str, count: int = 60, largest: int = 128
+    images: ImageRows, label_column: str, count: int = 60, largest: int = 128
 ) -> Image.Image:
     """Some images of a set as a sheet, none larger than `largest` pixels: a column a class, if
     there are at most ten, or else ten wide."""
-    chosen = np.arange(min(count, len(rows)))
+    rows, chosen = images.rows, np.arange(min(count, len(images)))
     columns = min(10, len(chosen))
     if label_column in rows.column_names:
         labels = np.array(list(read_labels(rows, label_column)))
@@ -110,9 +110,9 @@ def tile_sample(
             height = min(6, *map(len, classes))
             chosen = np.stack([rows_of_class[:height] for rows_of_class in classes], 1).flatten()
             columns = len(classes)
-    few = rows.select(chosen)
-    first = few[0][image_column]
+    few = images.select(chosen)
+    first = few.rows.cast_column(few.column, ImageFeature())[0][few.column]
     side = min(largest, *first.size)
-    pixels = torch.cat(list(read_pixel_batches(few, image_column, side, count)))
+    pixels = torch.cat(list(read_pixel_batches(few, side, count)))
     tiles = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     return tile_images(tiles, columns)

@@ -18,6 +18,7 @@ from utils.files import (
     PRIVATE,
     SAMPLE_DIGESTS,
     SAMPLES,
+    SAMPLING_SETTINGS,
     STATEMENT,
     hash_file,
     private_folder,
@@ -30,7 +31,7 @@ HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeErro
 SAMPLE = re.compile(r"(\d{4}|grid)\.png")
 # What an earlier upload may have left, of a model or a synthetic set.
 OURS = re.compile(
-    r"data/train-.*\.parquet|samples/(\d{4}|grid)\.png|privacy\.json|grid\.png|unet/.*|"
+    r"data/train-.*\.parquet|samples/(\d{4}|grid)\.png|(privacy|sampling)\.json|grid\.png|unet/.*|"
     r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
     r"pytorch_lora_weights\.safetensors"
 )
@@ -53,6 +54,16 @@ def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") ->
     return address.repo_id
 
 
+def check_license(license: str | None) -> None:
+    """Raises: UsageError if the Hub knows no such licence."""
+    if license is None:
+        return
+    try:
+        ModelCard(f"---\nlicense: {license}\n---\n").validate()
+    except HUB_ERRORS as error:
+        raise UsageError(f"--hub_license {license}: {_why(error)}") from error
+
+
 def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     """The files of a finished run that are published, by their path in the repository; no others.
 
@@ -65,6 +76,7 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     if not statement.is_file():
         raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")
     names = [*json.loads(statement.read_text()).get("files", {}), STATEMENT, CARD]
+    names += [SAMPLING_SETTINGS] if (output_dir / SAMPLING_SETTINGS).is_file() else []
     names += [f"{SAMPLES}/{name}" for name in _list_samples(output_dir)]
     for name in names:
         path = output_dir / name

@@ -18,6 +18,8 @@ from utils.errors import UsageError, on_main_process
 from utils.files import (
     CACHE,
     CHECKPOINTS,
+    DATA_REPORT,
+    DATA_SHEET,
     LATENTS,
     LEDGER,
     LOGS,
@@ -88,6 +90,8 @@ def _is_free(path: Path) -> bool:
         LOGS,
         CHECKPOINTS,
         LEDGER,
+        DATA_SHEET,
+        DATA_REPORT,
         f"{LEDGER}.lock",
         IN_USE,
         NOTE,

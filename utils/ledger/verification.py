@@ -7,10 +7,11 @@ from pathlib import Path
 
 import httpx2
 import yaml
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.errors import UsageError
+from utils.fetching import fetch_file
 from utils.files import CARD, CHECKPOINTS, LEDGER, PRIVATE, PUBLISHED, STATEMENT, hash_file
 from utils.ledger.charges import find_smallest_delta, list_charged_events
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
@@ -19,7 +20,9 @@ from utils.ledger.ledger import Ledger
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
 # What a repository may hold beside the files of its statement.
-HARMLESS = re.compile(r"privacy\.json|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png")
+HARMLESS = re.compile(
+    r"(privacy|sampling)\.json|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png"
+)
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,8 @@ def fetch_statement(
     Raises:
         UsageError: it is not valid JSON.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        path = folder / STATEMENT
-        return (_read_json(path) if path.is_file() else None), True
-    try:
-        path = hf_hub_download(name, STATEMENT, repo_type=repo_type, revision=revision)
-    except RemoteEntryNotFoundError:
-        return None, True
-    except (OSError, ValueError, httpx2.HTTPError):
-        return None, False
-    return _read_json(Path(path)), True
+    path, is_known = fetch_file(name, STATEMENT, revision, repo_type)
+    return (None if path is None else _read_json(path)), is_known
 
 
 def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:

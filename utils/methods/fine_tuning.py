@@ -1,7 +1,7 @@
 """The story of every private training script: load, adapt, plan, fine-tune, publish."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.audit.replay import SetUp, replay
+from utils.data.diagnostics import show_private_set
+from utils.data.images import describe_left_out
 from utils.data.latents import prepare_losses
 from utils.errors import Stopped, StopRequest, UsageError, on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
@@ -27,9 +29,15 @@ from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
 from utils.methods.planning import PlanFor, describe, plan_training, preview, reserve
-from utils.methods.publishing import check_repository, describe_setup, save_samples
+from utils.methods.publishing import (
+    check_repository,
+    choose_license,
+    describe_setup,
+    save_samples,
+)
 from utils.methods.saliency_file import find_paid_selection, join_ledger
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.models.drawing import choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.privacy.accounting import account
 from utils.privacy.optimizers import build_optimizer
@@ -71,6 +79,8 @@ def run_method(
     Raises:
         UsageError: bad input of any kind, before anything is trained.
     """
+    if training.validation_prompt is None:
+        training = replace(training, validation_prompt=[data.caption or ""])
     accelerator, _lock = start(training)
     check_repository(hub, privacy, training)
     privacy = join_ledger(privacy, method.saliency_file)
@@ -87,6 +97,7 @@ def run_method(
     plan_for = make_plan_for(method, stage, data, privacy, training)
     if training.dry_run:
         private_set, plan = preview(accelerator, data, privacy, training, plan_for)
+        show_private_set(private_set, stage.resolution, training.output_dir)
         report = describe(private_set, plan, engine, unit_bytes, training, stage.audit)
         accelerator.print(report)
         return
@@ -97,7 +108,9 @@ def run_method(
         "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
     }
     private_set, plan, run = reserve(accelerator, data, privacy, training, agreed, plan_for)
-    accelerator.print(announce(plan, run, engine, private_set.skipped))
+    accelerator.print(announce(plan, run, engine, private_set.left_out))
+
+    show_private_set(private_set, stage.resolution, training.output_dir)
 
     # Train by DP-SGD.
     unit_losses, encoded_dir = prepare_losses(
@@ -166,11 +179,11 @@ def make_plan_for(
     return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)
 
 
-def announce(plan: PrivacyPlan, run: Run, engine: PerUnitGradients, skipped: int) -> str:
+def announce(plan: PrivacyPlan, run: Run, engine: PerUnitGradients, left_out: Mapping) -> str:
     """One sentence before training: what will train, and what it will cost."""
     spent = account(plan.events(plan.steps + run.recharged), plan.delta)
     return (
-        f"{plan.num_units} private units ({skipped} unreadable images, skipped), "
+        f"{plan.num_units} private units ({describe_left_out(left_out)}), "
         f"{engine.num_parameters:,} trainable parameters, noise multiplier "
         f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
         f"at delta {plan.delta:g}"
@@ -199,19 +212,22 @@ def publish(
     """
     about = stage.describe_circumstances()
     statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, about)
+    drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     facts = Facts(
         method=method.name,
         usage=method.usage,
-        base_model=stage.base_model,
+        base=stage.model,
         pipeline=type(stage.pipeline).__name__,
+        drawing=drawing,
         prompts=training.validation_prompt,
         num_samples=training.num_validation_images,
         setup=describe_setup(training, plan, method.settings, stage.resolution),
-        license=hub.hub_license,
+        license=choose_license(hub.hub_license, stage.model),
     )
     with explain_disk_errors(run.output_dir):
         write_durably(run.output_dir / CARD, build_model_card(facts, statement))
-        save_samples(stage.pipeline, training, stage.resolution)
+        write_settings(drawing, run.output_dir)
+        save_samples(stage.pipeline, training, drawing)
 
 
 def build_training_state(

@@ -115,7 +115,7 @@ def _load_and_plan(
 ) -> tuple[Dataset, PrivacyPlan]:
     with accelerator.main_process_first():
         rows = load_rows(data, private_folder(training.output_dir) / CACHE)
-    read_captions(rows, data.caption_column, data.label_column, data.caption_template)
+    read_captions(rows, data)
     return rows, plan_for(int(number_units(rows, data.privacy_unit_column).max()) + 1)
 
 
@@ -139,7 +139,7 @@ def describe(
 ) -> str:
     """The report of `--dry_run`, as JSON; `unit_bytes` is the memory of one unit's gradients."""
     report = summarise_plan(plan, account(plan.events(), plan.delta)) | {
-        "unreadable_images": private_set.skipped,
+        "images_left_out": dict(private_set.left_out),
         "trainable_parameters": engine.num_parameters,
         "audit": audit,
         "per_unit_gradient_bytes": unit_bytes * min(training.train_batch_size, plan.num_units),

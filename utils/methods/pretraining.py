@@ -15,10 +15,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
+from utils.arguments.sampling import DrawingArguments
 from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.models.denoising import denoising_loss, tokenize_captions
+from utils.models.drawing import choose_settings, write_settings
 from utils.models.processes import read_process
 from utils.models.public_models import (
     build_autoencoder,
@@ -27,6 +29,9 @@ from utils.models.public_models import (
     build_unet,
 )
 from utils.sampling.generation import generate
+
+# What suits small images; benchmarks/RESULTS.md has what 50 steps of DDIM would gain.
+SMALL = {"num_inference_steps": 8, "guidance_scale": 2.0}
 
 
 class AutoencoderObjective(nn.Module):
@@ -168,17 +173,22 @@ def train_denoiser(accelerator, latents, captions, tokenizer, args) -> DenoiserO
 
 
 def save_grids(pipeline, pixels, captions, output_dir: Path, seed: int) -> None:
-    """Save reconstructions.png (originals above their reconstructions) and samples.png."""
+    """Save reconstructions.png (originals above their reconstructions), samples.png, and how those
+    were drawn."""
     originals = scale_to_unit_range(pixels[:16].to(pipeline.device))
     with torch.no_grad():
         rebuilt = pipeline.vae(originals).sample.clamp(-1, 1)
     both = torch.cat([originals, rebuilt]).add(1).div(2).permute(0, 2, 3, 1).cpu().numpy()
     tile_images(pipeline.numpy_to_pil(both), 16).save(output_dir / "reconstructions.png")
-    prompts = sorted(set(captions))[:16]
+    prompts, scheduler = sorted(set(captions))[:16], pipeline.scheduler
+    drawing = choose_settings(pipeline, DrawingArguments(), None, SMALL)
+    drawing.use_scheduler(pipeline)
     images = generate(
-        pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed
+        pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed, drawing
     )
+    pipeline.scheduler = scheduler
     tile_images(images, 8).save(output_dir / "samples.png")
+    write_settings(drawing, output_dir)
 
 
 def check_settings(output_dir: Path, settings: dict, is_main: bool) -> None:

@@ -6,12 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from utils.arguments.publishing import PublishArguments
-from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.arguments.training import ModelArguments, PrivacyArguments, TrainingArguments
 from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
+from utils.fetching import fetch_file
 from utils.files import (
+    CARD,
     GRID,
     SAMPLE_DIGESTS,
     SAMPLES,
@@ -19,9 +23,10 @@ from utils.files import (
     private_folder,
     write_durably,
 )
-from utils.hub.upload import make_repo
+from utils.hub.upload import check_license, make_repo
+from utils.models.drawing import DrawingSettings
 from utils.privacy.plan import PrivacyPlan
-from utils.sampling.generation import generate, use_dpm_solver
+from utils.sampling.generation import generate
 
 
 def check_repository(
@@ -39,6 +44,21 @@ def check_repository(
     if hub.hub_model_id is None:
         raise UsageError("--push_to_hub needs --hub_model_id, the repository to publish in")
     on_main_process(lambda: make_repo(hub.hub_model_id, hub))
+    on_main_process(lambda: check_license(hub.hub_license))
+
+
+def choose_license(asked: str | None, base: ModelArguments) -> dict[str, str]:
+    """`license` of the card, and what belongs to it: as asked, or else that of the base model's
+    card, if it can be read."""
+    if asked is not None:
+        return {"license": asked}
+    path, _ = fetch_file(base.pretrained_model_name_or_path, CARD, base.revision)
+    try:
+        found = ModelCard.load(path).data.to_dict() if path is not None else {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: found[name] for name in names if isinstance(found.get(name), str)}
 
 
 def describe_setup(
@@ -67,19 +87,22 @@ def describe_setup(
     return setup
 
 
-def save_samples(pipeline: DiffusionPipeline, training: TrainingArguments, resolution: int) -> None:
+def save_samples(
+    pipeline: DiffusionPipeline, training: TrainingArguments, settings: DrawingSettings
+) -> None:
     """Generate images of the trained model into samples/, balanced over the prompts, and a grid;
-    and note their digests, since only these may be published."""
+    and note their digests, since only these may be published. Image i starts from the noise of a
+    generator whose seed is i."""
     folder = Path(training.output_dir) / SAMPLES
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
     folder.mkdir()
     prompts, count = training.validation_prompt, training.num_validation_images
-    use_dpm_solver(pipeline)
+    settings.use_scheduler(pipeline)
     images = []
     for start in range(0, count, 16):
         indices = list(range(start, min(start + 16, count)))
         chosen = [prompts[i % len(prompts)] for i in indices]
-        images += generate(pipeline, chosen, indices, training.seed or 0, resolution=resolution)
+        images += generate(pipeline, chosen, indices, 0, settings)
     for index, image in enumerate(images):
         image.save(folder / f"{index:04}.png")
     if images:

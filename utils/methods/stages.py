@@ -29,6 +29,7 @@ from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
 from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.drawing import read_base_settings
 from utils.models.pipelines import choose_resolution, get_device, list_parts, load_pipeline
 from utils.models.processes import read_process
 from utils.privacy.plan import name_unit
@@ -41,6 +42,7 @@ REHEARSED = ["", "a photo of a house by the sea, in the evening"]
 FREE_TO_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
     *("train_batch_size", "mixed_precision", "gradient_checkpointing", "strict_images", "seed"),
+    *("negative_prompt", "guidance_scale", "num_inference_steps"),
     *("validation_prompt", "num_validation_images", "report_to", "latents_dir", "discard_latents"),
     "dry_run",
 }
@@ -54,7 +56,8 @@ class Stage:
         accelerator, randomness: its processes and devices, and its secret random numbers.
         pipeline: frozen, on its device. resolution: of its images, in pixels.
         public: all weights of the pipeline, before an adapter joins them.
-        base_checksum: of those weights. base_model: folder or Hub id.
+        base_checksum: of those weights. model: where it came from.
+        base_settings: how images are drawn from it, as far as it says (`read_settings`).
         base_statement: verified, of a base model that is a private result itself; else None.
         audit: what a replay of this very set-up proved; None if there was none.
     """
@@ -65,7 +68,8 @@ class Stage:
     resolution: int
     public: list[torch.nn.Parameter]
     base_checksum: int
-    base_model: str
+    model: ModelArguments
+    base_settings: dict
     base_statement: dict | None = None
     audit: dict | None = None
 
@@ -100,6 +104,11 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
         if training.report_to is None:
             raise
         raise UsageError(f"--report_to {training.report_to}: {error}") from error
+    if training.report_to is not None and not accelerator.log_with:
+        raise UsageError(
+            f"--report_to {training.report_to}: its package is not installed here; install it, or "
+            "leave the option out"
+        )
     if training.seed is not None:
         set_seed(training.seed)
     lock = []
@@ -121,8 +130,10 @@ def load_stage(
             `find_base_statement`.
     """
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
-    base_statement = on_main_process(lambda: find_base_statement(model, data))
-    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
+    base_statement, base_settings = on_main_process(
+        lambda: (find_base_statement(model, data), read_base_settings(model))
+    )
+    pipeline = load_pipeline(*model.source)
     resolution = choose_resolution(pipeline, data.resolution)
     pipeline.to(accelerator.device)
     if training.gradient_checkpointing:
@@ -135,7 +146,8 @@ def load_stage(
         resolution=resolution,
         public=public,
         base_checksum=checksum(public).item(),
-        base_model=model.pretrained_model_name_or_path,
+        model=model,
+        base_settings=base_settings,
         base_statement=base_statement,
     )
 

@@ -7,36 +7,56 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 
 from utils.errors import UsageError
-from utils.files import LORA_WEIGHTS, PUBLISHED
+from utils.files import LORA_WEIGHTS, PUBLISHED, STATEMENT
 from utils.models.loda.loda import load_loda
 from utils.models.pipelines import freeze
 
 ADAPTER_PARTS = ["unet", "adapter_config.json", LORA_WEIGHTS]
+WEIGHTS = (LORA_WEIGHTS, "adapter_model.safetensors")
 
 
 def fetch_adapter(adapter: str, revision: str | None = None) -> Path:
-    """The folder of what a training script published; what is on the Hub is downloaded, all of one
-    commit.
+    """The folder of what a training script published, or the file of another program's LoRA; what
+    is on the Hub is downloaded, all of one commit.
 
     Raises:
-        UsageError: there is no such folder or Hub id.
+        UsageError: there is no such folder, file or Hub id, or it holds several LoRA files.
     """
-    if Path(adapter).is_dir():
-        return Path(adapter)
+    if Path(adapter).exists():
+        return _find_inside(Path(adapter))
     try:
-        return Path(snapshot_download(adapter, revision=revision, allow_patterns=PUBLISHED))
+        folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=PUBLISHED))
     except (OSError, ValueError, httpx2.HTTPError) as error:
-        raise UsageError(f"--adapter '{adapter}' is not a folder or Hub id: {error}") from error
+        raise UsageError(
+            f"--adapter '{adapter}' is not a folder, file or Hub id: {error}"
+        ) from error
+    return _find_inside(folder)
+
+
+def _find_inside(path: Path) -> Path:
+    if path.is_file():
+        is_ours = path.name in WEIGHTS or (path.parent / STATEMENT).is_file()
+        return path.parent if is_ours else path
+    files = sorted(path.glob("*.safetensors"))
+    if any((path / name).exists() for name in (*ADAPTER_PARTS, STATEMENT)) or not files:
+        return path
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UsageError(f"--adapter {path} holds {names}: name one of them")
+    return files[0]
 
 
 def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Load what a training script published: a LoRA, which is added to the weights; a LoDA; or a
-    whole fine-tuned U-Net.
+    whole fine-tuned U-Net. Instead of a folder it may be a LoRA's file.
 
     Raises:
         UsageError: it is none of these, or it does not fit this model.
     """
     try:
+        if folder.is_file():
+            _add_lora(pipeline, str(folder.parent), folder.name)
+            return
         parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
         if not parts:
             raise ValueError("it holds no LoRA, no LoDA and no unet/")
@@ -55,6 +75,10 @@ def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
     elif name == "adapter_config.json":
         load_loda(pipeline.unet, folder)
     else:
-        pipeline.load_lora_weights(folder)
-        pipeline.fuse_lora()  # so that sampling with it costs no more than without
-        pipeline.unload_lora_weights()
+        _add_lora(pipeline, folder, LORA_WEIGHTS)
+
+
+def _add_lora(pipeline: DiffusionPipeline, folder: str, name: str) -> None:
+    pipeline.load_lora_weights(folder, weight_name=name)
+    pipeline.fuse_lora()  # so that sampling with it costs no more than without
+    pipeline.unload_lora_weights()

@@ -6,10 +6,11 @@ expect their own order of timesteps. What they share with training is the betas 
 type.
 """
 
+import re
 from functools import lru_cache
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.training_utils import compute_snr
 
 from utils.errors import UsageError
@@ -23,6 +24,7 @@ EulerDiscreteScheduler HeunDiscreteScheduler KDPM2AncestralDiscreteScheduler KDP
 LMSDiscreteScheduler PNDMScheduler SASolverScheduler UniPCMultistepScheduler
 """.split()
 DISTILLED = ("LCMScheduler", "TCDScheduler")
+DISTILLED_NAMES = ("turbo", "lightning", "lcm", "tcd", "hyper", "dmd", "dmd2", "schnell")
 KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 KEYS += ("prediction_type", "rescale_betas_zero_snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -61,16 +63,11 @@ def read_process(scheduler: SchedulerMixin) -> Ddpm:
     """The training process of the base that ships this scheduler.
 
     Raises:
-        UsageError: the base was not trained as a DDPM, or was distilled to few steps.
+        UsageError: the base was not trained as a DDPM.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if name in DISTILLED:
-        raise UsageError(
-            f"the base is sampled by {name}: it was distilled to a few steps, and training would "
-            "undo that; train on the model that it was distilled from"
-        )
     flow = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
-    if name not in SAMPLERS or flow:
+    if name not in (*SAMPLERS, *DISTILLED) or flow:
         raise UsageError(
             f"the base is sampled by {name}, so it was not trained as a DDPM with timesteps "
             "(Stable Diffusion 1, 2 and XL are); other processes are not supported yet"
@@ -82,6 +79,26 @@ def read_process(scheduler: SchedulerMixin) -> Ddpm:
         )
     values = {key: config[key] for key in KEYS if key in config}
     return _build(tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in values.items()))
+
+
+def find_distillation(pipeline: DiffusionPipeline, name: str) -> str | None:
+    """What says that a model was distilled to a few steps, or None.
+
+    Turbo models are sampled by Euler with trailing timesteps; so are models whose schedule was
+    rescaled to end in pure noise (Lin et al. 2024), which are not distilled.
+    """
+    scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    if scheduler in DISTILLED:
+        return f"it is sampled by {scheduler}"
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        return "its U-Net reads the guidance scale"
+    rescaled = config.get("rescale_betas_zero_snr", False)
+    trailing = config.get("timestep_spacing") == "trailing" and not rescaled
+    if scheduler.startswith("Euler") and trailing and config.prediction_type == "epsilon":
+        return f"it is sampled by {scheduler} with trailing timesteps"
+    words = re.split(r"[^a-z0-9]+", name.rstrip("/").rsplit("/", 1)[-1].lower())
+    found = [word for word in words if word in DISTILLED_NAMES]
+    return f"its name says {found[0]}" if found else None
 
 
 @lru_cache

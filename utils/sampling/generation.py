@@ -10,32 +10,37 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from utils.arguments.sampling import DEFAULT_STEPS, SamplingArguments
+from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.data.images import tile_images
 from utils.data.rows import fill_template
 from utils.errors import UsageError, on_main_process
-from utils.files import GRID, METADATA, SAMPLING_SETTINGS, STATEMENT, hash_file, write_durably
+from utils.files import (
+    GRID,
+    METADATA,
+    SAMPLING_SETTINGS,
+    STATEMENT,
+    hash_file,
+    read_text,
+    write_durably,
+)
 from utils.ledger.statement import write_statement
 from utils.models.adapters import load_adapter
-from utils.models.pipelines import choose_resolution, get_device, load_pipeline
+from utils.models.drawing import (
+    DrawingSettings,
+    choose_settings,
+    read_base_settings,
+    read_settings,
+)
+from utils.models.pipelines import get_device, load_pipeline
 from utils.sampling.shards import Piece, plan_image_files, plan_shards, read_pieces, write_piece
 from utils.sampling.sources import ImageSource
 
 IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind the images
-
-
-def use_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Switch to DPM-Solver++ (Lu et al. 2022), keeping the pipeline's noise schedule."""
-    config = pipeline.scheduler.config
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", final_sigmas_type="zero"
-    )
-    return pipeline
 
 
 @torch.no_grad()
@@ -44,29 +49,24 @@ def generate(
     prompts: list[str],
     indices: list[int],
     seed: int,
-    num_steps: int = DEFAULT_STEPS,
-    guidance_scale: float = 2.0,
-    resolution: int | None = None,
+    settings: DrawingSettings,
 ) -> list[Image.Image]:
-    """One image a prompt, in one batch; the image of index i starts from noise of `seed` and i.
+    """One image a prompt, in one batch; the image of index i starts from noise of `seed` and i. The
+    pipeline has the scheduler of `settings` already.
 
     The same image comes out whatever the batch it is in (up to floating-point rounding).
     """
-    side = choose_resolution(pipeline, resolution)
-    size = side // pipeline.vae_scale_factor
+    size = settings.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, size, size)
     noise = [
         torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
         for index in indices
     ]
-    return pipeline(
-        prompts,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance_scale,
-        latents=torch.stack(noise).to(get_device(pipeline), pipeline.unet.dtype),
-        height=side,
-        width=side,
-    ).images
+    call = settings.describe_call()
+    if settings.negative_prompt is not None:
+        call["negative_prompt"] = [settings.negative_prompt] * len(prompts)
+    latents = torch.stack(noise).to(get_device(pipeline), pipeline.unet.dtype)
+    return pipeline(prompts, latents=latents, **call).images
 
 
 def read_prompts(args: SamplingArguments) -> list[dict]:
@@ -88,7 +88,7 @@ def read_prompts(args: SamplingArguments) -> list[dict]:
         path = Path(args.prompts_file)
         if not path.is_file():
             raise UsageError(f"--prompts_file {path}: there is no such file")
-        texts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not texts:
         raise UsageError("there are no prompts")
     return [{"text": text} for text in texts]
@@ -96,6 +96,8 @@ def read_prompts(args: SamplingArguments) -> list[dict]:
 
 def hash_adapter(adapter: Path) -> dict[str, str]:
     """The SHA-256 of each of its weights, and of its statement, by name."""
+    if adapter.is_file():
+        return {adapter.name: hash_file(adapter)}
     paths = [*adapter.glob("*.safetensors"), *adapter.glob("unet/*.safetensors")]
     paths += [adapter / STATEMENT] if (adapter / STATEMENT).exists() else []
     return {str(path.relative_to(adapter)): hash_file(path) for path in sorted(paths)}
@@ -125,10 +127,12 @@ class Generation:
 
     Attributes:
         pipeline: with the adapter, on its device. prompts: one entry a prompt (`read_prompts`).
+        settings: how images are drawn; the pipeline has their scheduler.
     """
 
     pipeline: DiffusionPipeline
     prompts: list[dict]
+    settings: DrawingSettings
 
 
 def prepare_generation(
@@ -142,13 +146,17 @@ def prepare_generation(
     claim the folder. The statement that covers the images goes into it.
 
     Raises:
-        UsageError: see `read_prompts`, `load_pipeline` and `load_adapter`; or the folder holds
-            something else, or images of other settings or of an adapter that has changed.
+        UsageError: see `read_prompts`, `load_pipeline`, `choose_settings` and `load_adapter`; or
+            the folder holds something else, or images of other settings or of an adapter that has
+            changed.
     """
     prompts = read_prompts(sampling)
-    pipeline = load_pipeline(model.pretrained_model_name_or_path, model.revision)
-    choose_resolution(pipeline, sampling.resolution)  # refuse a bad resolution early
-    settings = asdict(sampling) | asdict(model)
+    pipeline = load_pipeline(*model.source)
+    recorded = [on_main_process(lambda: read_base_settings(model))]
+    if source.adapter is not None:
+        recorded.insert(0, read_settings(source.adapter))
+    drawing = choose_settings(pipeline, sampling, sampling.resolution, *recorded)
+    settings = asdict(sampling) | asdict(model) | asdict(drawing)
     del settings["batch_size"]  # it changes no image
     if source.adapter is not None:
         load_adapter(pipeline, source.adapter)
@@ -156,7 +164,8 @@ def prepare_generation(
         _check_that_weights_are_those_verified(settings["adapter_files"], source)
     on_main_process(lambda: claim_folder(folder, settings, source))
     pipeline.to(state.device, torch.bfloat16 if sampling.mixed_precision == "bf16" else None)
-    return Generation(use_dpm_solver(pipeline), prompts)
+    drawing.use_scheduler(pipeline)
+    return Generation(pipeline, prompts, drawing)
 
 
 def _check_that_weights_are_those_verified(found: dict[str, str], source: ImageSource) -> None:
@@ -176,16 +185,16 @@ def generate_folder(
     Leaves one file an image and metadata.jsonl, or shards, with the columns text, and label for
     class names; and grid.png. Images are balanced over the prompts.
     """
-    prompts, pipeline = prepared.prompts, prepared.pipeline
+    prompts = prepared.prompts
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
     if sampling.output_format == "parquet":
-        pieces = plan_shards(len(entries), choose_resolution(pipeline, sampling.resolution))
+        pieces = plan_shards(len(entries), prepared.settings.resolution)
     else:
         pieces = plan_image_files(len(entries))
     missing = [piece for piece in pieces if not (folder / piece.name).exists()]
     state.wait_for_everyone()  # all have looked, before anyone writes
     share = missing[state.process_index :: state.num_processes]
-    generate_pieces(pipeline, entries, share, sampling, folder)
+    generate_pieces(prepared, entries, share, sampling, folder)
     state.wait_for_everyone()
     if state.is_main_process:
         if sampling.output_format == "png":
@@ -208,7 +217,7 @@ def save_grid(folder: Path, pieces: list[Piece], columns: int) -> None:
 
 
 def generate_pieces(
-    pipeline: DiffusionPipeline,
+    prepared: Generation,
     entries: list[dict],
     pieces: list[Piece],
     sampling: SamplingArguments,
@@ -229,15 +238,8 @@ def generate_pieces(
 
         for start in range(0, len(indices), sampling.batch_size):
             part = indices[start : start + sampling.batch_size]
-            images = generate(
-                pipeline,
-                [entries[i]["text"] for i in part],
-                part,
-                sampling.seed,
-                sampling.num_inference_steps,
-                sampling.guidance_scale,
-                sampling.resolution,
-            )
+            texts, pipeline = [entries[i]["text"] for i in part], prepared.pipeline
+            images = generate(pipeline, texts, part, sampling.seed, prepared.settings)
             for written in writing:
                 written.result()
             pngs |= {

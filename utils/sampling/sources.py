@@ -18,7 +18,7 @@ class ImageSource:
     """A base model, and perhaps an adapter.
 
     Attributes:
-        adapter: its folder, which was downloaded if it is on the Hub; or None.
+        adapter: its folder, which was downloaded if it is on the Hub, or a LoRA file; or None.
         statement: what covers the images, verified; None if there is none.
         is_public: without a statement: whether nothing private is known to be behind the images.
             An adapter without one may hold anything; so may a base on a Hub that was not reached.

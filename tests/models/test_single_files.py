@@ -1,0 +1,143 @@
+"""A single .safetensors file with a whole Stable Diffusion model, as other programs use it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.hub_stand_in import hub_stand_in
+from tests.layouts import build_layout
+from utils.errors import UsageError
+from utils.models.pipelines import load_pipeline
+
+RESNET = {  # of the U-Net: as diffusers names it, as the makers' code did
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+UNET = {
+    "conv_in": "input_blocks.0.0",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE = {
+    "encoder.conv_norm_out": "encoder.norm_out",
+    "decoder.conv_norm_out": "decoder.norm_out",
+    **{f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1" for side in ("encoder", "decoder")},
+    **{
+        f"{side}.mid_block.resnets.{i}": f"{side}.mid.block_{i + 1}"
+        for side in ("encoder", "decoder")
+        for i in (0, 1)
+    },
+    "encoder.down_blocks.0.downsamplers.0.conv": "encoder.down.0.downsample.conv",
+    "decoder.up_blocks.0.upsamplers.0.conv": "decoder.up.1.upsample.conv",
+    **{f"encoder.down_blocks.{b}.resnets.0": f"encoder.down.{b}.block.0" for b in (0, 1)},
+    **{
+        f"decoder.up_blocks.{b}.resnets.{i}": f"decoder.up.{1 - b}.block.{i}"
+        for b in (0, 1)
+        for i in (0, 1)
+    },
+}
+
+
+def rename(key: str, places: dict, inside: dict) -> str:
+    place = next((p for p in sorted(places, key=len, reverse=True) if key.startswith(p + ".")), "")
+    rest = key[len(place) + 1 :] if place else key
+    for theirs, ours in inside.items():
+        if place and rest.startswith(theirs + "."):
+            rest = ours + rest[len(theirs) :]
+            break
+    return f"{places[place]}.{rest}" if place else key
+
+
+def write_checkpoint(folder, path) -> None:
+    """The weights of a tiny Stable Diffusion 1, in one file, under the names of its makers."""
+    pipeline = load_pipeline(str(folder))
+    weights = {}
+    for key, value in pipeline.unet.state_dict().items():
+        inside = RESNET if ".resnets." in key else {}
+        weights[f"model.diffusion_model.{rename(key, UNET, inside)}"] = value
+    for key, value in pipeline.vae.state_dict().items():
+        if ".attentions." in key and "group_norm" not in key and key.endswith("weight"):
+            value = value[..., None, None]  # a convolution of one pixel
+        inside = ATTENTION if ".attentions." in key else {"conv_shortcut": "nin_shortcut"}
+        weights[f"first_stage_model.{rename(key, VAE, inside)}"] = value
+    for key, value in pipeline.text_encoder.state_dict().items():
+        key = key if key.startswith("text_model.") else f"text_model.{key}"
+        weights[f"cond_stage_model.transformer.{key}"] = value
+    save_file({k: v.contiguous() for k, v in weights.items()}, path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    build_layout("sd15", folder / "base")
+    write_checkpoint(folder / "base", folder / "dreamy.safetensors")
+    return folder
+
+
+LOAD = """
+import sys, torch
+from utils.models.pipelines import load_pipeline
+theirs, ours = (load_pipeline(path) for path in sys.argv[1:])
+for part in ("unet", "vae", "text_encoder"):
+    expected = getattr(ours, part).state_dict()
+    found = getattr(theirs, part).state_dict()
+    assert found.keys() == expected.keys(), (part, found.keys() ^ expected.keys())
+    assert all(torch.equal(found[key], expected[key]) for key in expected), part
+print("the same")
+"""
+
+
+def test_it_is_loaded_with_the_configuration_of_the_hub(checkpoint, tmp_path):
+    with hub_stand_in() as hub:
+        hub.put("model", "stable-diffusion-v1-5/stable-diffusion-v1-5", checkpoint / "base")
+        command = [sys.executable, "-c", LOAD, checkpoint / "dreamy.safetensors"]
+        run = subprocess.run(
+            [*command, checkpoint / "base"],
+            env=hub.environment(tmp_path / "home"), capture_output=True, text=True,
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "the same"
+
+
+def refuse(path) -> str:
+    with pytest.raises(UsageError) as refused:
+        load_pipeline(str(path))
+    return str(refused.value)
+
+
+def test_without_the_hub_it_is_said_how_to_convert_it(checkpoint):
+    said = refuse(checkpoint / "dreamy.safetensors")
+    assert "configuration" in said and 'from_single_file("' in said and "save_pretrained" in said
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "dreamy.ckpt")
+    said = refuse(tmp_path / "dreamy.ckpt")
+    assert ".safetensors" in said and "save_pretrained" in said
+
+
+def test_a_file_that_is_no_whole_model(tmp_path):
+    save_file({"lora_unet_x.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert "no whole checkpoint" in refuse(tmp_path / "lora.safetensors")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    assert "cannot load a pipeline" in refuse(tmp_path / "empty.safetensors")

@@ -1,0 +1,81 @@
+"""Which files of an adapter are found: a run's folder, its weights, or another program's LoRA."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.errors import UsageError
+from utils.models.adapters import fetch_adapter, load_adapter
+from utils.models.pipelines import load_pipeline
+from utils.sampling.generation import hash_adapter
+
+NAME = "pytorch_lora_weights.safetensors"
+
+
+def weights(pipeline) -> np.ndarray:
+    return pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.numpy()
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_base, trained):
+    """What the adapter makes of one matrix."""
+    pipeline = load_pipeline(str(tiny_base))
+    before = weights(pipeline).copy()
+    load_adapter(pipeline, trained[0])
+    assert np.abs(weights(pipeline) - before).max() > 0
+    return weights(pipeline)
+
+
+@pytest.mark.parametrize("given", ["folder", "file", "other name", "other folder"])
+def test_it_is_the_same_adapter(given, tiny_base, trained, merged, tmp_path):
+    shutil.copy(trained[0] / NAME, tmp_path / "faces_v2.safetensors")
+    where = {
+        "folder": trained[0],
+        "file": trained[0] / NAME,
+        "other name": tmp_path / "faces_v2.safetensors",
+        "other folder": tmp_path,
+    }[given]
+    found, pipeline = fetch_adapter(str(where)), load_pipeline(str(tiny_base))
+    load_adapter(pipeline, found)
+    assert np.array_equal(weights(pipeline), merged)
+    is_ours = given in ("folder", "file")
+    assert found == (trained[0] if is_ours else tmp_path / "faces_v2.safetensors")
+    assert set(hash_adapter(found)) >= {NAME if is_ours else "faces_v2.safetensors"}
+
+
+def test_of_several_files_one_must_be_named(tmp_path, trained):
+    for name in ("a.safetensors", "b.safetensors"):
+        shutil.copy(trained[0] / NAME, tmp_path / name)
+    with pytest.raises(UsageError, match="holds a.safetensors, b.safetensors: name one of them"):
+        fetch_adapter(str(tmp_path))
+    assert fetch_adapter(str(tmp_path / "b.safetensors")) == tmp_path / "b.safetensors"
+
+
+def test_a_folder_that_lost_its_weights_is_not_taken_for_another(tmp_path, trained):
+    """Beside a statement, a file of another name is not what the statement is about."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / NAME).rename(tmp_path / "run" / "mine.safetensors")
+    assert fetch_adapter(str(tmp_path / "run")) == tmp_path / "run"
+    assert fetch_adapter(str(tmp_path / "run" / "mine.safetensors")) == tmp_path / "run"
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all"])
+def test_a_broken_file_gets_a_sentence(tiny_base, tmp_path, content):
+    (tmp_path / "lora.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match="cannot load the adapter"):
+        load_adapter(load_pipeline(str(tiny_base)), fetch_adapter(str(tmp_path)))
+
+
+def test_a_lora_of_another_program_is_drawn_from_with_a_warning(
+    run_script, tiny_base, trained, tmp_path
+):
+    shutil.copy(trained[0] / NAME, tmp_path / "faces_v2.safetensors")
+    draw = ["--pretrained_model_name_or_path", tiny_base, "--prompts", "the digit 3"]
+    draw += ["--num_images", 1, "--adapter", tmp_path / "faces_v2.safetensors"]
+    run = run_script("sample.py", *draw, "--output_dir", tmp_path / "drawn")
+    assert run.returncode == 0, run.stderr
+    assert "has no privacy.json" in run.stderr
+    with Image.open(tmp_path / "drawn" / "000000.png") as image:
+        assert image.size == (16, 16)

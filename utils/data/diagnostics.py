@@ -1,0 +1,87 @@
+"""What the owner of a private set should look at before its budget is spent. It shows private
+images: it goes to OUTPUT_DIR/private.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.data.images import read_pixel_batches, tile_images
+from utils.data.private_set import PrivateSet
+from utils.errors import on_main_process
+from utils.files import (
+    DATA_REPORT,
+    DATA_SHEET,
+    explain_disk_errors,
+    make_private,
+    private_folder,
+    write_durably,
+)
+
+SHOWN, COLUMNS, SIDE = 48, 8, 128  # images on the sheet, of how many pixels at most
+LINES, PER_LINE = 3, 20  # of a caption
+
+
+def show_private_set(private_set: PrivateSet, resolution: int, output_dir: str | Path) -> None:
+    """Leave images.png, a sheet of images and captions as training sees them, and data.json,
+    counts; and say so. Warn if a picture is in several privacy units.
+
+    Raises:
+        UsageError: the disk does not take them, or an image changed since it was checked.
+    """
+    on_main_process(lambda: _show(private_set, resolution, private_folder(output_dir)))
+
+
+def _show(private_set: PrivateSet, resolution: int, folder: Path) -> None:
+    repeated = private_set.count_repeated()
+    report = {
+        "rows": len(private_set.rows),
+        "units": private_set.num_units,
+        "left_out": dict(private_set.left_out),
+        "pictures_in_several_units": repeated,
+    }
+    with explain_disk_errors(folder):
+        make_private(folder)
+        write_durably(folder / DATA_REPORT, json.dumps(report, indent=2) + "\n")
+        draw_sheet(private_set, resolution).save(folder / DATA_SHEET)
+    print(f"{folder / DATA_SHEET} shows images as training sees them: look", file=sys.stderr)
+    if repeated:
+        print(
+            "warning: some pictures are in several rows that count as different privacy units (how "
+            f"many: {folder / DATA_REPORT}). The guarantee is for one unit: whoever is in several "
+            "is protected less. If that is one person, name a column with --privacy_unit_column "
+            "(for an image folder whose metadata names pictures repeatedly, file_name)",
+            file=sys.stderr,
+        )
+
+
+def draw_sheet(private_set: PrivateSet, resolution: int) -> Image.Image:
+    """Up to 48 images, from all over the set, each above the start of its caption."""
+    count = min(SHOWN, len(private_set.rows))
+    numbers = np.unique(np.linspace(0, len(private_set.rows) - 1, count).round().astype(int))
+    images = private_set.images.select(numbers.tolist())
+    batches = read_pixel_batches(images, resolution, COLUMNS, private_set.digests[numbers])
+    side, tiles = min(resolution, SIDE), []
+    for pixels in (image for batch in batches for image in batch):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        tiles.append(image.resize((side, side)) if side < resolution else image)
+    captioned = [
+        _write_below(tile, private_set.captions[int(number)])
+        for tile, number in zip(tiles, numbers, strict=True)
+    ]
+    return tile_images(captioned, min(COLUMNS, len(captioned)))
+
+
+def _write_below(image: Image.Image, caption: str) -> Image.Image:
+    """On a tile wide enough to read it."""
+    caption = caption or "(no caption)"
+    starts = range(0, min(len(caption), LINES * PER_LINE), PER_LINE)
+    lines = [caption[start : start + PER_LINE] for start in starts]
+    tile = Image.new("RGB", (SIDE + 8, image.height + 12 * LINES + 8), "white")
+    tile.paste(image, ((tile.width - image.width) // 2, 4))
+    font = ImageFont.load_default(10)
+    ImageDraw.Draw(tile).text((4, image.height + 6), "\n".join(lines), fill="black", font=font)
+    return tile
