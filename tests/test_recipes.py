@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
@@ -155,7 +156,9 @@ def test_it_runs_to_the_end_on_a_small_model_of_its_makers_layout(
     more += [word for name, value in SMALL.items() for word in (f"--{name}", value)]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [*arguments, *map(str, more)])
+    AcceleratorState._reset_state(True)  # another precision than the last run's in this process
     module.main()
+    AcceleratorState._reset_state(True)
     run = tmp_path / "run"
     statement = json.loads((run / "privacy.json").read_text())
     assert statement["private"] is True and statement["num_units"] == 24

@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.arguments.training import DataArguments
 from utils.data.folders import load_image_folder
-from utils.data.rows import load_split, read_captions, read_labels
+from utils.data.rows import load_split, number_units, read_captions, read_labels
 from utils.errors import UsageError
 
 

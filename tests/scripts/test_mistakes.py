@@ -132,7 +132,7 @@ def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_f
     plan = json.loads(run.stdout)
     assert plan["images_left_out"] == {"unreadable": 1} and plan["num_units"] == 39
     run = run_script("train_dp_lora.py", *arguments, "--strict_images")
-    assert run.returncode == 2 and "row 3 cannot be read" in run.stderr
+    assert run.returncode == 2 and "row 3 is unreadable" in run.stderr
 
 
 def test_the_command_line_wins_over_the_config(run_script, tiny_base, image_folder, tmp_path):

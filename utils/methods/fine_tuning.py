@@ -19,7 +19,6 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.audit.replay import SetUp, replay
-from utils.data.diagnostics import show_private_set
 from utils.data.images import describe_left_out
 from utils.data.latents import prepare_losses
 from utils.errors import Stopped, StopRequest, UsageError, on_main_process
@@ -95,9 +94,9 @@ def run_method(
 
     # Plan what will be spent, and reserve it.
     plan_for = make_plan_for(method, stage, data, privacy, training)
+    side = stage.resolution
     if training.dry_run:
-        private_set, plan = preview(accelerator, data, privacy, training, plan_for)
-        show_private_set(private_set, stage.resolution, training.output_dir)
+        private_set, plan = preview(accelerator, data, privacy, training, side, plan_for)
         report = describe(private_set, plan, engine, unit_bytes, training, stage.audit)
         accelerator.print(report)
         return
@@ -107,19 +106,12 @@ def run_method(
         "trained": engine.names,
         "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
     }
-    private_set, plan, run = reserve(accelerator, data, privacy, training, agreed, plan_for)
+    private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, run, engine, private_set.left_out))
-
-    show_private_set(private_set, stage.resolution, training.output_dir)
 
     # Train by DP-SGD.
     unit_losses, encoded_dir = prepare_losses(
-        stage.pipeline,
-        private_set,
-        stage.resolution,
-        training,
-        plan.noise_multiplicity,
-        stage.randomness,
+        stage.pipeline, private_set, side, training, plan.noise_multiplicity, stage.randomness
     )
     state = build_training_state(engine, adapter, plan, run, training)
     fine_tune(stage, state, unit_losses, plan, run, training)

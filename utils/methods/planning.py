@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
+from utils.data.diagnostics import show_private_set
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, number_units, read_captions
 from utils.errors import UsageError, on_main_process
@@ -16,8 +17,9 @@ from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import confirm, find_ledger, open_run
 from utils.ledger.runs import Run
 from utils.privacy.accounting import account
-from utils.privacy.plan import PrivacyPlan, make_plan, summarise_plan
+from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
 
+ROW = "one row: an image and its caption; a picture that is in several rows is protected less"
 # The plan for a number of units; raises UsageError if it is impossible.
 PlanFor = Callable[[int], PrivacyPlan]
 
@@ -46,9 +48,11 @@ def preview(
     data: DataArguments,
     privacy: PrivacyArguments,
     training: TrainingArguments,
+    resolution: int,
     plan_for: PlanFor,
 ) -> tuple[PrivateSet, PrivacyPlan]:
-    """Load the private rows, and plan what would be spent on them; nothing is reserved.
+    """Load the private rows, plan what would be spent on them, and show their owner what training
+    would see (`show_private_set`); nothing is reserved.
 
     Raises:
         UsageError: bad data, or an impossible plan (see `reserve`).
@@ -62,7 +66,9 @@ def preview(
         ledger.check(plan.terms(is_private), privacy.total_epsilon)
 
     on_main_process(check)
-    return _check_images(rows, data, plan, plan_for)
+    private_set, plan = _check_images(rows, data, plan, plan_for)
+    show_private_set(private_set, resolution, training.output_dir)
+    return private_set, plan
 
 
 def reserve(
@@ -70,10 +76,12 @@ def reserve(
     data: DataArguments,
     privacy: PrivacyArguments,
     training: TrainingArguments,
+    resolution: int,
     agreed: dict,
     plan_for: PlanFor,
 ) -> tuple[PrivateSet, PrivacyPlan, Run]:
-    """Load the private rows, and plan and reserve what will be spent on them.
+    """Load the private rows, plan and reserve what will be spent on them, and show their owner what
+    training sees (`show_private_set`).
 
     An impossible plan is refused before any image is read. Whatever `datasets` caches of the images
     stays under OUTPUT_DIR/private.
@@ -102,6 +110,7 @@ def reserve(
     run = on_main_process(open_and_remember)
     try:
         private_set, plan = _check_images(rows, data, plan, plan_for)
+        show_private_set(private_set, resolution, training.output_dir)
         run = on_main_process(lambda: confirm(run, privacy, plan, is_private))
     except UsageError:
         if run.checkpoint is None:
@@ -142,6 +151,7 @@ def describe(
         "images_left_out": dict(private_set.left_out),
         "trainable_parameters": engine.num_parameters,
         "audit": audit,
+        "protected": ROW if plan.unit_column is None else name_unit(plan.unit_column),
         "per_unit_gradient_bytes": unit_bytes * min(training.train_batch_size, plan.num_units),
     }
     return json.dumps(report, indent=2)

@@ -15,7 +15,6 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.data.diagnostics import show_private_set
 from utils.data.latent_files import choose_latents_folder
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
@@ -74,8 +73,9 @@ def run_selection(
         return plan
 
     if training.dry_run:
-        private_set, plan = preview(accelerator, data, privacy, training, plan_for)
-        show_private_set(private_set, stage.resolution, training.output_dir)
+        private_set, plan = preview(
+            accelerator, data, privacy, training, stage.resolution, plan_for
+        )
         accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
         later = plan_later_training(privacy, training.max_train_steps, plan)
         if later is not None:
@@ -83,9 +83,10 @@ def run_selection(
         return
     settings = collect_settings("selection", args, data, training)
     agreed = settings | {"base_model_checksum": stage.base_checksum}
-    private_set, plan, run = reserve(accelerator, data, privacy, training, agreed, plan_for)
+    private_set, plan, run = reserve(
+        accelerator, data, privacy, training, stage.resolution, agreed, plan_for
+    )
     accelerator.print(announce(plan, len(candidates)))
-    show_private_set(private_set, stage.resolution, training.output_dir)
 
     # Score every sampled unit, and release the sum with noise.
     encoded_dir = None
