@@ -36,7 +36,8 @@
         privacy_words       a privacy statement in words
         evaluation_card     a card's section on evaluate.py's figures
     data/           rows to images, captions, latents and losses
-        folders             an image folder: its files, metadata and classes
+        folders             an image folder: its files and classes, as rows
+        metadata            the tables of an image folder, as text
         rows                loading a split; the caption, label and unit of each row
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units

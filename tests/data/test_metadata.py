@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.data.test_folders import draw, load
-from utils.data.rows import number_units
+from utils.arguments.training import DataArguments
+from utils.data.rows import number_units, read_captions
 from utils.errors import UsageError
 
 
@@ -24,6 +25,85 @@ def test_an_image_that_is_named_several_times_is_a_row_each_time(tmp_path):
     assert rows["text"][:5] == [f"./a.png {i}" for i in range(5)]
     assert number_units(rows, "file_name").tolist() == [0] * 5 + [1] * 5
     assert number_units(rows, None).tolist() == list(range(10))
+
+
+def write(folder, name: str, content: str | bytes, images: int = 3) -> None:
+    for index in range(images):
+        draw(folder / f"{index}.png")
+    content = content if isinstance(content, bytes) else content.encode()
+    (folder / name).write_bytes(content)
+
+
+ROWS = "0.png,a cat\n1.png,a dog\n2.png,a cow\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "file_name,text\n" + ROWS,
+        "\ufefffile_name,text\n" + ROWS,
+        "file_name, text\n" + ROWS,
+        ("file_name,text\n" + ROWS).replace("\n", "\r\n"),
+        'file_name,text\n0.png,"a cat"\n1.png,"a dog"\n2.png,"a cow"\n\n\n',
+    ],
+)
+def test_csv_files_as_programs_write_them(tmp_path, content):
+    write(tmp_path, "metadata.csv", content)
+    assert load(tmp_path)["text"] == ["a cat", "a dog", "a cow"]
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("csv", ("file_name,text\n" + ROWS).replace(",", ";"), "it has: file_name;text"),
+        ("csv", ("file_name,text\n" + ROWS).replace(",", "\t"), "it has: file_name\ttext"),
+        ("csv", "filename,text\n" + ROWS, "it has: filename, text"),
+        ("csv", "File_Name,text\n" + ROWS, "it has: File_Name, text"),
+        ("csv", "file_name,text,text\n0.png,a,b\n", "two columns have one name"),
+        ("csv", "file_name,text, text\n0.png,a,b\n", "two columns have one name"),
+        ("csv", "file_name,text\n", "names no image"),
+        ("csv", "", "names no image"),
+        ("csv", "file_name,text\nRöntgen.png,x\n".encode("cp1252"), "is not UTF-8 text: save it"),
+        ("csv", ("file_name,text\n" + ROWS).encode("utf-16"), "is not UTF-8 text: save it"),
+        ("csv", "file_name,text\n0.PNG,x\n", "did you mean 0.png"),
+        ("csv", "file_name,text\n0,x\n", "did you mean 0.png"),
+        ("csv", "file_name,text\n../else/0.png,x\n", "it names ../else/0.png"),
+        ("jsonl", '{"file_name": "0.png"},\n', "cannot read"),
+        ("jsonl", '[{"file_name": "0.png"}]', "row 1 has no file_name.*it has: list"),
+        ("jsonl", "{}", "it has: nothing else"),
+    ],
+)
+def test_tables_that_are_something_else_get_a_sentence(tmp_path, name, content, sentence):
+    write(tmp_path, f"metadata.{name}", content)
+    with pytest.raises(UsageError, match=sentence):
+        load(tmp_path)
+
+
+def test_two_tables_that_name_the_same_images_are_refused(tmp_path):
+    """Else every picture would count twice."""
+    write(tmp_path, "metadata.csv", "file_name,text\n" + ROWS)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png", "text": "a cow"}\n')
+    with pytest.raises(UsageError, match="name the same image, which would count twice"):
+        load(tmp_path)
+
+
+def test_patients_that_differ_by_spaces_alone_are_refused(tmp_path):
+    """They would be two privacy units, each with its own share of one person."""
+    lines = [{"file_name": f"{i}.png", "id": v} for i, v in enumerate(("7", "7 ", "8"))]
+    write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+    with pytest.raises(UsageError, match="1 value.s. differ from another by spaces"):
+        number_units(load(tmp_path), "id")
+    lines[1]["id"] = "8 "
+    lines[2]["id"] = " 8"
+    write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+    with pytest.raises(UsageError, match="1 value.s. differ"):
+        number_units(load(tmp_path), "id")
+
+
+def test_a_caption_that_is_not_a_number_is_none(tmp_path):
+    lines = '{"file_name": "0.png", "text": NaN}\n{"file_name": "1.png", "text": null}\n'
+    write(tmp_path, "metadata.jsonl", lines, 2)
+    assert list(read_captions(load(tmp_path), DataArguments(caption_column="text"))) == ["", ""]
 
 
 def test_paths_as_windows_writes_them(tmp_path):

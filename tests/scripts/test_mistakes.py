@@ -55,6 +55,20 @@ MISTAKES = [
     (["--resolution", "0"], "must be positive"),
     (["--resolution", "-16"], "must be positive"),
     (["--variant", "fp16"], "fp16"),
+    (["--learning_rate", "nan"], "positive and finite"),
+    (["--learning_rate", "-1"], "positive and finite"),
+    (["--learning_rate", "inf"], "positive and finite"),
+    (["--learning_rate", "0"], "positive and finite"),
+    (["--lr_warmup_steps", "50"], "more than --max_train_steps"),
+    (["--lr_warmup_steps", "-5"], "at least 0"),
+    (["--adam_beta1", "2"], "--adam_beta1 2.0 must be at least 0 and below 1"),
+    (["--adam_beta2", "nan"], "at least 0 and below 1"),
+    (["--adam_epsilon", "-1"], "at least 0"),
+    (["--adam_weight_decay", "-1"], "at least 0"),
+    (["--snr_gamma", "nan"], "must be positive"),
+    (["--debug_noise_seed", "-1"], "at least 0"),
+    (["--caption_column", "label"], "holds classes, whose captions would be numbers"),
+    (["--privacy_unit_column", "image"], "a unit is named by a text or a number"),
 ]
 
 

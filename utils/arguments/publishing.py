@@ -25,8 +25,8 @@ class RepositoryArguments:
 
     def __post_init__(self):
         name = self.hub_license
-        if name is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
-            likely = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        if name is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*[+]*", name):
+            likely = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")
             raise UsageError(
                 f"--hub_license '{name}': the Hub names licences in small letters and without "
                 f"spaces; did you mean {likely}?"

@@ -1,10 +1,17 @@
 """The options that all private training shares: data, model, privacy, optimizer and run."""
 
+import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.sampling import DrawingArguments
-from utils.arguments.values import INTENSITY_HELP, check_range, check_seed, choose_precision
+from utils.arguments.values import (
+    INTENSITY_HELP,
+    check_between,
+    check_range,
+    check_seed,
+    choose_precision,
+)
 from utils.errors import UsageError
 
 CLIPPING_MODES = ["flat", "automatic", "per_layer"]
@@ -123,6 +130,8 @@ class PrivacyArguments:
     def __post_init__(self):
         if self.noise_multiplicity < 1:
             raise UsageError(f"--noise_multiplicity {self.noise_multiplicity} must be at least 1")
+        if self.debug_noise_seed is not None:
+            check_between("debug_noise_seed", self.debug_noise_seed, 0, 2**64)
         if self.total_epsilon is not None and not self.total_epsilon > 0:
             raise UsageError(f"--total_epsilon {self.total_epsilon} must be positive")
 
@@ -201,8 +210,17 @@ class TrainingArguments(DrawingArguments):
         super().__post_init__()
         check_seed(self.seed)
         self.mixed_precision = choose_precision(self.mixed_precision)
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"--ema_decay {self.ema_decay} must be at least 0 and below 1")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            check_between(name, getattr(self, name), 0, 1)
+        for name in ("adam_epsilon", "adam_weight_decay", "lr_warmup_steps"):
+            check_between(name, getattr(self, name), 0, math.inf)
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"--learning_rate {self.learning_rate} must be positive and finite")
+        if self.lr_warmup_steps > max(self.max_train_steps, 0):
+            raise UsageError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} is more than --max_train_steps "
+                f"{self.max_train_steps}: the learning rate would never be reached"
+            )
         if min(self.train_batch_size, self.checkpointing_steps, self.checkpoints_total_limit) < 1:
             raise UsageError(
                 "--train_batch_size, --checkpointing_steps and --checkpoints_total_limit must be "
@@ -210,5 +228,5 @@ class TrainingArguments(DrawingArguments):
             )
         if self.num_validation_images < 0:
             raise UsageError("--num_validation_images must be at least 0")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive")
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
+            raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive and finite")

@@ -47,6 +47,13 @@ def check_range(levels: list[float] | None) -> tuple[float, float] | None:
     return levels[0], levels[1]
 
 
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Raises: UsageError unless low <= value < high."""
+    if not low <= value < high:
+        limit = "" if high == math.inf else f" and below {high:g}"
+        raise UsageError(f"--{name} {value} must be at least {low:g}{limit}, and finite")
+
+
 def check_seed(seed: int | None) -> None:
     """Raises: UsageError if a generator cannot take it."""
     if seed is not None and not 0 <= seed <= LARGEST_SEED:

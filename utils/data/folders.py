@@ -4,20 +4,17 @@ Files are listed here, not by name patterns: the name of a file never decides ab
 and text in a table stays the text that it is. What is not used is counted, and said.
 """
 
-import csv
-import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
 from PIL import Image as PILImage
 
+from utils.data.metadata import FILE_NAME, METADATA_NAMES, explain_paths, read_metadata
 from utils.errors import UsageError
 from utils.files import read_text
 
@@ -27,10 +24,8 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
-FILE_NAME = "file_name"  # the column of metadata that names an image
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
 
@@ -101,7 +96,7 @@ def _follow_metadata(
     absent = [path for path in entries if path.is_relative_to(root) and not path.is_file()]
     named = [path for path in images for _ in entries.get(path, ())]  # a row each time it is named
     if not named:
-        raise UsageError(_explain_paths(tables[0], absent or list(entries), images))
+        raise UsageError(explain_paths(tables[0], absent or list(entries), images))
     unused |= {path: "not in the metadata" for path in images if path not in entries}
     unused |= {path: "in the metadata, but not there" for path in absent}
     for table in tables:
@@ -160,73 +155,11 @@ def _is_shown(path: Path, root: Path) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def read_metadata(tables: list[Path]) -> dict[Path, list[dict]]:
-    """By the path of an image, the rows of the tables that name it: every other column, as it is
-    written.
-
-    Raises:
-        UsageError: a table cannot be read, or has no `file_name`.
-    """
-    entries: dict[Path, list[dict]] = {}
-    for table in tables:
-        try:
-            rows = _READERS[table.suffix.lower()](table)
-        except (ValueError, KeyError, TypeError, OSError, csv.Error, pa.ArrowException) as error:
-            raise UsageError(f"cannot read {table}: {error}") from error
-        for number, row in enumerate(rows, 1):
-            name = row.pop(FILE_NAME, None) if isinstance(row, dict) else None
-            if not isinstance(name, str) or not name:
-                raise UsageError(f"{table}: row {number} has no {FILE_NAME}, the path of an image")
-            entries.setdefault(_find_named(table.parent, name), []).append(row)
-    return entries
-
-
-def _find_named(folder: Path, name: str) -> Path:
-    """The path of an image from its table's folder; some write it with backslashes, or `./`."""
-    path = folder / name
-    if not path.is_file() and "\\" in name:
-        path = folder / name.replace("\\", "/")
-    return Path(os.path.normpath(path))
-
-
-def _read_csv(table: Path) -> list[dict]:
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        rows = list(reader)
-    if any(None in row or None in row.values() for row in rows):
-        raise ValueError("a row has more or fewer fields than the first line")
-    return rows
-
-
-def _read_jsonl(table: Path) -> list[dict]:
-    lines = read_text(table).splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def _read_parquet(table: Path) -> list[dict]:
-    return pq.read_table(table).to_pylist()
-
-
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
 def _collect_columns(entries: list[dict]) -> dict[str, list]:
     names = dict.fromkeys(name for entry in entries for name in entry)
     if {IMAGE, FILE_NAME} & set(names):
         raise UsageError(f"the metadata has a column '{IMAGE}', which is that of the images")
     return {name: [entry.get(name) for entry in entries] for name in names}
-
-
-def _explain_paths(table: Path, named: list[Path], images: list[Path]) -> str:
-    first = named[0].relative_to(table.parent) if named else "nothing"
-    sentence = (
-        f"none of the images is in {table}: it names {first}, and paths in it count from its own "
-        "folder"
-    )
-    same = [path for path in images if named and path.name == named[0].name]
-    if same and same[0].is_relative_to(table.parent):
-        sentence += f"; did you mean {same[0].relative_to(table.parent)}?"
-    return sentence
 
 
 def _say_what_is_unused(root: Path, used: int, unused: dict[Path, str]) -> None:

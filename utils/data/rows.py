@@ -13,6 +13,7 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Value,
     get_dataset_split_names,
     load_dataset,
     load_from_disk,
@@ -142,6 +143,11 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
         return Column(rows, data.image_column, lambda _: data.caption)
     if data.caption_column is not None:
         require_column(rows, data.caption_column, "--caption_column")
+        if isinstance(rows.features[data.caption_column], ClassLabel):
+            raise UsageError(
+                f"--caption_column {data.caption_column} holds classes, whose captions would be "
+                "numbers: give --label_column and --caption_template instead"
+            )
         return Column(rows, data.caption_column, partial(_choose_first, data.caption_column))
     if data.label_column is None:
         raise UsageError(
@@ -168,7 +174,7 @@ def fill_template(template: str, label: str) -> str:
 def _choose_first(column: str, value: object) -> str:
     if isinstance(value, list):
         value = value[0] if value else None
-    if value is None:
+    if value is None or value != value:  # NaN is how pandas writes that there is none
         return ""
     if not isinstance(value, str | int | float):
         raise UsageError(
@@ -214,6 +220,12 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     if unit_column is None:
         return torch.arange(len(rows))
     require_column(rows, unit_column, "--privacy_unit_column")
+    feature = rows.features[unit_column]
+    if not isinstance(feature, Value | ClassLabel):
+        raise UsageError(
+            f"--privacy_unit_column {unit_column} holds {type(feature).__name__} values; a unit is "
+            "named by a text or a number"
+        )
     values = rows[unit_column]
     missing = sum(v is None or v != v or v == "" for v in values)
     if missing:
@@ -222,4 +234,11 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
             "whose they are; fill them in or remove those rows"
         )
     number: dict = {}
+    texts = {value for value in values if isinstance(value, str)}
+    merged = len(texts) - len({text.strip() for text in texts})
+    if merged:
+        raise UsageError(
+            f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another by spaces "
+            "around them alone, which would make two units of one: mend them"
+        )
     return torch.tensor([number.setdefault(value, len(number)) for value in values])
