@@ -43,7 +43,7 @@ def main():
         save_unet,
         USAGE + (LORA_USAGE if args.train_text_encoder else ""),
         args,
-        stages.saliency_file,
+        stages,
     )
     run_method(method, model, data, privacy, training, hub)
 

@@ -40,7 +40,7 @@ def main():
         save_loda,
         USAGE,
         args,
-        stages.saliency_file,
+        stages,
     )
     run_method(method, model, data, privacy, training, hub)
 

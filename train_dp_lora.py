@@ -15,6 +15,9 @@
     # DP-SAPF: spend a twentieth of the budget to learn which matrices to train
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency
 
+    # a warm start: spend a share of it on noisy means, and start from images that match them
+    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --release_means
+
 LoRA on the attention and projection layers of the U-Net, trained by DP-SGD (Tsai et al. 2025); with
 --saliency_file or --select_saliency, on the matrices that a private ranking selects (Gong et al.
 2026).
@@ -23,8 +26,8 @@ privacy.json, a model card and samples. No loss is shown: it is not private.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
+from utils.arguments.means import MeansArguments
 from utils.arguments.methods import (
     SHARED,
     BothStagesArguments,
@@ -39,27 +42,27 @@ pipeline.load_lora_weights("{adapter}")"""
 
 
 def main():
-    model, data, privacy, training, hub, stages, lora, saliency = parse(
-        *SHARED, BothStagesArguments, LoraArguments, SaliencyArguments, description=__doc__
+    model, data, privacy, training, hub, stages, lora, saliency, means = parse(
+        *(*SHARED, BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
+        description=__doc__,
     )
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.fine_tuning import Method, run_method
     from utils.methods.saliency_file import read_saliency
     from utils.models.lora import add_lora, save_lora
 
-    selection = stages.saliency_file
-    if stages.select_saliency:
-        from utils.methods.publishing import check_repository
-        from utils.methods.selection import select_first
+    if stages.release_means or stages.select_saliency:
+        from utils.methods.first_stages import do_first_stages
 
-        check_repository(hub, privacy, training)
-        selection = select_first(model, data, privacy, training, lora, saliency)
-        if training.dry_run and not Path(selection).exists():
-            return  # the plans of both stages were printed
-    if selection is not None:
-        lora = replace(lora, target_modules=read_saliency(selection).selected)
+        stages = do_first_stages(
+            stages, (model, data, privacy, training, hub), lora, saliency, means
+        )
+        if stages is None:
+            return  # a dry run: the plans of all stages were printed
+    if stages.saliency_file is not None:
+        lora = replace(lora, target_modules=read_saliency(stages.saliency_file).selected)
     method = Method(
-        "dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE, lora, selection
+        "dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE, lora, stages
     )
     run_method(method, model, data, privacy, training, hub)
 

@@ -3,9 +3,14 @@
     methods/        the stages: the private ones, and public pretraining
         fine_tuning         the story of every training script: load, adapt, plan, train, publish
         selection           the story of a selection: score, release with noise, keep, publish
+        means               the story of released means: sum, add noise, publish, draw a set
+        first_stages        selection and means as stages of a training command
+        warm_start          ordinary training on a synthetic set, before the first private step
         stages              what both stories share: their opening, their rehearsal and their end
         planning            from the private rows to a plan: previewed, or reserved in the ledger
         saliency            the scores that private units give to weight matrices (DP-SAPF)
+        mean_features       features of images, and their sums over private units
+        mean_generator      a generator fitted to released means
         choice              which matrices to keep, from noisy scores alone
         saliency_file       saliency.json: what a selection chose; whether a ledger paid for it
         publishing          the card's settings, the samples, and the repository of a run

@@ -22,6 +22,7 @@ SAMPLING_SETTINGS = "sampling.json"  # how images are drawn from a model; or how
 METADATA = "metadata.jsonl"  # the captions of an image folder, as `datasets` reads them
 METRICS = "metrics.json"
 GRID = "grid.png"  # a sheet of images
+MEANS = "means.safetensors"  # noisy means that were released
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
 PRIVATE = "private"
 LEDGER = "ledger.jsonl"

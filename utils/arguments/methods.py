@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from utils.arguments.means import WarmStartArguments
 from utils.arguments.parsing import option
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import (
@@ -73,8 +74,8 @@ class LdmArguments:
 
 
 @dataclass
-class StageArguments:
-    """A selection to build on (DP-SAPF)."""
+class StageArguments(WarmStartArguments):
+    """What to build on: a warm start; a selection (DP-SAPF)."""
 
     saliency_file: str | None = option(
         "saliency.json of select_saliency.py: train what it selected; its cost is composed, and "
@@ -85,13 +86,21 @@ class StageArguments:
 
 @dataclass
 class BothStagesArguments(StageArguments):
-    """A selection to build on, or to make first (DP-SAPF)."""
+    """What to build on, or to do first: a warm start; a selection (DP-SAPF)."""
 
+    release_means: bool = option(
+        "first release noisy means into OUTPUT_DIR/means, within the same budget, and start from "
+        "images that match them",
+        False,
+    )
     select_saliency: bool = option(
         "first select what to train, into OUTPUT_DIR/selection, within the same budget", False
     )
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.release_means and self.warm_start is not None:
+            raise UsageError("give --release_means or --warm_start, not both")
         if self.select_saliency and self.saliency_file is not None:
             raise UsageError("give --select_saliency or --saliency_file, not both")
 

@@ -89,7 +89,7 @@ def _event_in_words(event: dict) -> str:
             f"What is trained was selected by one release of noisy scores (sampling rate {rate}, "
             f"noise multiplier {noise})."
         )
-    if event["purpose"] == "mean embedding":
+    if event["purpose"] in ("means", "mean embedding"):
         return f"One noisy mean of features of all images was released (noise multiplier {noise})."
     return (
         f"{event['steps']} steps, each on a Poisson batch with sampling rate {rate}; every unit's "

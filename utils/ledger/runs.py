@@ -46,7 +46,7 @@ from utils.privacy.plan import PrivacyPlan
 
 NOTE = "run"  # in private/: the name of the folder's run, noted before it is reserved
 IN_USE = "in_use.lock"  # in private/: held by the process that works here
-SELECTION = "selection"  # the folder of a first stage
+SELECTION, FIRST_MEANS = "selection", "means"  # the folders of stages before training
 
 
 def claim_output_dir(training: TrainingArguments) -> FileLock:
@@ -82,7 +82,7 @@ def claim_output_dir(training: TrainingArguments) -> FileLock:
 def _is_free(path: Path) -> bool:
     if not path.exists():
         return True
-    if not path.is_dir() or {e.name for e in path.iterdir()} - {PRIVATE, SELECTION}:
+    if not path.is_dir() or {e.name for e in path.iterdir()} - {PRIVATE, SELECTION, FIRST_MEANS}:
         return False
     ours = {
         CACHE,

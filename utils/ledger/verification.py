@@ -60,7 +60,8 @@ def read_source(name: str, revision: str | None) -> Source:
     if path.is_dir():
         found = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
         names = [str(p) for p in found if PRIVATE not in p.parts]
-        extras = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+        weights = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+        extras = [name for name in weights if not _has_own_statement(path, path / name)]
     else:
         path, names = _download(name, revision)
         extras = [name for name in names if not HARMLESS.fullmatch(name)]
@@ -73,6 +74,14 @@ def read_source(name: str, revision: str | None) -> Source:
         Ledger(ledger) if ledger.exists() else None,
         tuple(extras),
     )
+
+
+def _has_own_statement(root: Path, file: Path) -> bool:
+    """Whether a file of an earlier stage, in a folder of its own, is in the statement there."""
+    statement = file.parent / STATEMENT
+    if file.parent == root or not statement.is_file():
+        return False
+    return _read_json(statement).get("files", {}).get(file.name) == hash_file(file)
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, list[str]]:

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from utils.arguments.methods import StageArguments
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import (
     DataArguments,
@@ -34,8 +35,8 @@ from utils.methods.publishing import (
     describe_setup,
     save_samples,
 )
-from utils.methods.saliency_file import find_paid_selection, join_ledger
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.privacy.accounting import account
@@ -54,7 +55,7 @@ class Method:
         export: saves those weights to a folder.
         usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
         settings: the method's arguments; a run that is resumed must have the same.
-        saliency_file: the selection that it builds on, or None.
+        stages: what it builds on: a selection, a warm start.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Method:
     export: Callable[[DiffusionPipeline, Path], None]
     usage: str
     settings: object
-    saliency_file: str | None = None
+    stages: StageArguments
 
 
 def run_method(
@@ -82,7 +83,7 @@ def run_method(
         training = replace(training, validation_prompt=[data.caption or ""])
     accelerator, _lock = start(training)
     check_repository(hub, privacy, training)
-    privacy = join_ledger(privacy, method.saliency_file)
+    privacy = join_ledger(privacy, method.stages)
 
     # Adapt the public model.
     stage = load_stage(accelerator, model, data, privacy, training)
@@ -106,6 +107,8 @@ def run_method(
         "trained": engine.names,
         "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
     }
+    if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
+        warm_up(stage, engine, method.stages, training.seed)
     private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, run, engine, private_set.left_out))
 
@@ -158,14 +161,14 @@ def make_plan_for(
     privacy: PrivacyArguments,
     training: TrainingArguments,
 ) -> PlanFor:
-    """What makes the plan for a number of units, after the selection that the method builds on.
+    """What makes the plan for a number of units, after the stages that the method builds on.
 
     Raises:
-        UsageError: see `find_paid_selection`.
+        UsageError: see `find_earlier_stages`.
     """
     output_dir, base = Path(training.output_dir), stage.base_checksum
     prior, builds_on = on_main_process(
-        lambda: find_paid_selection(method.saliency_file, output_dir, privacy, base)
+        lambda: find_earlier_stages(method.stages, output_dir, privacy, base)
     )
     terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
     return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)

@@ -43,6 +43,21 @@ def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> Privacy
     )
 
 
+def plan_later_training(
+    privacy: PrivacyArguments, steps: int, earlier: PrivacyPlan
+) -> PrivacyPlan | None:
+    """What the training that is to follow a stage will spend, both composed; None if no budget for
+    it was named.
+
+    Raises:
+        UsageError: see `make_plan`.
+    """
+    if privacy.target_epsilon is None and privacy.noise_multiplier is None:
+        return None
+    terms = {"steps": steps, "unit_column": earlier.unit_column, "prior": (earlier.event(),)}
+    return plan_training(earlier.num_units, privacy, **terms)
+
+
 def preview(
     accelerator: Accelerator,
     data: DataArguments,

@@ -1,14 +1,13 @@
 """saliency.json: what a selection chose, and how stably; and whether a ledger paid for it."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.arguments.training import PrivacyArguments
 from utils.errors import UsageError
-from utils.files import LEDGER, SALIENCY, hash_file, private_folder
-from utils.ledger.charges import list_charged_events, select_run
-from utils.ledger.reservations import find_ledger
+from utils.files import SALIENCY, hash_file
+from utils.ledger.charges import select_run
+from utils.ledger.ledger import Ledger
 
 SCHEMA_VERSION = 1
 
@@ -63,34 +62,23 @@ def read_saliency(path: str | Path) -> Saliency:
         raise UsageError(f"--saliency_file {path} is not a selection: {error}") from error
 
 
-def join_ledger(privacy: PrivacyArguments, saliency_file: str | None) -> PrivacyArguments:
-    """`privacy` with the ledger of the selection that the run builds on, unless `privacy` names
-    one."""
-    if saliency_file is None or privacy.privacy_ledger is not None:
-        return privacy
-    ledger = private_folder(Path(saliency_file).parent) / LEDGER
-    # A random choice has none.
-    return replace(privacy, privacy_ledger=str(ledger)) if ledger.exists() else privacy
-
-
 def find_paid_selection(
-    saliency_file: str | None, output_dir: Path, privacy: PrivacyArguments, base_checksum: int
-) -> tuple[tuple[dict, ...], tuple[str, ...]]:
-    """The event of `--saliency_file` and its run, as the ledger has them; nothing if it was free.
+    saliency_file: str | None, ledger: Ledger, base_checksum: int
+) -> tuple[str, ...]:
+    """The run of `--saliency_file` in the ledger; nothing if it was free.
 
     Raises:
         UsageError: the selection is about another base model, or the ledger did not pay for it.
     """
     if saliency_file is None:
-        return (), ()
+        return ()
     saliency = read_saliency(saliency_file)
     if saliency.base_model_checksum != base_checksum:
         raise UsageError(
             f"--saliency_file {saliency_file} was made with another base model: select anew"
         )
     if saliency.mechanism == "random":
-        return (), ()
-    ledger = find_ledger(output_dir, privacy)
+        return ()
     records, digest = ledger.records(), hash_file(Path(saliency_file))
     written = [r for r in select_run(records, saliency.run) if r["kind"] == "wrote"]
     if not any(record["files"].get(SALIENCY) == digest for record in written):
@@ -98,4 +86,4 @@ def find_paid_selection(
             f"the ledger {ledger.path} did not pay for --saliency_file {saliency_file}: "
             "name the ledger that the selection is in, or select anew"
         )
-    return tuple(list_charged_events(records, [saliency.run])), (saliency.run,)
+    return (saliency.run,)

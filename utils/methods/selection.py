@@ -1,7 +1,7 @@
 """The story of a selection: score, release with noise, keep, publish (DP-SAPF's first stage)."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +15,20 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.data.latent_files import choose_latents_folder
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
 from utils.errors import UsageError, on_main_process
 from utils.files import (
-    CHECKPOINTS,
-    LEDGER,
     SALIENCY,
     explain_disk_errors,
-    private_folder,
     write_durably,
 )
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.reservations import check_room_for
-from utils.ledger.runs import SELECTION, claim_output_dir
 from utils.methods.choice import Keep, build_keep, conclude
-from utils.methods.planning import describe, plan_training, preview, reserve
+from utils.methods.planning import describe, plan_later_training, preview, reserve
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
-from utils.methods.saliency_file import Saliency, read_saliency
+from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
@@ -56,7 +50,7 @@ def run_selection(
     """
     accelerator, _lock = start(training)
     stage = load_stage(accelerator, model, data, privacy, training)
-    candidates = find_candidates(stage.pipeline.unet, args.scope)
+    candidates, side = find_candidates(stage.pipeline.unet, args.scope), stage.resolution
     scoring = build_scoring(list(candidates), args)
     keep = build_keep(candidates, scoring, lora)
     if args.mechanism == "random":  # reads nothing, costs nothing
@@ -73,9 +67,7 @@ def run_selection(
         return plan
 
     if training.dry_run:
-        private_set, plan = preview(
-            accelerator, data, privacy, training, stage.resolution, plan_for
-        )
+        private_set, plan = preview(accelerator, data, privacy, training, side, plan_for)
         accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
         later = plan_later_training(privacy, training.max_train_steps, plan)
         if later is not None:
@@ -83,9 +75,7 @@ def run_selection(
         return
     settings = collect_settings("selection", args, data, training)
     agreed = settings | {"base_model_checksum": stage.base_checksum}
-    private_set, plan, run = reserve(
-        accelerator, data, privacy, training, stage.resolution, agreed, plan_for
-    )
+    private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
@@ -170,20 +160,6 @@ def plan_selection(
     )
 
 
-def plan_later_training(
-    privacy: PrivacyArguments, steps: int, selection: PrivacyPlan
-) -> PrivacyPlan | None:
-    """What the training that is to follow will spend; None if no budget for it was named.
-
-    Raises:
-        UsageError: see `make_plan`.
-    """
-    if privacy.target_epsilon is None and privacy.noise_multiplier is None:
-        return None
-    terms = {"steps": steps, "unit_column": selection.unit_column, "prior": (selection.event(),)}
-    return plan_training(selection.num_units, privacy, **terms)
-
-
 def check_later_training(
     plan: PrivacyPlan,
     privacy: PrivacyArguments,
@@ -252,43 +228,3 @@ def describe_selection(saliency: Saliency, training: TrainingArguments) -> str:
     if training.dry_run:
         return f"would select {counts}"
     return f"selected {counts}: saliency.json and saliency.png in {training.output_dir}"
-
-
-def select_first(
-    model: ModelArguments,
-    data: DataArguments,
-    privacy: PrivacyArguments,
-    training: TrainingArguments,
-    lora: LoraArguments,
-    args: SaliencyArguments,
-) -> str:
-    """Select into OUTPUT_DIR/selection, unless an earlier attempt at this run has paid for it;
-    returns the saliency file, which a dry run does not make.
-
-    Raises:
-        UsageError: see `run_selection`; or the earlier selection had other settings.
-    """
-    output_dir = Path(training.output_dir)
-    folder = output_dir / SELECTION
-    found = folder / SALIENCY
-    if found.exists():
-        changed = list_differences(read_saliency(found).settings, asdict(args))
-        if changed:
-            raise UsageError(f"{found} was made with other settings: {'; '.join(changed)}")
-        return str(found)
-    on_main_process(lambda: claim_output_dir(training).release())
-    if privacy.privacy_ledger is None:  # the folder's: the selection starts it
-        ledger = str(private_folder(output_dir) / LEDGER)
-        privacy = replace(privacy, privacy_ledger=ledger, start_ledger=True)
-    paid = list_steps(private_folder(folder) / CHECKPOINTS)  # an earlier attempt, interrupted
-    if training.resume_from_checkpoint is not None and not paid:
-        raise UsageError(f"--output_dir {output_dir} holds no selection to resume from")
-    within = replace(
-        training,
-        output_dir=str(folder),
-        resume_from_checkpoint="latest" if paid else None,
-        latents_dir=str(choose_latents_folder(training)),
-        discard_latents=False,
-    )
-    run_selection(model, data, privacy, within, lora, args)
-    return str(found)

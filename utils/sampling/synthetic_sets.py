@@ -1,5 +1,6 @@
 """Synthetic images as a dataset on the Hub; and the privacy statement that came with a set."""
 
+import hashlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from utils.arguments.publishing import RepositoryArguments
 from utils.errors import UsageError
-from utils.files import CARD, GRID, METADATA, SAMPLING_SETTINGS, STATEMENT
+from utils.files import CARD, GRID, METADATA, SAMPLING_SETTINGS, STATEMENT, hash_file
 from utils.hub.cards import Maker, build_dataset_card
 from utils.hub.evaluation_card import insert_section
 from utils.hub.upload import make_repo, upload
@@ -19,6 +20,17 @@ from utils.ledger.statement import quote_total
 from utils.ledger.verification import fetch_statement
 from utils.sampling.generation import IS_PUBLIC
 from utils.sampling.shards import plan_shards, write_piece
+
+SET = "set"  # beside released means: the images drawn to match them; in the ledger: their digest
+
+
+def hash_set(folder: Path) -> str:
+    """The SHA-256 of all that a set shows: its images, captions and labels."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".parquet", ".jsonl")):
+        if path.name != GRID:
+            digest.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def publish_images(

@@ -1,0 +1,43 @@
+"""Noisy means of private images, released once, and a synthetic set that matches them.
+
+    python release_means.py --config examples/digits/dp_lora.yaml --target_epsilon 3 \\
+        --output_dir runs/digits/means
+
+    # train from there, in the same ledger: --target_epsilon is for both
+    python train_dp_lora.py --config examples/digits/dp_lora.yaml \\
+        --warm_start runs/digits/means/set --output_dir runs/digits/warm
+
+The mean over the private images of their features, by class, is released with noise (DP-MERF,
+Harder et al. 2021; DP-MEPF, Harder et al. 2023). A small generator is then fitted to what was
+released, never reading the private images again. In --output_dir: means.safetensors, the noisy
+means, with their statement privacy.json; and set/, images with prompts and labels, as sample.py
+leaves them. With --resume_from_checkpoint latest an interrupted release goes on: what is paid for
+is not paid for twice. --config may be that of a training script, whose other options are ignored.
+"""
+
+from utils.arguments.means import LaterModelArguments, MeansArguments
+from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.parsing import parse
+from utils.errors import UsageError, run_script
+
+
+def main():
+    _, data, privacy, training, hub, *_, args = parse(
+        LaterModelArguments,
+        *SHARED[1:],
+        BothStagesArguments,
+        LoraArguments,
+        SaliencyArguments,
+        MeansArguments,
+        description=__doc__,
+    )
+    if hub.push_to_hub:
+        raise UsageError("--push_to_hub: means are not published; sample.py publishes a set")
+    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+    from utils.methods.means import run_release
+
+    run_release(data, privacy, training, args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,272 @@
+"""Released means: what one unit can move, what is spent, and what may start from them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import BUDGET, CAPTION, read_json, train_arguments, train_here
+from utils.arguments.means import MeansArguments
+from utils.ledger.charges import count_charged_steps, list_charged_events
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import find_problems, read_source
+from utils.methods import means as story
+from utils.methods.mean_features import (
+    SIDE,
+    add_count,
+    build_features,
+    sum_units,
+)
+from utils.methods.mean_generator import read_target
+from utils.sampling.synthetic_sets import hash_set
+
+HOSTILE = {"ordinary": 0.5, "huge": 1e30, "overflowing": 1e200, "nan": float("nan"),
+           "inf": float("inf"), "zero": 0.0}  # fmt: skip
+SMALL = ["--generator_steps", 2, "--num_synthetic_images", 40, "--num_frequencies", 50]
+
+
+def build_world(kinds: list[str], rows_each: list[int], classes: int = 3, seed: int = 0):
+    """Units with several rows each, and features that are as large as a row says."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for unit, (kind, count) in enumerate(zip(kinds, rows_each, strict=True)):
+        for index in range(count):
+            image = torch.randn(3, 4, 4, generator=generator).double() * HOSTILE[kind]
+            rows.append((unit, (unit + index) % classes, image))
+    return rows
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(1)
+
+
+@pytest.mark.parametrize("rows_each", [[1] * 8, [3] * 8, [1, 2, 3, 4, 5, 6, 7, 8]])
+@pytest.mark.parametrize("bound", [1.0, 0.25])
+def test_one_unit_moves_the_sum_by_at_most_the_bound(rows_each, bound):
+    """By replay, with and without each unit; and all others' part stays to the last digits."""
+    kinds = [*HOSTILE, "huge", "ordinary"]
+    rows = build_world(kinds, rows_each)
+    whole = sum_units(rows, features, 3, bound)
+    assert whole.isfinite().all()
+    for unit, kind in enumerate(kinds):
+        rest = sum_units([r for r in rows if r[0] != unit], features, 3, bound)
+        alone = sum_units([r for r in rows if r[0] == unit], features, 3, bound)
+        move = (whole - rest).norm().item()
+        assert move <= bound * (1 + 1e-9), kind
+        torch.testing.assert_close(whole - rest, alone, rtol=0, atol=1e-12)
+        if kind in ("huge", "ordinary"):
+            assert move > 0.9 * bound
+        if kind in ("nan", "inf"):
+            assert move == 0
+
+
+def test_without_the_bound_a_unit_would_move_it_further(monkeypatch):
+    """The replay above notices: units of many rows, summed rather than averaged."""
+    rows = build_world(["ordinary"] * 3, [1, 5, 1], classes=1)
+    once = [r for i, r in enumerate(rows) if i in (0, 1, 6)]
+    assert sum_units(rows, features, 1, 1e9).norm() < 5 * sum_units(once, features, 1, 1e9).norm()
+    moved = sum_units(rows, features, 1, 1e9) - sum_units(rows[:1] + rows[6:], features, 1, 1e9)
+    assert moved.norm() > 1.0
+
+
+def test_a_unit_is_the_mean_of_its_rows():
+    image = torch.full((3, 4, 4), 0.01).double()
+    rows = [(0, 0, image), (0, 0, 3 * image), (0, 1, 2 * image)]
+    total = sum_units(rows, features, 2, 1.0)
+    scale = (1 - 0.3**2) ** 0.5
+    expected = torch.tensor([0.04 / 3, 0.02 / 3]).double() * scale
+    assert torch.allclose(total[:, 0], expected) and torch.allclose(
+        total[:, -1], torch.tensor([0.2, 0.1]).double()
+    )
+
+
+@pytest.mark.parametrize("kinds", [["random_features"], ["perceptual_features"],
+                                   ["random_features", "perceptual_features"]])  # fmt: skip
+@pytest.mark.parametrize("grey", [False, True])
+def test_features_have_norm_one_at_most_and_depend_on_the_image_alone(kinds, grey):
+    args = MeansArguments(release=kinds, num_frequencies=40, grey=grey)
+    made = build_features(args, 0)
+    images = torch.rand(5, 3, SIDE, SIDE) * 2 - 1
+    images[3] = -1.0
+    together = add_count(made(images), 10)
+    assert (together.norm(dim=1) <= 1 + 1e-5).all() and (together.norm(dim=1) > 0.9).all()
+    again = build_features(args, 0)(images[2:3])
+    assert torch.equal(again, made(images[2:3]))
+    torch.testing.assert_close(again, made(images)[2:3], rtol=1e-4, atol=1e-5)
+
+
+def test_the_shares_of_classes_are_told_by_the_count():
+    rows = [(i, 0 if i < 6 else 1, torch.ones(3, 4, 4) / 10) for i in range(8)]
+    target = read_target(sum_units(rows, features, 2, 1.0).float() / 8)
+    torch.testing.assert_close(target.shares, torch.tensor([0.75, 0.25]))
+    negative = read_target(torch.tensor([[0.1, -0.2], [0.3, 0.4]]))
+    assert (negative.shares > 0).all() and negative.shares.sum() == pytest.approx(1)
+
+
+# The scripts -------------------------------------------------------------------------------------
+
+
+def release(images, output, *more) -> str:
+    budget = ["--target_epsilon", 3, "--target_delta", 1e-3]
+    arguments = ["--train_data_dir", images, *CAPTION, *budget, *SMALL, "--output_dir", output]
+    return train_here([*arguments, *more], "release_means")
+
+
+@pytest.fixture(scope="module")
+def released(image_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("means") / "run"
+    shown = release(image_folder, output)
+    assert "40 images and grid.png" in shown, shown
+    return output
+
+
+def test_it_leaves_a_set_and_a_statement_that_verifies(released):
+    statement = read_json(released / "privacy.json")
+    (event,) = statement["events"]
+    assert (event["purpose"], event["steps"], event["sampling_rate"]) == ("means", 1, 1.0)
+    assert statement["epsilon"]["add_or_remove_one"] <= 3 and event["sensitivity"] == 1.0
+    assert find_problems(read_source(str(released), None)) == []
+    assert read_json(released / "set" / "privacy.json") == statement
+    lines = (released / "set" / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 40 and rows[3]["text"] == "the digit 3" and rows[3]["label"] == "3"
+    assert (released / "set" / "grid.png").exists()
+    records = Ledger(released / "private" / "ledger.jsonl").records()
+    assert records[-1]["files"] == {"set": hash_set(released / "set")}
+    assert len(list_charged_events(records)) == 1
+
+
+def test_a_warm_start_is_composed_to_one_budget(released, tiny_base, image_folder, tmp_path):
+    copy = tmp_path / "means"
+    shutil.copytree(released, copy)
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
+    arguments += ["--warm_start", copy / "set", "--warm_start_steps", 3]
+    shown = train_here(arguments)
+    assert "saved the weights" in shown
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    assert [e["purpose"] for e in statement["events"]] == ["means", "training"]
+    target = float(BUDGET[BUDGET.index("--target_epsilon") + 1])
+    assert target - 0.02 < statement["epsilon"]["add_or_remove_one"] <= target
+    assert find_problems(read_source(str(tmp_path / "run"), None)) == []
+    assert "One noisy mean of features" in (tmp_path / "run" / "README.md").read_text()
+    assert read_json(tmp_path / "run" / "privacy.json")["private"] is True
+
+
+def test_what_no_ledger_paid_for_is_refused(released, tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
+
+    def start(folder, *more) -> str:
+        return train_here([*arguments, "--warm_start", folder, "--warm_start_steps", 1, *more])
+
+    assert "is not a folder" in start(tmp_path / "nowhere")
+    assert "has no privacy.json" in start(image_folder)
+    copy = tmp_path / "means"
+    shutil.copytree(released, copy)
+    other = ["--privacy_ledger", tmp_path / "other.jsonl"]
+    assert "did not pay for" in start(copy / "set", *other)
+    (copy / "set" / "000003.png").write_bytes((image_folder / "0" / "0.png").read_bytes())
+    assert "its images are not those that were drawn" in start(copy / "set")
+    shutil.copytree(released, tmp_path / "less")
+    (tmp_path / "less" / "set" / "000007.png").unlink()
+    assert "not those that were drawn" in start(tmp_path / "less" / "set")
+    cheap = read_json(released / "privacy.json")
+    cheap["epsilon"]["add_or_remove_one"] /= 2
+    shutil.copytree(released, tmp_path / "cheap")
+    (tmp_path / "cheap" / "set" / "privacy.json").write_text(json.dumps(cheap))
+    assert "says epsilon" in start(tmp_path / "cheap" / "set")
+    assert not (tmp_path / "run" / "privacy.json").exists()
+
+
+def test_a_public_warm_start_costs_nothing(tiny_base, image_folder, tmp_path):
+    folder = tmp_path / "public"
+    folder.mkdir()
+    for index in range(8):
+        Image.fromarray(np.full((16, 16), 30 * index, np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text("the digit 3")
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
+    arguments += ["--warm_start", folder, "--warm_start_is_public", "--warm_start_steps", 2]
+    assert "saved the weights" in train_here(arguments)
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    assert [e["purpose"] for e in statement["events"]] == ["training"]
+
+
+def test_one_command_splits_the_budget(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
+    arguments += ["--release_means", "--warm_start_steps", 2, "--release_share", 0.25]
+    planned = train_here([*arguments, "--dry_run"])
+    assert '"purpose": "means"' in planned and not (tmp_path / "run" / "means" / "set").exists()
+    assert "saved the weights" in train_here(arguments)
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    target = float(BUDGET[BUDGET.index("--target_epsilon") + 1])
+    assert [e["purpose"] for e in statement["events"]] == ["means", "training"]
+    assert target - 0.02 < statement["epsilon"]["add_or_remove_one"] <= target
+    first = read_json(tmp_path / "run" / "means" / "privacy.json")
+    assert first["epsilon"]["add_or_remove_one"] == pytest.approx(target / 4, abs=0.01)
+    assert find_problems(read_source(str(tmp_path / "run"), None)) == []
+
+
+def test_an_interrupted_release_is_not_paid_for_twice(
+    tiny_base, image_folder, tmp_path, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
+    arguments += ["--release_means", "--warm_start_steps", 2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(story, "fit_generator", stop)
+        train_here(arguments)
+    ledger = Ledger(tmp_path / "run" / "private" / "ledger.jsonl")
+    (run,) = {r["run"] for r in ledger.records()}
+    assert count_charged_steps(ledger.records(), run) == 1
+    sums = []
+    monkeypatch.setattr(story, "sum_units", lambda *a: sums.append(a))  # would read them again
+    assert "saved the weights" in train_here(arguments)
+    assert sums == []
+    events = list_charged_events(ledger.records())
+    assert [e["purpose"] for e in events] == ["means", "training"]
+    assert sum(e["steps"] for e in events) == 4
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--release", "beauty"], "--release beauty: there are random_features"),
+        (["--release", "random_features", "random_features"], "one of them twice"),
+        (["--class_names", "0", "1"], "a row has a class that --class_names does not name"),
+        (["--class_names", "0", "0"], "names a class twice"),
+        (["--num_frequencies", "0"], "--num_frequencies 0 must be at least 1"),
+        (["--length_scale", "nan"], "positive and finite"),
+        (["--release_epsilon", "-1"], "must be positive"),
+        (["--target_delta", "1"], "below 1/N"),
+        (["--push_to_hub"], "means are not published"),
+        (["--caption", "x", "--class_names", "0"], "needs --label_column"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_nothing_is_released(image_folder, tmp_path, more, said):
+    shown = release(image_folder, tmp_path / "run", *more)
+    assert shown.startswith("error: ") and said in shown
+    assert not (tmp_path / "run" / "means.safetensors").exists()
+    ledger = tmp_path / "run" / "private" / "ledger.jsonl"
+    if ledger.exists():
+        assert list_charged_events(Ledger(ledger).records()) == []
+
+
+def test_without_classes_there_is_one_mean(image_folder, tmp_path):
+    assert "grid.png" in release(image_folder, tmp_path / "run", "--caption", "a digit")
+    lines = (tmp_path / "run" / "set" / "metadata.jsonl").read_text().splitlines()
+    assert {json.loads(line)["text"] for line in lines} == {"a digit"}
+    assert "label" not in json.loads(lines[0])
+
+
+def test_reproducible_noise_is_stamped(image_folder, tmp_path):
+    for run in ("a", "b"):
+        assert "grid" in release(image_folder, tmp_path / run, "--debug_noise_seed", 3)
+    assert read_json(tmp_path / "a" / "privacy.json")["private"] is False
+    same = [(tmp_path / run / "means.safetensors").read_bytes() for run in ("a", "b")]
+    assert same[0] == same[1]
+    release(image_folder, tmp_path / "c")
+    assert (tmp_path / "c" / "means.safetensors").read_bytes() != same[0]

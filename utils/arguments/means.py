@@ -1,0 +1,97 @@
+"""The options of released means, and of a warm start from what was drawn to match them."""
+
+import math
+from dataclasses import dataclass
+
+from utils.arguments.parsing import option
+from utils.arguments.training import ModelArguments
+from utils.arguments.values import check_between
+from utils.errors import UsageError
+
+RELEASES = ["random_features", "perceptual_features"]
+
+
+@dataclass
+class MeansArguments:
+    """Which noisy means are released, and the generator that is fitted to them."""
+
+    release: list[str] = option(
+        f"means of which features, one or more of {', '.join(RELEASES)}: of random Fourier "
+        "features of the pixels (DP-MERF), or of the activations of a network trained on public "
+        "images and of their squares (DP-MEPF); several share one noise",
+        ["random_features"],
+    )
+    class_names: list[str] | None = option(
+        "public list of the classes; default: those that --label_column names; without labels, one "
+        "mean of all images is released",
+        None,
+    )
+    grey: bool = option("the images are grey, which is public: draw grey ones", False)
+    length_scale: float = option(
+        "of the random features, in the distance between grey images of 32 pixels in [-1, 1]", 20.0
+    )
+    num_frequencies: int = option("of the random features", 2000)
+    num_generators: int = option("generators fitted to the means, each from another start", 1)
+    generator_steps: int = option("optimizer steps of each generator", 600)
+    generator_batch: int = option("images a step", 100)
+    generator_learning_rate: float = option("of Adam", 2e-3)
+    num_synthetic_images: int = option("images to draw, balanced over the classes", 2000)
+    release_epsilon: float | None = option(
+        "epsilon of the means; default: all of --target_epsilon, or --release_share of it where "
+        "training follows in the same command",
+        None,
+    )
+    release_share: float = option(
+        "share of --target_epsilon for the means, where training follows", 0.3
+    )
+
+    def __post_init__(self):
+        unknown = sorted(set(self.release) - set(RELEASES))
+        if unknown or len(set(self.release)) < len(self.release):
+            wrong = unknown[0] if unknown else "one of them twice"
+            raise UsageError(f"--release {wrong}: there are {', '.join(RELEASES)}")
+        if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
+            raise UsageError("--class_names names a class twice")
+        for name in ("num_frequencies", "num_generators", "generator_steps", "generator_batch"):
+            check_between(name, getattr(self, name), 1, math.inf)
+        check_between("num_synthetic_images", self.num_synthetic_images, 1, math.inf)
+        for name in ("length_scale", "generator_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)} must be positive and finite")
+        if self.release_epsilon is not None and not self.release_epsilon > 0:
+            raise UsageError(f"--release_epsilon {self.release_epsilon} must be positive")
+        if not 0 < self.release_share < 1:
+            raise UsageError(f"--release_share {self.release_share} must be in (0, 1)")
+
+
+@dataclass
+class LaterModelArguments(ModelArguments):
+    """The public pipeline of the training that may follow; means need none."""
+
+    pretrained_model_name_or_path: str | None = option("ignored here", None)
+
+
+@dataclass
+class WarmStartArguments:
+    """A start from synthetic images, before the first private step."""
+
+    warm_start: str | None = option(
+        "synthetic set of release_means.py, in the same ledger, to fit the adapter to first: "
+        "ordinary training, which costs nothing more; what the set cost is composed, and "
+        "--target_epsilon is for both",
+        None,
+    )
+    warm_start_is_public: bool = option(
+        "--warm_start holds public images (with the column text), which cost nothing", False
+    )
+    warm_start_steps: int = option("optimizer steps of the warm start", 150)
+    warm_start_batch_size: int = option("images a step of the warm start", 64)
+    warm_start_learning_rate: float = option("of AdamW, with a cosine schedule", 4e-3)
+
+    def __post_init__(self):
+        for name in ("warm_start_steps", "warm_start_batch_size"):
+            check_between(name, getattr(self, name), 1, math.inf)
+        if not 0 < self.warm_start_learning_rate < math.inf:
+            raise UsageError("--warm_start_learning_rate must be positive and finite")
+        if self.warm_start_is_public and self.warm_start is None:
+            raise UsageError("--warm_start_is_public needs --warm_start, the set")

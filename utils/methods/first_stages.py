@@ -1,0 +1,139 @@
+"""Stages that a training command does first, within one budget: released means, a selection."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from utils.arguments.means import MeansArguments
+from utils.arguments.methods import BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.publishing import PublishArguments
+from utils.arguments.training import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+)
+from utils.data.latent_files import choose_latents_folder
+from utils.errors import UsageError, on_main_process
+from utils.files import CHECKPOINTS, LEDGER, MEANS, SALIENCY, private_folder
+from utils.ledger.checkpoints import list_differences, list_steps
+from utils.ledger.ledger import Ledger
+from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir
+from utils.methods.means import read_means, run_release
+from utils.methods.publishing import check_repository
+from utils.methods.saliency_file import read_saliency
+from utils.methods.selection import run_selection
+from utils.methods.warm_start import find_paid_set
+from utils.sampling.synthetic_sets import SET
+
+Common = tuple[ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, PublishArguments]
+
+
+def do_first_stages(
+    stages: BothStagesArguments,
+    common: Common,
+    lora: LoraArguments,
+    saliency: SaliencyArguments,
+    means: MeansArguments,
+) -> BothStagesArguments | None:
+    """Do what `--release_means` and `--select_saliency` ask for, unless an earlier attempt at this
+    run has paid for it; returns the stages to build on, or None after a dry run.
+
+    Raises:
+        UsageError: see `run_release` and `run_selection`; or an earlier attempt had other settings.
+    """
+    model, data, privacy, training, hub = common
+    check_repository(hub, privacy, training)
+    made = []
+    if stages.release_means:
+        found = release_first(data, privacy, training, means)
+        made.append(found)
+        stages = replace(stages, release_means=False, warm_start=str(found))
+    if stages.select_saliency:
+        found = select_first(model, data, privacy, training, lora, saliency)
+        made.append(found)
+        stages = replace(stages, select_saliency=False, saliency_file=str(found))
+    return stages if all(path.exists() for path in made) else None
+
+
+def select_first(
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+    args: SaliencyArguments,
+) -> Path:
+    """Select into OUTPUT_DIR/selection; returns the saliency file, which a dry run does not make.
+
+    Raises:
+        UsageError: see `do_first_stages`.
+    """
+    folder = Path(training.output_dir) / SELECTION
+    found = folder / SALIENCY
+    if found.exists():
+        _refuse_changes(found, read_saliency(found).settings, asdict(args))
+        return found
+    within = _make_room(training, folder, "selection")
+    run_selection(model, data, _join(privacy, training), within, lora, args)
+    return found
+
+
+def release_first(
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    args: MeansArguments,
+) -> Path:
+    """Release means into OUTPUT_DIR/means; returns the set drawn to match them, which a dry run
+    does not make.
+
+    Raises:
+        UsageError: see `do_first_stages`.
+    """
+    folder = Path(training.output_dir) / FIRST_MEANS
+    found = folder / SET
+    if (folder / MEANS).exists():
+        _refuse_changes(folder, read_means(folder / MEANS)[1]["settings"], asdict(args))
+    if found.exists():
+        try:
+            find_paid_set(str(found), Ledger(private_folder(folder) / LEDGER))
+            return found
+        except UsageError:
+            pass  # interrupted while it was drawn: drawn again, for nothing
+    within = _make_room(training, folder, "means")
+    run_release(data, _join(privacy, training), within, args, is_first=True)
+    return found
+
+
+def _refuse_changes(found: Path, then: dict, now: dict) -> None:
+    changed = list_differences(then, now)
+    if changed:
+        raise UsageError(f"{found} was made with other settings: {'; '.join(changed)}")
+
+
+def _join(privacy: PrivacyArguments, training: TrainingArguments) -> PrivacyArguments:
+    """`privacy` with the ledger that all stages of a run share: that of its folder, unless it names
+    one."""
+    if privacy.privacy_ledger is not None:
+        return privacy
+    ledger = str(private_folder(training.output_dir) / LEDGER)
+    return replace(privacy, privacy_ledger=ledger, start_ledger=True)
+
+
+def _make_room(training: TrainingArguments, folder: Path, what: str) -> TrainingArguments:
+    """The arguments of a stage in `folder`, which resumes if an earlier attempt has paid.
+
+    Raises:
+        UsageError: see `claim_output_dir`; or there is nothing to resume.
+    """
+    on_main_process(lambda: claim_output_dir(training).release())
+    paid = list_steps(private_folder(folder) / CHECKPOINTS)  # an earlier attempt, interrupted
+    if training.resume_from_checkpoint is not None and not paid:
+        raise UsageError(f"--output_dir {training.output_dir} holds no {what} to resume from")
+    return replace(
+        training,
+        output_dir=str(folder),
+        resume_from_checkpoint="latest" if paid else None,
+        latents_dir=str(choose_latents_folder(training)),
+        discard_latents=False,
+    )
