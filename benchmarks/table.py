@@ -42,9 +42,11 @@ def call(script: str, *arguments) -> str:
 def train(method: str, dataset: str, folder: Path) -> tuple[Path | None, int | None]:
     """Train a generator; its adapter, and how many weights it has, where there are such."""
     if method in ("dp-merf", "dp-mepf"):
-        features = "random" if method == "dp-merf" else "perceptual"
-        where = ["--features", features, "--output_dir", folder / "images"]
-        call("benchmarks/mean_embeddings.py", "--dataset_name", dataset, *BUDGET, *where)
+        features = "random_features" if method == "dp-merf" else "perceptual_features"
+        what = ["--release", features, "--grey", "--num_synthetic_images", 10_000]
+        data = ["--dataset_name", dataset, "--label_column", "label", "--output_dir", folder]
+        call("release_means.py", *data, *BUDGET, *what)
+        (folder / "set").rename(folder / "images")
         return None, None
     if method == "public-model":
         return None, 0

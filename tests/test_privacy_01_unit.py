@@ -152,9 +152,10 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
         return build_plan(num_units=num_units, expected_batch_size=2, unit_column="patient")
 
     asked = (accelerator, data, PrivacyArguments(), training)
-    private_set, plan, _ = reserve(*asked, {}, plan_for)
-    assert preview(*asked, plan_for)[1] == plan
-    assert (private_set.num_units, plan.num_units, private_set.skipped) == (3, 3, 1)
+    private_set, plan, _ = reserve(*asked, 16, {}, plan_for)
+    assert preview(*asked, 16, plan_for)[1] == plan
+    assert (private_set.num_units, plan.num_units) == (3, 3)
+    assert private_set.left_out == {"unreadable": 1}
     assert len(private_set.captions) == 10
 
 

@@ -7,7 +7,7 @@ from PIL import Image as PILImage
 
 import utils.privacy.training
 from tests.worlds import LinearWorld
-from utils.data.images import keep_readable
+from utils.data.images import ImageRows, keep_readable
 from utils.errors import UsageError
 from utils.privacy.dp_sgd import clip_scales
 
@@ -44,7 +44,7 @@ def test_an_unreadable_image_removes_its_own_row_only(tmp_path):
     raw = (tmp_path / "good.png").read_bytes()
     cells = [{"bytes": b, "path": None} for b in (raw, b"broken", raw, raw[:40])]
     rows = Dataset.from_dict({"image": cells}).cast_column("image", Image())
-    kept, dropped = keep_readable(rows, "image")
-    assert (len(kept), dropped) == (2, 2)
+    kept, left_out = keep_readable(ImageRows(rows))
+    assert (len(kept), left_out) == (2, {"unreadable": 2})
     with pytest.raises(UsageError, match="row 1"):
-        keep_readable(rows, "image", strict=True)
+        keep_readable(ImageRows(rows), strict=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import BUDGET, CAPTION, read_json, train_arguments, train_here
+from tests.conftest import BUDGET, CAPTION, ROOT, read_json, train_arguments, train_here
+from tests.scripts.test_many_processes import together
 from utils.arguments.means import MeansArguments
 from utils.ledger.charges import count_charged_steps, list_charged_events
 from utils.ledger.ledger import Ledger
@@ -229,6 +230,33 @@ def test_an_interrupted_release_is_not_paid_for_twice(
     events = list_charged_events(ledger.records())
     assert [e["purpose"] for e in events] == ["means", "training"]
     assert sum(e["steps"] for e in events) == 4
+
+
+def test_the_noise_is_that_of_the_plan(image_folder, tmp_path, monkeypatch):
+    """Variance of 4,000 values and more: a false alarm is a deviation by six standard errors."""
+    sums = []
+    real = story.sum_units
+    monkeypatch.setattr(story, "sum_units", lambda *a: sums.append(real(*a)) or sums[-1])
+    more = ["--num_frequencies", 500, "--secure_noise"]
+    assert "grid.png" in release(image_folder, tmp_path / "run", *more)
+    noisy, _ = story.read_means(tmp_path / "run" / "means.safetensors")
+    event = read_json(tmp_path / "run" / "privacy.json")["events"][0]
+    noise = (40 * noisy.double() - sums[0]).flatten() / event["noise_multiplier"]
+    assert len(noise) >= 4000
+    assert abs(noise.var().item() - 1) < 6 * (2 / len(noise)) ** 0.5
+    assert abs(noise.mean().item()) < 6 / len(noise) ** 0.5
+
+
+def test_two_processes_release_one_sum(image_folder, tmp_path):
+    """Each adds its share of the units, and the noise is added once."""
+    budget = ["--target_epsilon", 3, "--target_delta", 1e-3, "--debug_noise_seed", 5]
+    arguments = ["--train_data_dir", image_folder, *CAPTION, *budget, *SMALL]
+    run = together(2, ROOT / "release_means.py", *arguments, "--output_dir", tmp_path / "two")
+    said = run.communicate()
+    assert run.returncode == 0, said
+    release(image_folder, tmp_path / "one", "--debug_noise_seed", 5)
+    one, two = (story.read_means(tmp_path / n / "means.safetensors")[0] for n in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
