@@ -59,9 +59,11 @@ def describe_formally(statement: dict) -> str:
         return f"**{statement['warning']}**"
     epsilon, accountants = statement["epsilon"], statement["accountants"]
     unit = statement["privacy_unit"]
+    trained = any(event["purpose"] != "means" for event in statement["events"])
     units = "images" if unit == "image" else f"units ({unit})"
     return (
-        f"Trained with DP-SGD on {statement['num_units']} private {units}: "
+        f"{'Trained with DP-SGD' if trained else 'Made from noisy means'} "
+        f"{'on' if trained else 'of'} {statement['num_units']} private {units}: "
         f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
         f"adding or removing one of them (epsilon = {epsilon['replace_one']:.3f} for replacing "
         f"one). {' '.join(_event_in_words(event) for event in statement['events'])} Accountants: "

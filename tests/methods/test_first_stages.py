@@ -1,0 +1,46 @@
+"""Means, then a selection, then training: one command, one ledger, one budget."""
+
+from tests.conftest import BUDGET, read_json, train_arguments, train_here
+from utils.ledger.charges import list_charged_events
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import find_problems, read_source
+
+SMALL = ["--generator_steps", 2, "--num_synthetic_images", 40, "--num_frequencies", 50]
+STAGES = ["--release_means", "--select_saliency", "--warm_start_steps", 2, "--top_ratio", "0.5"]
+
+
+def test_all_three_compose_to_the_target(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL, *STAGES)
+    shown = train_here(arguments)
+    assert "saved the weights" in shown, shown
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    assert [e["purpose"] for e in statement["events"]] == ["means", "selection", "training"]
+    target = float(BUDGET[BUDGET.index("--target_epsilon") + 1])
+    assert target - 0.02 < statement["epsilon"]["add_or_remove_one"] <= target
+    assert find_problems(read_source(str(tmp_path / "run"), None)) == []
+    records = Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records()
+    assert list_charged_events(records) == statement["events"]
+    for stage in ("means", "selection"):
+        assert find_problems(read_source(str(tmp_path / "run" / stage), None)) == []
+
+
+def test_a_stage_of_other_settings_is_not_taken_over(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
+    arguments += ["--release_means", "--warm_start_steps", 2]
+    wrong = train_here([*arguments, "--target_modules", "nothing"])
+    assert wrong.startswith("error: ")  # after the means were released, and before training
+    again = train_here([*arguments, "--length_scale", 7])
+    assert "was made with other settings: length_scale was 20.0, is 7.0" in again
+    assert "saved the weights" in train_here(arguments)
+    records = Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records()
+    events = list_charged_events(records)
+    assert [(e["purpose"], e["steps"]) for e in events] == [("means", 1), ("training", 3)]
+
+
+def test_what_cannot_be_trained_afterwards_is_refused_first(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
+    shown = train_here([*arguments, "--release_means", "--release_epsilon", 9])
+    assert shown.startswith("error: ")
+    ledger = tmp_path / "run" / "private" / "ledger.jsonl"
+    assert not ledger.exists() or list_charged_events(Ledger(ledger).records()) == []
+    assert "not both" in train_here([*arguments, "--release_means", "--warm_start", "x"])
