@@ -105,7 +105,7 @@ def main():
         path = ROOT / RUN / part
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     run("examples/digits/prepare_private.py", "--output_dir", RUN / "private")
-    training = run("train_dp_lora.py", "--config", "examples/digits/dp_lora.yaml")
+    training = run("train_dp_lora.py", "--config", "examples/digits/warm_start/dp_lora.yaml")
 
     metrics = {}
     adapter = ["--adapter", RUN / "adapter"]

@@ -32,7 +32,7 @@ class MeansArguments:
     )
     num_frequencies: int = option("of the random features", 2000)
     num_generators: int = option("generators fitted to the means, each from another start", 1)
-    generator_steps: int = option("optimizer steps of each generator", 600)
+    generator_steps: int = option("optimizer steps of each generator", 300)
     generator_batch: int = option("images a step", 100)
     generator_learning_rate: float = option("of Adam", 2e-3)
     num_synthetic_images: int = option("images to draw, balanced over the classes", 2000)
