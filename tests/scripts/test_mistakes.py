@@ -131,6 +131,7 @@ def test_an_attempt_that_failed_does_not_block_its_folder(
     run = run_script("train_dp_lora.py", *arguments)
     assert run.returncode == 0, run.stderr
     plan = json.loads(run.stdout)
+    assert "one row" in plan["protected"] and "several rows" in plan["protected"]
     assert plan["sampling_rate"] == 0.25 and plan["num_units"] == 40
     assert 0 < plan["epsilon"]["add_or_remove_one"] <= 8 < plan["epsilon"]["replace_one"]
     assert plan["trainable_parameters"] > 0 and plan["per_unit_gradient_bytes"] > 0
