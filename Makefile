@@ -16,7 +16,7 @@ help:  ## show this list
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about five minutes)
+demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about six minutes)
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed  ## run the tests (about half an hour)
