@@ -180,11 +180,13 @@ def test_only_ones_own_latents_are_discarded(pipeline, image_folder, tmp_path):
     folder = tmp_path / "latents"
     _, other = encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, folder)
     _, own = encode_units(pipeline, tiny_set(image_folder, tmp_path, first=1), 16, folder)
-    for run in ("run", "run/selection"):
+    for run in ("run", "run/selection", "run/means"):
         (tmp_path / run / "private" / "cache").mkdir(parents=True)
+        (tmp_path / run / "private" / "images.png").write_bytes(b"a sheet of private images")
     latent_files.discard_copies(tmp_path / "run", own)
     assert made_in(folder) == [other]
     assert not list((tmp_path / "run").rglob("cache"))
+    assert not list((tmp_path / "run").rglob("images.png"))
 
 
 def test_runs_share_a_folder_and_discard_it(tiny_base, image_folder, tmp_path, monkeypatch):

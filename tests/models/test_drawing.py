@@ -59,7 +59,8 @@ def test_settings_come_back_as_they_were_written(pipeline, tmp_path):
     "content",
     [
         "{", "[]", '{"resolution": "256"}', '{"num_inference_steps": 0}', '{"resolution": true}',
-        '{"guidance_scale": "high"}', '{"scheduler": "DDIMScheduler"}', '{"negative_prompt": [1]}',
+        '{"guidance_scale": "high"}',
+        '{"patients": ["x"]}', '{"scheduler": "DDIMScheduler"}', '{"negative_prompt": [1]}',
         '{"scheduler": {"_class_name": "AutoencoderKL"}}', '{"scheduler": {}}',
     ],
 )  # fmt: skip

@@ -33,6 +33,7 @@ from utils.files import (
     sync_folder,
     write_durably,
 )
+from utils.ledger.runs import FIRST_MEANS, SELECTION
 from utils.models.denoising import list_tokenizers, tokenize
 from utils.models.pipelines import is_xl
 
@@ -230,7 +231,7 @@ def discard_copies(output_dir: Path, encoded_dir: Path | None) -> None:
     """
 
     def discard() -> None:
-        for folder in (output_dir, output_dir / "selection"):
+        for folder in (output_dir, output_dir / SELECTION, output_dir / FIRST_MEANS):
             shutil.rmtree(private_folder(folder) / CACHE, ignore_errors=True)
             (private_folder(folder) / DATA_SHEET).unlink(missing_ok=True)
         if encoded_dir is not None and encoded_dir.exists():

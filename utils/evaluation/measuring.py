@@ -32,7 +32,7 @@ from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
 from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
 from utils.evaluation.plots import tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
-from utils.files import METADATA, METRICS, SAMPLING_SETTINGS, write_durably
+from utils.files import METADATA, METRICS, REPORT, SAMPLING_SETTINGS, write_durably
 from utils.sampling.generation import generate_folder, prepare_generation
 from utils.sampling.sources import find_source
 from utils.sampling.synthetic_sets import read_privacy
@@ -81,7 +81,7 @@ def evaluate_set(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, json.dumps(results, indent=2) + "\n")
     page = Page(folder.name, results, statement, sheets, spaces, runs)
-    report = output.with_name("report.html" if output.name == METRICS else f"{output.stem}.html")
+    report = output.with_name(REPORT if output.name == METRICS else f"{output.stem}.html")
     write_report(page, report)
     print_results(results)
     print(f"{output} and {report}")

@@ -26,6 +26,7 @@ from utils.files import (
 from utils.hub.cards import PLACEHOLDER
 from utils.hub.evaluation_card import build_evaluation_section, insert_section
 from utils.ledger.verification import find_problems, read_source
+from utils.models.drawing import read_settings
 
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
 SAMPLE = re.compile(r"(\d{4}|grid)\.png")
@@ -70,13 +71,14 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     The weights that the statement accounts for, the statement, the card, and the samples.
 
     Raises:
-        UsageError: the run is not finished, or a file is missing or leads elsewhere.
+        UsageError: the run is not finished, a file is missing or leads elsewhere, or
+            sampling.json says something else than how to draw.
     """
     statement = output_dir / STATEMENT
     if not statement.is_file():
         raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")
     names = [*json.loads(statement.read_text()).get("files", {}), STATEMENT, CARD]
-    names += [SAMPLING_SETTINGS] if (output_dir / SAMPLING_SETTINGS).is_file() else []
+    names += [SAMPLING_SETTINGS] if read_settings(output_dir) else []
     names += [f"{SAMPLES}/{name}" for name in _list_samples(output_dir)]
     for name in names:
         path = output_dir / name

@@ -12,13 +12,15 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.errors import UsageError
 from utils.fetching import fetch_file
-from utils.files import CARD, CHECKPOINTS, LEDGER, PRIVATE, PUBLISHED, STATEMENT, hash_file
+from utils.files import CARD, CHECKPOINTS, LEDGER, MEANS, PRIVATE, PUBLISHED, STATEMENT, hash_file
 from utils.ledger.charges import find_smallest_delta, list_charged_events
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
+from utils.ledger.runs import FIRST_MEANS
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
+FIRST_RELEASE = f"{FIRST_MEANS}/{MEANS}"  # of a stage in a run's own folder
 # What a repository may hold beside the files of its statement.
 HARMLESS = re.compile(
     r"(privacy|sampling)\.json|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png"
@@ -61,7 +63,7 @@ def read_source(name: str, revision: str | None) -> Source:
         found = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
         names = [str(p) for p in found if PRIVATE not in p.parts]
         weights = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
-        extras = [name for name in weights if not _has_own_statement(path, path / name)]
+        extras = [n for n in weights if n != FIRST_RELEASE or not _is_accounted_for(path / n)]
     else:
         path, names = _download(name, revision)
         extras = [name for name in names if not HARMLESS.fullmatch(name)]
@@ -76,12 +78,13 @@ def read_source(name: str, revision: str | None) -> Source:
     )
 
 
-def _has_own_statement(root: Path, file: Path) -> bool:
-    """Whether a file of an earlier stage, in a folder of its own, is in the statement there."""
-    statement = file.parent / STATEMENT
-    if file.parent == root or not statement.is_file():
+def _is_accounted_for(file: Path) -> bool:
+    """Whether a file of an earlier stage is in the statement beside it, and that holds."""
+    path = file.parent / STATEMENT
+    if not path.is_file():
         return False
-    return _read_json(statement).get("files", {}).get(file.name) == hash_file(file)
+    statement = _read_json(path)
+    return not check_statement(statement) and statement["files"].get(file.name) == hash_file(file)
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, list[str]]:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from utils.arguments.means import MeansArguments
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data.images import read_pixel_batches, scale_to_unit_range
+from utils.data.latent_files import discard_copies
 from utils.data.private_set import PrivateSet
 from utils.data.rows import fill_template, load_rows, read_labels
 from utils.errors import UsageError, on_main_process
@@ -115,6 +116,8 @@ def run_release(
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     on_main_process(lambda: run.publish(lambda folder: export(noisy, told, folder), plan, about))
     on_main_process(lambda: draw_set(run, args, features))
+    if training.discard_latents:
+        discard_copies(run.output_dir, None)
     accelerator.print(f"{args.num_synthetic_images} images and grid.png in {run.output_dir / SET}")
 
 

@@ -59,8 +59,14 @@ def find_earlier_stages(
     """
     ledger = find_ledger(output_dir, privacy)
     runs = find_paid_selection(stages.saliency_file, ledger, base_checksum)
-    if stages.warm_start is not None and not stages.warm_start_is_public:
-        runs += find_paid_set(stages.warm_start, ledger)
+    if stages.warm_start is not None:
+        if not stages.warm_start_is_public:
+            runs += find_paid_set(stages.warm_start, ledger)
+        elif fetch_statement(stages.warm_start)[0] is not None:
+            raise UsageError(
+                f"--warm_start {stages.warm_start} has a privacy.json: it is a private result, "
+                "which --warm_start_is_public cannot make free"
+            )
     if not runs:
         return (), ()
     return tuple(list_charged_events(ledger.records(), list(runs))), runs

@@ -6,7 +6,7 @@ its base does. What the command line says wins; then come the adapter, its base,
 
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import diffusers
@@ -124,6 +124,7 @@ def read_settings(folder: Path) -> dict:
         valid = type(steps) is int and type(side) is int and min(steps, side) > 0
         valid &= isinstance(guidance, int | float) and isinstance(negative, str)
         valid &= scheduler["_class_name"] in SAMPLERS
+        valid &= set(found) <= {field.name for field in fields(DrawingSettings)}
     except (ValueError, AttributeError, TypeError, KeyError):
         valid = False
     if not valid:

@@ -11,7 +11,17 @@ from tqdm import tqdm
 
 from utils.arguments.publishing import RepositoryArguments
 from utils.errors import UsageError
-from utils.files import CARD, GRID, METADATA, SAMPLING_SETTINGS, STATEMENT, hash_file
+from utils.files import (
+    CARD,
+    GRID,
+    METADATA,
+    METRICS,
+    PRIVATE,
+    REPORT,
+    SAMPLING_SETTINGS,
+    STATEMENT,
+    hash_file,
+)
 from utils.hub.cards import Maker, build_dataset_card
 from utils.hub.evaluation_card import insert_section
 from utils.hub.upload import make_repo, upload
@@ -25,11 +35,14 @@ SET = "set"  # beside released means: the images drawn to match them; in the led
 
 
 def hash_set(folder: Path) -> str:
-    """The SHA-256 of all that a set shows: its images, captions and labels."""
+    """The SHA-256 of every file of a set, whatever its kind: one that was added may be read too.
+    Not of what is beside the set: its grid, statement and settings, and what evaluate.py left."""
+    beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".parquet", ".jsonl")):
-        if path.name != GRID:
-            digest.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if str(name) not in beside and name.parts[0] != PRIVATE:
+            digest.update(f"{json.dumps(name.as_posix())} {hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 
