@@ -22,7 +22,7 @@ from utils.errors import UsageError, run_script
 
 
 def main():
-    _, data, privacy, training, hub, *_, args = parse(
+    model, data, privacy, training, hub, *_, args = parse(
         LaterModelArguments,
         *SHARED[1:],
         BothStagesArguments,
@@ -36,7 +36,7 @@ def main():
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.means import run_release
 
-    run_release(data, privacy, training, args)
+    run_release(model, data, privacy, training, args)
 
 
 if __name__ == "__main__":

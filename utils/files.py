@@ -23,6 +23,7 @@ METADATA = "metadata.jsonl"  # the captions of an image folder, as `datasets` re
 METRICS, REPORT = "metrics.json", "report.html"
 GRID = "grid.png"  # a sheet of images
 MEANS = "means.safetensors"  # noisy means that were released
+VOTES = "votes.safetensors"  # noisy counts of votes that were released
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
 PRIVATE = "private"
 LEDGER = "ledger.jsonl"

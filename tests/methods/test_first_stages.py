@@ -9,7 +9,7 @@ from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
-from utils.sampling.synthetic_sets import hash_set
+from utils.sampling.shards import hash_set
 
 SMALL = ["--generator_steps", 2, "--num_synthetic_images", 40, "--num_frequencies", 50]
 STAGES = ["--release_means", "--select_saliency", "--warm_start_steps", 2, "--top_ratio", "0.5"]

@@ -19,10 +19,10 @@ from utils.methods.mean_features import (
     SIDE,
     add_count,
     build_features,
-    sum_units,
+    sum_features,
 )
 from utils.methods.mean_generator import read_target
-from utils.sampling.synthetic_sets import hash_set
+from utils.sampling.shards import hash_set
 
 HOSTILE = {"ordinary": 0.5, "huge": 1e30, "overflowing": 1e200, "nan": float("nan"),
            "inf": float("inf"), "zero": 0.0}  # fmt: skip
@@ -41,7 +41,7 @@ def build_world(kinds: list[str], rows_each: list[int], classes: int = 3, seed: 
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
-    return images.flatten(1)
+    return images.flatten(1)[:, :48]
 
 
 @pytest.mark.parametrize("rows_each", [[1] * 8, [3] * 8, [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -50,11 +50,11 @@ def test_one_unit_moves_the_sum_by_at_most_the_bound(rows_each, bound):
     """By replay, with and without each unit; and all others' part stays to the last digits."""
     kinds = [*HOSTILE, "huge", "ordinary"]
     rows = build_world(kinds, rows_each)
-    whole = sum_units(rows, features, 3, bound)
+    whole = sum_features(rows, features, 3, bound)
     assert whole.isfinite().all()
     for unit, kind in enumerate(kinds):
-        rest = sum_units([r for r in rows if r[0] != unit], features, 3, bound)
-        alone = sum_units([r for r in rows if r[0] == unit], features, 3, bound)
+        rest = sum_features([r for r in rows if r[0] != unit], features, 3, bound)
+        alone = sum_features([r for r in rows if r[0] == unit], features, 3, bound)
         move = (whole - rest).norm().item()
         assert move <= bound * (1 + 1e-9), kind
         torch.testing.assert_close(whole - rest, alone, rtol=0, atol=1e-12)
@@ -68,15 +68,20 @@ def test_without_the_bound_a_unit_would_move_it_further(monkeypatch):
     """The replay above notices: units of many rows, summed rather than averaged."""
     rows = build_world(["ordinary"] * 3, [1, 5, 1], classes=1)
     once = [r for i, r in enumerate(rows) if i in (0, 1, 6)]
-    assert sum_units(rows, features, 1, 1e9).norm() < 5 * sum_units(once, features, 1, 1e9).norm()
-    moved = sum_units(rows, features, 1, 1e9) - sum_units(rows[:1] + rows[6:], features, 1, 1e9)
+    assert (
+        sum_features(rows, features, 1, 1e9).norm()
+        < 5 * sum_features(once, features, 1, 1e9).norm()
+    )
+    moved = sum_features(rows, features, 1, 1e9) - sum_features(
+        rows[:1] + rows[6:], features, 1, 1e9
+    )
     assert moved.norm() > 1.0
 
 
 def test_a_unit_is_the_mean_of_its_rows():
     image = torch.full((3, 4, 4), 0.01).double()
     rows = [(0, 0, image), (0, 0, 3 * image), (0, 1, 2 * image)]
-    total = sum_units(rows, features, 2, 1.0)
+    total = sum_features(rows, features, 2, 1.0)
     scale = (1 - 0.3**2) ** 0.5
     expected = torch.tensor([0.04 / 3, 0.02 / 3]).double() * scale
     assert torch.allclose(total[:, 0], expected) and torch.allclose(
@@ -101,7 +106,7 @@ def test_features_have_norm_one_at_most_and_depend_on_the_image_alone(kinds, gre
 
 def test_the_shares_of_classes_are_told_by_the_count():
     rows = [(i, 0 if i < 6 else 1, torch.ones(3, 4, 4) / 10) for i in range(8)]
-    target = read_target(sum_units(rows, features, 2, 1.0).float() / 8)
+    target = read_target(sum_features(rows, features, 2, 1.0).float() / 8)
     torch.testing.assert_close(target.shares, torch.tensor([0.75, 0.25]))
     negative = read_target(torch.tensor([[0.1, -0.2], [0.3, 0.4]]))
     assert (negative.shares > 0).all() and negative.shares.sum() == pytest.approx(1)
@@ -224,7 +229,7 @@ def test_an_interrupted_release_is_not_paid_for_twice(
     (run,) = {r["run"] for r in ledger.records()}
     assert count_charged_steps(ledger.records(), run) == 1
     sums = []
-    monkeypatch.setattr(story, "sum_units", lambda *a: sums.append(a))  # would read them again
+    monkeypatch.setattr(story, "sum_features", lambda *a: sums.append(a))  # would read them again
     assert "saved the weights" in train_here(arguments)
     assert sums == []
     events = list_charged_events(ledger.records())
@@ -235,8 +240,8 @@ def test_an_interrupted_release_is_not_paid_for_twice(
 def test_the_noise_is_that_of_the_plan(image_folder, tmp_path, monkeypatch):
     """Variance of 4,000 values and more: a false alarm is a deviation by six standard errors."""
     sums = []
-    real = story.sum_units
-    monkeypatch.setattr(story, "sum_units", lambda *a: sums.append(real(*a)) or sums[-1])
+    real = story.sum_features
+    monkeypatch.setattr(story, "sum_features", lambda *a: sums.append(real(*a)) or sums[-1])
     more = ["--num_frequencies", 500, "--secure_noise"]
     assert "grid.png" in release(image_folder, tmp_path / "run", *more)
     noisy, _ = story.read_means(tmp_path / "run" / "means.safetensors")

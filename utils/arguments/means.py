@@ -8,7 +8,8 @@ from utils.arguments.training import ModelArguments
 from utils.arguments.values import check_between
 from utils.errors import UsageError
 
-RELEASES = ["random_features", "perceptual_features"]
+RELEASES = ["random_features", "perceptual_features", "central_images"]
+CENTRAL = ["central_images"]
 
 
 @dataclass
@@ -18,12 +19,18 @@ class MeansArguments:
     release: list[str] = option(
         f"means of which features, one or more of {', '.join(RELEASES)}: of random Fourier "
         "features of the pixels (DP-MERF), or of the activations of a network trained on public "
-        "images and of their squares (DP-MEPF); several share one noise",
+        "images and of their squares (DP-MEPF); both share one noise. central_images, by itself: "
+        "of small images, over a few Poisson batches (DP-FETA)",
         ["random_features"],
     )
     class_names: list[str] | None = option(
         "public list of the classes; default: those that --label_column names; without labels, one "
         "mean of all images is released",
+        None,
+    )
+    class_prompts: list[str] | None = option(
+        "for captions, without labels: public list of prompts; a row counts towards the prompt "
+        "that its caption is nearest to, by the text encoder of --pretrained_model_name_or_path",
         None,
     )
     grey: bool = option("the images are grey, which is public: draw grey ones", False)
@@ -35,6 +42,9 @@ class MeansArguments:
     generator_steps: int = option("optimizer steps of each generator", 300)
     generator_batch: int = option("images a step", 100)
     generator_learning_rate: float = option("of Adam", 2e-3)
+    central_side: int = option("side of central images, in pixels", 8)
+    central_batches: int = option("Poisson batches, each of which gives an image a class", 4)
+    central_rate: float = option("probability that a unit is in such a batch", 0.5)
     num_synthetic_images: int = option("images to draw, balanced over the classes", 2000)
     release_epsilon: float | None = option(
         "epsilon of the means; default: all of --target_epsilon, or --release_share of it where "
@@ -50,6 +60,17 @@ class MeansArguments:
         if unknown or len(set(self.release)) < len(self.release):
             wrong = unknown[0] if unknown else "one of them twice"
             raise UsageError(f"--release {wrong}: there are {', '.join(RELEASES)}")
+        if "central_images" in self.release and self.release != CENTRAL:
+            raise UsageError(
+                "--release central_images is a release of its own: do both in one ledger, and give "
+                "both sets to --warm_start"
+            )
+        check_between("central_side", self.central_side, 1, 32)
+        check_between("central_batches", self.central_batches, 1, math.inf)
+        if not 0 < self.central_rate <= 1:
+            raise UsageError(f"--central_rate {self.central_rate} must be in (0, 1]")
+        if self.class_prompts is not None and len(self.class_prompts) < 2:
+            raise UsageError("--class_prompts: one prompt for all is --caption TEXT")
         if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
             raise UsageError("--class_names names a class twice")
         for name in ("num_frequencies", "num_generators", "generator_steps", "generator_batch"):
@@ -66,23 +87,25 @@ class MeansArguments:
 
 @dataclass
 class LaterModelArguments(ModelArguments):
-    """The public pipeline of the training that may follow; means need none."""
+    """The public pipeline of the training that may follow; here, --class_prompts need it."""
 
-    pretrained_model_name_or_path: str | None = option("ignored here", None)
+    pretrained_model_name_or_path: str | None = option(
+        "diffusers pipeline, whose text encoder compares captions with --class_prompts", None
+    )
 
 
 @dataclass
 class WarmStartArguments:
     """A start from synthetic images, before the first private step."""
 
-    warm_start: str | None = option(
-        "synthetic set of release_means.py, in the same ledger, to fit the adapter to first: "
-        "ordinary training, which costs nothing more; what the set cost is composed, and "
-        "--target_epsilon is for both",
+    warm_start: list[str] | None = option(
+        "synthetic sets of release_means.py, curate.py or sample.py, in the same ledger, to fit "
+        "the adapter to first: ordinary training, which costs nothing more; what the sets cost is "
+        "composed, and --target_epsilon is for all",
         None,
     )
     warm_start_is_public: bool = option(
-        "--warm_start holds public images (with the column text), which cost nothing", False
+        "all of --warm_start are public images (with the column text), which cost nothing", False
     )
     warm_start_steps: int = option("optimizer steps of the warm start", 150)
     warm_start_batch_size: int = option("images a step of the warm start", 64)

@@ -59,10 +59,10 @@ def describe_formally(statement: dict) -> str:
         return f"**{statement['warning']}**"
     epsilon, accountants = statement["epsilon"], statement["accountants"]
     unit = statement["privacy_unit"]
-    trained = any(event["purpose"] != "means" for event in statement["events"])
+    trained = any(e["purpose"] in ("training", "selection") for e in statement["events"])
     units = "images" if unit == "image" else f"units ({unit})"
     return (
-        f"{'Trained with DP-SGD' if trained else 'Made from noisy means'} "
+        f"{'Trained with DP-SGD' if trained else 'Made from noisy means or votes'} "
         f"{'on' if trained else 'of'} {statement['num_units']} private {units}: "
         f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
         f"adding or removing one of them (epsilon = {epsilon['replace_one']:.3f} for replacing "
@@ -91,7 +91,18 @@ def _event_in_words(event: dict) -> str:
             f"What is trained was selected by one release of noisy scores (sampling rate {rate}, "
             f"noise multiplier {noise})."
         )
+    if event["purpose"] == "curation":
+        times = "once" if event["steps"] == 1 else f"{event['steps']} times"
+        return (
+            "Every unit voted for the synthetic images that look like its own, "
+            f"{times}; the counts were released with noise (noise multiplier {noise})."
+        )
     if event["purpose"] in ("means", "mean embedding"):
+        if event["sampling_rate"] < 1:
+            return (
+                f"Noisy means of {event['steps']} Poisson batches were released (sampling rate "
+                f"{rate}, noise multiplier {noise})."
+            )
         return f"One noisy mean of features of all images was released (noise multiplier {noise})."
     return (
         f"{event['steps']} steps, each on a Poisson batch with sampling rate {rate}; every unit's "

@@ -22,8 +22,8 @@ from utils.methods.means import read_means, run_release
 from utils.methods.publishing import check_repository
 from utils.methods.saliency_file import read_saliency
 from utils.methods.selection import run_selection
-from utils.methods.warm_start import find_paid_set
-from utils.sampling.synthetic_sets import SET
+from utils.sampling.paid_sets import find_paid_set
+from utils.sampling.shards import SET
 
 Common = tuple[ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, PublishArguments]
 
@@ -45,9 +45,9 @@ def do_first_stages(
     check_repository(hub, privacy, training)
     made = []
     if stages.release_means:
-        found = release_first(data, privacy, training, means)
+        found = release_first(model, data, privacy, training, means)
         made.append(found)
-        stages = replace(stages, release_means=False, warm_start=str(found))
+        stages = replace(stages, release_means=False, warm_start=[str(found)])
     if stages.select_saliency:
         found = select_first(model, data, privacy, training, lora, saliency)
         made.append(found)
@@ -79,6 +79,7 @@ def select_first(
 
 
 def release_first(
+    model: ModelArguments,
     data: DataArguments,
     privacy: PrivacyArguments,
     training: TrainingArguments,
@@ -96,12 +97,12 @@ def release_first(
         _refuse_changes(folder, read_means(folder / MEANS)[1]["settings"], asdict(args))
     if found.exists():
         try:
-            find_paid_set(str(found), Ledger(private_folder(folder) / LEDGER))
+            find_paid_set(str(found), Ledger(private_folder(folder) / LEDGER), "--warm_start", "")
             return found
         except UsageError:
             pass  # interrupted while it was drawn: drawn again, for nothing
     within = _make_room(training, folder, "means")
-    run_release(data, _join(privacy, training), within, args, is_first=True)
+    run_release(model, data, _join(privacy, training), within, args, is_first=True)
     return found
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from utils.arguments.means import MeansArguments
 from utils.evaluation.features import IMAGENET, load_efficientnet, normalise_pixels
+from utils.privacy.unit_sums import sum_units
 
 SIDE = 32  # pixels of the images that features are of
 BLOCKS = 8  # of EfficientNet-Lite0
@@ -67,47 +68,26 @@ def add_count(features: torch.Tensor, num_classes: int) -> torch.Tensor:
     return torch.cat([counted, torch.full_like(counted[:, :1], share)], 1)
 
 
-def sum_units(
+def sum_features(
     rows: Iterable[tuple[int, int, torch.Tensor]],
     features: Features,
     num_classes: int,
     bound: float,
 ) -> torch.Tensor:
     """The sum over units of the mean over a unit's rows of features x one-hot class: fp64
-    [classes, D + 1].
+    [classes, D + 1] (`sum_units`).
 
-    Adding or removing one unit moves it by at most `bound`, up to the rounding of fp64: a unit's
-    part is scaled down if it is larger, and is zero if it is not finite. An image is passed through
-    the features alone: the presence of others changes nothing about its features.
+    An image is passed through the features alone: the presence of others changes nothing about its
+    features.
 
     Args:
-        rows: (unit, class, image [3, 32, 32] in [-1, 1]); the rows of a unit follow one another.
+        rows: (unit, class, image [3, R, R] in [-1, 1]); the rows of a unit follow one another.
     """
-    total, unit, parts, count = None, None, {}, 0
-
-    def close() -> None:
-        squares = sum((part / count).square().sum() for part in parts.values())
-        norm = squares.sqrt()
-        if norm.isfinite():
-            # One part in a million under the bound, so that rounding cannot lift a part above it.
-            scale = bound * (1 - 1e-6) / norm.clamp_min(bound * (1 - 1e-6))
-            for number, part in parts.items():
-                total[number] += scale * part / count
-
     with torch.no_grad():
-        for owner, number, image in rows:
-            found = add_count(features(image[None]), num_classes)[0].double()
-            if total is None:
-                total = torch.zeros(num_classes, len(found), dtype=torch.float64)
-            if owner != unit and unit is not None:
-                close()
-            if owner != unit:
-                unit, parts, count = owner, {}, 0
-            parts[number] = parts.get(number, 0) + found
-            count += 1
-        if unit is not None:
-            close()
-    if total is None:  # a process without a share
-        width = add_count(features(torch.zeros(1, 3, SIDE, SIDE)), num_classes).shape[1]
-        return torch.zeros(num_classes, width, dtype=torch.float64)
-    return total
+        blank = add_count(features(torch.zeros(1, 3, SIDE, SIDE)), num_classes)
+        total = torch.zeros(num_classes, blank.shape[1], dtype=torch.float64)
+        parts = (
+            (unit, {number: add_count(features(image[None]), num_classes)[0]})
+            for unit, number, image in rows
+        )
+        return sum_units(parts, total, bound)

@@ -20,8 +20,7 @@ from utils.data.rows import load_split, require_column
 from utils.errors import UsageError
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.charges import list_charged_events, select_run
-from utils.ledger.checks import check_statement
+from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import find_ledger
 from utils.ledger.verification import fetch_statement
@@ -30,21 +29,23 @@ from utils.methods.stages import Stage
 from utils.models.denoising import denoising_loss, encode_text, tokenize
 from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
-from utils.sampling.synthetic_sets import SET, hash_set
+from utils.sampling.paid_sets import find_paid_set, find_set_ledger
 
 TEXT = "text"  # the column of a synthetic set's prompts
+OTHERWISE = "if its images are public, give --warm_start_is_public"
 
 
 def join_ledger(privacy: PrivacyArguments, stages: StageArguments) -> PrivacyArguments:
     """`privacy` with the ledger of the stages that the run builds on, unless it names one."""
     if privacy.privacy_ledger is not None:
         return privacy
-    beside = [Path(stages.saliency_file).parent] if stages.saliency_file is not None else []
-    if stages.warm_start is not None and not stages.warm_start_is_public:
-        beside.append(Path(stages.warm_start).resolve().parent)
-    for folder in beside:
-        ledger = private_folder(folder) / LEDGER
-        if ledger.exists():  # a random choice has none
+    found = []
+    if stages.saliency_file is not None:
+        found.append(private_folder(Path(stages.saliency_file).parent) / LEDGER)
+    if not stages.warm_start_is_public:
+        found += [find_set_ledger(folder) for folder in stages.warm_start or []]
+    for ledger in found:
+        if ledger is not None and ledger.exists():  # a random choice, or a public set, has none
             return replace(privacy, privacy_ledger=str(ledger))
     return privacy
 
@@ -59,47 +60,22 @@ def find_earlier_stages(
     """
     ledger = find_ledger(output_dir, privacy)
     runs = find_paid_selection(stages.saliency_file, ledger, base_checksum)
-    if stages.warm_start is not None:
+    for folder in stages.warm_start or []:
         if not stages.warm_start_is_public:
-            runs += find_paid_set(stages.warm_start, ledger)
-        elif fetch_statement(stages.warm_start)[0] is not None:
+            runs += find_paid_set(folder, ledger, "--warm_start", OTHERWISE).runs
+        elif fetch_statement(folder)[0] is not None:
             raise UsageError(
-                f"--warm_start {stages.warm_start} has a privacy.json: it is a private result, "
-                "which --warm_start_is_public cannot make free"
+                f"--warm_start {folder} has a privacy.json: it is a private result, which "
+                "--warm_start_is_public cannot make free"
             )
+    return list_prior(ledger, runs)
+
+
+def list_prior(ledger: Ledger, runs: tuple[str, ...]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """The events of some runs as their ledger has them, and the runs, each once."""
     if not runs:
         return (), ()
-    return tuple(list_charged_events(ledger.records(), list(runs))), runs
-
-
-def find_paid_set(folder: str, ledger: Ledger) -> tuple[str, ...]:
-    """The run that a synthetic set came from, and those that it builds on.
-
-    Raises:
-        UsageError: there is no such folder; its statement is missing or does not hold; or the
-            ledger does not know these very images.
-    """
-    if not Path(folder).is_dir():
-        raise UsageError(f"--warm_start {folder} is not a folder")
-    statement, _ = fetch_statement(folder)
-    if statement is None:
-        raise UsageError(
-            f"--warm_start {folder} has no privacy.json, so nobody can tell what it gives away; if "
-            "its images are public, give --warm_start_is_public"
-        )
-    problems = check_statement(statement) if statement.get("private") is not False else []
-    if problems:
-        raise UsageError(f"--warm_start {folder}: {'; '.join(problems)}")
-    records, digest = ledger.records(), hash_set(Path(folder))
-    found = [r for r in records if r["kind"] == "wrote" and r["files"].get(SET) == digest]
-    if not found:
-        raise UsageError(
-            f"the ledger {ledger.path} did not pay for --warm_start {folder}, or its images are "
-            "not those that were drawn: name the ledger that it is in, or make it anew"
-        )
-    run = found[-1]["run"]
-    terms = [r for r in select_run(records, run) if r["kind"] == "reserve"][-1]
-    return (*terms["builds_on"], run)
+    return tuple(list_charged_events(ledger.records(), list(runs))), tuple(dict.fromkeys(runs))
 
 
 def warm_up(
@@ -111,7 +87,9 @@ def warm_up(
         UsageError: the set cannot be read, or has no prompts.
     """
     pipeline, accelerator = stage.pipeline, stage.accelerator
-    latents, captions = read_set(stage, args.warm_start)
+    sets = [read_set(stage, folder) for folder in args.warm_start]
+    latents = torch.cat([latents for latents, _ in sets])
+    captions = [caption for _, of_set in sets for caption in of_set]
     distinct = sorted(set(captions))
     ids = tokenize(pipeline, distinct)
     caption_of_row = torch.tensor([distinct.index(caption) for caption in captions])
@@ -140,10 +118,21 @@ def warm_up(
             bar.set_postfix(loss=f"{losses.mean().item():.4f}")
 
 
+def read_images(folder: str) -> ImageRows:
+    """The images of a set: files, or parquet shards.
+
+    Raises:
+        UsageError: it is not a folder.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"--warm_start {folder} is not a folder")
+    return keep_readable(ImageRows(load_split(folder, None, None, "train")))[0]
+
+
 @torch.no_grad()
 def read_set(stage: Stage, folder: str) -> tuple[torch.Tensor, list[str]]:
     """The latents of a synthetic set [N, channels, r, r], and its prompts."""
-    images, _ = keep_readable(ImageRows(load_split(None, None, folder, "train")))
+    images = read_images(folder)
     require_column(images.rows, TEXT, f"--warm_start {folder}:")
     device, found = stage.accelerator.device, []
     for pixels in read_pixel_batches(images, stage.resolution, 64):

@@ -37,10 +37,20 @@ from utils.models.drawing import (
     read_settings,
 )
 from utils.models.pipelines import get_device, load_pipeline
-from utils.sampling.shards import Piece, plan_image_files, plan_shards, read_pieces, write_piece
+from utils.sampling.shards import (
+    Piece,
+    hash_set,
+    plan_image_files,
+    plan_shards,
+    read_pieces,
+    write_piece,
+)
 from utils.sampling.sources import ImageSource
 
 IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind the images
+ADAPTER_FILES = "adapter_files"  # in sampling.json: digests of the weights behind the images
+SET_DIGEST = "set"  # in sampling.json: `hash_set` of the images, once all are there
+AFTERWARDS = {IS_PUBLIC: None, SET_DIGEST: None}  # what sampling.json says beside the settings
 
 
 @torch.no_grad()
@@ -111,7 +121,7 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
     """
     record = folder / SAMPLING_SETTINGS
     if record.exists():
-        if json.loads(record.read_text()) | {IS_PUBLIC: None} != settings | {IS_PUBLIC: None}:
+        if json.loads(record.read_text()) | AFTERWARDS != settings | AFTERWARDS:
             raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
     elif folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output_dir {folder} already holds other files")
@@ -151,21 +161,35 @@ def prepare_generation(
             changed.
     """
     prompts = read_prompts(sampling)
-    pipeline = load_pipeline(*model.source)
+    pipeline, drawing, files = load_drawing(model, sampling, source, state)
+    settings = asdict(sampling) | asdict(model) | asdict(drawing) | files
+    del settings["batch_size"]  # it changes no image
+    on_main_process(lambda: claim_folder(folder, settings, source))
+    return Generation(pipeline, prompts, drawing)
+
+
+def load_drawing(
+    model: ModelArguments, sampling: SamplingArguments, source: ImageSource, state: PartialState
+) -> tuple[DiffusionPipeline, DrawingSettings, dict]:
+    """The pipeline, with adapter and scheduler, on its device; how it draws; and the digests of the
+    adapter's files, as sampling.json has them.
+
+    Raises:
+        UsageError: see `load_pipeline`, `choose_settings` and `load_adapter`; or the adapter has
+            changed.
+    """
+    pipeline, files = load_pipeline(*model.source), {}
     recorded = [on_main_process(lambda: read_base_settings(model))]
     if source.adapter is not None:
         recorded.insert(0, read_settings(source.adapter))
     drawing = choose_settings(pipeline, sampling, sampling.resolution, *recorded)
-    settings = asdict(sampling) | asdict(model) | asdict(drawing)
-    del settings["batch_size"]  # it changes no image
     if source.adapter is not None:
         load_adapter(pipeline, source.adapter)
-        settings["adapter_files"] = hash_adapter(source.adapter)
-        _check_that_weights_are_those_verified(settings["adapter_files"], source)
-    on_main_process(lambda: claim_folder(folder, settings, source))
+        files = {ADAPTER_FILES: hash_adapter(source.adapter)}
+        _check_that_weights_are_those_verified(files[ADAPTER_FILES], source)
     pipeline.to(state.device, torch.bfloat16 if sampling.mixed_precision == "bf16" else None)
     drawing.use_scheduler(pipeline)
-    return Generation(pipeline, prompts, drawing)
+    return pipeline, drawing, files
 
 
 def _check_that_weights_are_those_verified(found: dict[str, str], source: ImageSource) -> None:
@@ -200,7 +224,15 @@ def generate_folder(
         if sampling.output_format == "png":
             write_metadata(folder, entries)
         save_grid(folder, pieces, min(len(prompts), 10) if len(prompts) > 1 else 8)
+        record_digest(folder)
     state.wait_for_everyone()
+
+
+def record_digest(folder: Path) -> None:
+    """Note in sampling.json what the finished set is, so that another is not taken for it."""
+    record = folder / SAMPLING_SETTINGS
+    settings = json.loads(record.read_text()) | {SET_DIGEST: hash_set(folder)}
+    write_durably(record, json.dumps(settings, indent=2) + "\n")
 
 
 def write_metadata(folder: Path, entries: list[dict]) -> None:

@@ -1,5 +1,7 @@
 """The files of a synthetic set: one PNG an image, or parquet shards, which suit large sets."""
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +19,19 @@ from datasets import (
     enable_progress_bars,
 )
 
-from utils.files import replace_file
+from utils.files import (
+    GRID,
+    METRICS,
+    PRIVATE,
+    REPORT,
+    SAMPLING_SETTINGS,
+    STATEMENT,
+    hash_file,
+    replace_file,
+)
 
 IMAGES_PER_SHARD, BYTES_PER_SHARD = 1_000, 2**28
+SET = "set"  # beside released means: the images drawn to match them; in the ledger: their digest
 
 
 class Piece(NamedTuple):
@@ -93,3 +105,15 @@ def read_pieces(folder: Path, pieces: list[Piece]) -> Iterator[bytes]:
         else:
             for batch in pq.ParquetFile(path).iter_batches(100, columns=["image"]):
                 yield from (row["image"]["bytes"] for row in batch.to_pylist())
+
+
+def hash_set(folder: Path) -> str:
+    """The SHA-256 of every file of a set, whatever its kind: one that was added may be read too.
+    Not of what is beside the set: its grid, statement and settings, and what evaluate.py left."""
+    beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if str(name) not in beside and name.parts[0] != PRIVATE:
+            digest.update(f"{json.dumps(name.as_posix())} {hash_file(path)}\n".encode())
+    return digest.hexdigest()

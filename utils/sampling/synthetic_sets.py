@@ -1,7 +1,8 @@
 """Synthetic images as a dataset on the Hub; and the privacy statement that came with a set."""
 
-import hashlib
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,35 +16,52 @@ from utils.files import (
     CARD,
     GRID,
     METADATA,
-    METRICS,
-    PRIVATE,
-    REPORT,
     SAMPLING_SETTINGS,
     STATEMENT,
-    hash_file,
+    explain_disk_errors,
+    write_durably,
 )
 from utils.hub.cards import Maker, build_dataset_card
 from utils.hub.evaluation_card import insert_section
 from utils.hub.upload import make_repo, upload
 from utils.ledger.checks import check_statement
+from utils.ledger.runs import Run
 from utils.ledger.statement import quote_total
 from utils.ledger.verification import fetch_statement
-from utils.sampling.generation import IS_PUBLIC
-from utils.sampling.shards import plan_shards, write_piece
-
-SET = "set"  # beside released means: the images drawn to match them; in the ledger: their digest
+from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, save_grid, write_metadata
+from utils.sampling.shards import SET, hash_set, plan_image_files, plan_shards, write_piece
 
 
-def hash_set(folder: Path) -> str:
-    """The SHA-256 of every file of a set, whatever its kind: one that was added may be read too.
-    Not of what is beside the set: its grid, statement and settings, and what evaluate.py left."""
-    beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        if str(name) not in beside and name.parts[0] != PRIVATE:
-            digest.update(f"{json.dumps(name.as_posix())} {hash_file(path)}\n".encode())
-    return digest.hexdigest()
+def write_set(
+    run: Run,
+    step: int,
+    entries: list[dict],
+    images: Iterable[tuple[int, bytes]],
+    settings: dict,
+    columns: int,
+) -> None:
+    """Write the synthetic set of a run, whose statement is published, into its folder `set`, as
+    sample.py leaves one; the ledger notes what it holds. Doing it again is safe.
+
+    Args:
+        step: the last of the run. entries: `text`, and perhaps `label`, of every image.
+        images: (number, PNG), in any order. settings: its sampling.json. columns: of grid.png.
+
+    Raises:
+        UsageError: the disk does not take it.
+    """
+    folder, pieces = run.output_dir / SET, plan_image_files(len(entries))
+    run.branch.release(step, SET)
+    with explain_disk_errors(run.output_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / STATEMENT).write_bytes((run.output_dir / STATEMENT).read_bytes())
+        for number, png in images:
+            write_piece(folder, pieces[number], [png], entries)
+        write_metadata(folder, entries)
+        write_durably(folder / SAMPLING_SETTINGS, json.dumps(settings, indent=2) + "\n")
+        save_grid(folder, pieces, columns)
+    run.branch.wrote(step, SET, {SET: hash_set(folder)})
 
 
 def publish_images(
@@ -104,7 +122,7 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
         return None, {"epsilon": {"value": 0.0, **known}} if public else {}
     is_private = statement.get("private") is not False
     problems = check_statement(statement) if is_private else []
-    made_by, files = settings.get("adapter_files", {}), statement.get("files", {})
+    made_by, files = settings.get(ADAPTER_FILES, {}), statement.get("files", {})
     if any(made_by.get(name, digest) != digest for name, digest in files.items()):
         problems.append("it is about other weights than those that made the images")
     if problems:

@@ -1,0 +1,49 @@
+"""After training, the private images vote for the synthetic ones that look like them.
+
+    # the digits of make demo, and a little more of the budget: keep the better half
+    python curate.py --config examples/digits/warm_start/dp_lora.yaml \\
+        --synthetic runs/digits/images_private --curation_epsilon 1 \\
+        --output_dir runs/digits/curated \\
+        --extractor classifier --classifier_weights examples/digits/extractor.safetensors
+
+    # Private Evolution: no training at all, from a public model's images
+    python sample.py --pretrained_model_name_or_path examples/digits/base --output_dir runs/start \\
+        --class_names 0 1 2 3 4 5 6 7 8 9 --caption_template "the digit {label}"
+    python curate.py --config examples/digits/dp_lora.yaml --synthetic runs/start --rounds 4 \\
+        --target_epsilon 1 --output_dir runs/evolved
+
+Each private image votes for its nearest candidates of its class, in the features of a public
+network; the counts are released with noise, and the candidates with the most votes are kept (Lin et
+al. 2024). With --rounds, the winners are varied by image-to-image, and there is another vote. What
+the votes cost joins the ledger and the new set's statement; --target_epsilon is for all.
+
+In --output_dir: votes.safetensors, the noisy counts, with their statement privacy.json; votes.png,
+the most and the least voted for; and set/, as sample.py leaves one. With --resume_from_checkpoint
+latest an interrupted curation goes on. --config may be that of a training script.
+"""
+
+from utils.arguments.curation import CurationArguments
+from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.means import LaterModelArguments, MeansArguments
+from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.parsing import parse
+from utils.arguments.publishing import PublishSetArguments
+from utils.errors import run_script
+
+
+def main():
+    args, extractor, model, data, privacy, training, hub, *_ = parse(
+        *(CurationArguments, ExtractorArguments, LaterModelArguments),
+        *SHARED[1:4],
+        PublishSetArguments,
+        *(BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
+        description=__doc__,
+    )
+    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+    from utils.methods.curation import run_curation
+
+    run_curation(args, extractor, model, data, privacy, training, hub)
+
+
+if __name__ == "__main__":
+    run_script(main)

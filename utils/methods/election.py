@@ -1,0 +1,166 @@
+"""What an election needs before any private image is read: candidates, what they cost, classes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from PIL import Image
+
+from utils.arguments.curation import CurationArguments
+from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.training import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+)
+from utils.data.images import ImageRows, keep_readable
+from utils.data.rows import load_split, read_captions, read_labels, require_column
+from utils.errors import UsageError, on_main_process
+from utils.evaluation.features import Extractor, build_extractor
+from utils.ledger.reservations import find_ledger
+from utils.methods.classes import Classes, Nearest, build_nearest
+from utils.methods.warm_start import list_prior
+from utils.sampling.generation import ADAPTER_FILES, load_drawing
+from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
+from utils.sampling.sources import find_source
+from utils.sampling.variations import read_drawing, vary
+
+OTHERWISE = "draw the candidates with sample.py or release_means.py"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Synthetic images that can be voted for.
+
+    Attributes:
+        images: M of them. entries: of each: `text`, and perhaps `label`.
+        classes: [M], whose rows may vote for it.
+    """
+
+    images: Sequence[Image.Image]
+    entries: list[dict]
+    classes: np.ndarray
+
+    def select(self, places: list[int]) -> "Candidates":
+        images, entries = ([kind[i] for i in places] for kind in (self.images, self.entries))
+        return Candidates(images, entries, self.classes[places])
+
+
+@dataclass(frozen=True)
+class Election:
+    """All that a vote needs beside the private images; all of it is public, or paid for.
+
+    Attributes:
+        paid: where the candidates came from. prior, builds_on: what that cost (`PrivacyPlan`).
+        candidates: of the first round. classes, nearest: which of them a row may vote for.
+        extractor: whose features are compared. vary: images, prompts and a seed -> variations; None
+            if there is one round.
+    """
+
+    paid: PaidSet
+    prior: tuple[dict, ...]
+    builds_on: tuple[str, ...]
+    candidates: Candidates
+    classes: Classes
+    nearest: Nearest | None
+    extractor: Extractor
+    vary: Callable[[list[Image.Image], list[str], int], list[Image.Image]] | None
+
+
+def join_ledger(privacy: PrivacyArguments, args: CurationArguments) -> PrivacyArguments:
+    """`privacy` with the ledger that paid for the candidates, unless it names one."""
+    ledger = find_set_ledger(args.synthetic)
+    if privacy.privacy_ledger is not None or ledger is None:
+        return privacy
+    return replace(privacy, privacy_ledger=str(ledger))
+
+
+def call_election(
+    args: CurationArguments,
+    extracting: ExtractorArguments,
+    model: ModelArguments,
+    private: tuple[Dataset, DataArguments],
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> Election:
+    """Find the candidates, what they cost, and how they are compared; no private image is read.
+
+    Raises:
+        UsageError: see `find_paid_set`, `match_classes`, `build_extractor` and `read_drawing`.
+    """
+    state = PartialState()
+    ledger = find_ledger(Path(training.output_dir), privacy)
+    paid = on_main_process(lambda: find_paid_set(args.synthetic, ledger, "--synthetic", OTHERWISE))
+    prior, builds_on = list_prior(ledger, paid.runs)
+    images, _ = keep_readable(ImageRows(load_split(args.synthetic, None, None, "train")))
+    require_column(images.rows, "text", f"--synthetic {args.synthetic}:")
+    columns = [column for column in ("text", "label") if column in images.rows.column_names]
+    entries = [dict(row) for row in images.rows.select_columns(columns)]
+    classes, nearest, of_candidate = match_classes(entries, *private, model)
+    candidates = Candidates(Pictures(images), entries, of_candidate)
+    vary_images = None
+    if args.rounds > 1:
+        drawing = read_drawing(paid.settings, f"--synthetic {args.synthetic}")
+        source = find_source(*drawing)
+        pipeline, settings, files = load_drawing(*drawing, source, state)
+        if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
+            raise UsageError(f"the adapter that drew {args.synthetic} has changed since")
+        strength = args.variation_strength
+
+        def vary_images(pictures, prompts, seed):
+            return vary(pipeline, pictures, prompts, strength, settings, seed)
+
+    extractor = build_extractor(extracting, state.device)
+    return Election(paid, prior, builds_on, candidates, classes, nearest, extractor, vary_images)
+
+
+class Pictures(Sequence):
+    """The images of a set, each decoded when it is asked for."""
+
+    def __init__(self, images: ImageRows):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: int) -> Image.Image:
+        return self.images.rows[place][self.images.column].convert("RGB")
+
+
+def match_classes(
+    entries: list[dict], rows: Dataset, data: DataArguments, model: ModelArguments
+) -> tuple[Classes, Nearest | None, np.ndarray]:
+    """The classes of the candidates; how a private row finds its own; and each candidate's [M].
+
+    With labels on both sides a row votes within its label; else within the prompt that its caption
+    is, or is nearest to; with one caption for all, or one prompt, for any candidate.
+
+    Raises:
+        UsageError: the private labels and those of the candidates have nothing in common; see
+            `build_nearest`.
+    """
+    texts = [entry["text"] or "" for entry in entries]
+    if data.caption is not None or len(set(texts)) == 1:
+        return Classes([], texts[:1]), None, np.zeros(len(entries), dtype=int)
+    has_labels = data.label_column is not None and "label" in entries[0]
+    keys = [entry["label"] for entry in entries] if has_labels else texts
+    names = list(dict.fromkeys(keys))
+    numbers = {name: number for number, name in enumerate(names)}
+    of_candidate = np.array([numbers[key] for key in keys])
+    if data.label_column is None:
+        return Classes([], names), build_nearest(model, names), of_candidate
+    own = read_labels(rows, data.label_column) if has_labels else read_captions(rows, data)
+    if not set(own) & set(names):
+        raise UsageError(
+            f"no class of --label_column {data.label_column} is among those of the candidates: "
+            f"{', '.join(names[:5])}"
+        )
+    return (
+        Classes(names if has_labels else [], names),
+        lambda caption: numbers.get(caption, -1),
+        of_candidate,
+    )

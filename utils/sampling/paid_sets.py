@@ -1,0 +1,94 @@
+"""Which runs of a ledger paid for a synthetic set: the epsilon of its images is credited to those
+very images, and to no others."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UsageError
+from utils.files import LEDGER, SAMPLING_SETTINGS, private_folder
+from utils.ledger.charges import select_run
+from utils.ledger.checks import check_statement
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import fetch_statement
+from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, SET_DIGEST
+from utils.sampling.shards import SET, hash_set
+
+
+@dataclass(frozen=True)
+class PaidSet:
+    """A synthetic set whose origin was checked.
+
+    Attributes:
+        runs: of the ledger, that its images come from; none if nothing private is behind them.
+        statement: the set's own, verified; None where it needs none.
+        settings: its sampling.json: how it was made.
+    """
+
+    runs: tuple[str, ...]
+    statement: dict | None
+    settings: dict
+
+
+def find_set_ledger(folder: str) -> Path | None:
+    """The ledger that is likely to have paid for a set: of the run that left it, or of the adapter
+    that it was drawn with."""
+    beside = [Path(folder).resolve().parent]
+    adapter = read_sampling(folder).get("adapter")
+    if adapter is not None:
+        beside.append(Path(adapter))
+    found = (private_folder(place) / LEDGER for place in beside)
+    return next((ledger for ledger in found if ledger.exists()), None)
+
+
+def read_sampling(folder: str) -> dict:
+    """The sampling.json of a set; empty without a valid one."""
+    try:
+        found = json.loads((Path(folder) / SAMPLING_SETTINGS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) -> PaidSet:
+    """What paid for a synthetic set of release_means.py, curate.py or sample.py.
+
+    The images must be those that were drawn: of a run's own set, the ledger has the digest; of one
+    of sample.py, its sampling.json does, and the ledger has the weights that drew it.
+
+    Args:
+        argument: names the set in an error. otherwise: what to do if it has no statement.
+
+    Raises:
+        UsageError: there is no such folder; its statement is missing or does not hold; or the
+            ledger does not know these very images, or what drew them.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"{argument} {folder} is not a folder")
+    settings, digest = read_sampling(folder), hash_set(Path(folder))
+    statement, _ = fetch_statement(folder)
+    if statement is None:
+        if settings.get(IS_PUBLIC) is True and settings.get(SET_DIGEST) == digest:
+            return PaidSet((), None, settings)  # sample.py drew it from a public model
+        raise UsageError(
+            f"{argument} {folder} has no privacy.json, so nobody can tell what it gives away; "
+            f"{otherwise}"
+        )
+    problems = check_statement(statement) if statement.get("private") is not False else []
+    if problems:
+        raise UsageError(f"{argument} {folder}: {'; '.join(problems)}")
+    records = ledger.records()
+    wrote = [record for record in records if record["kind"] == "wrote"]
+    found = [record for record in wrote if record["files"].get(SET) == digest]
+    weights = statement["files"].items()
+    drawn_with = settings.get(ADAPTER_FILES, {}).items()
+    if settings.get(SET_DIGEST) == digest and weights & drawn_with:
+        found += [record for record in wrote if weights <= record["files"].items()]
+    if not found:
+        raise UsageError(
+            f"the ledger {ledger.path} did not pay for {argument} {folder}, or its images are "
+            "not those that were drawn: name the ledger that it is in, or make it anew"
+        )
+    run = found[-1]["run"]
+    terms = [record for record in select_run(records, run) if record["kind"] == "reserve"][-1]
+    return PaidSet((*terms["builds_on"], run), statement, settings)

@@ -1,0 +1,59 @@
+"""Variations of synthetic images, by image-to-image with the model that drew them."""
+
+import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from utils.arguments.sampling import SamplingArguments
+from utils.arguments.training import ModelArguments
+from utils.errors import UsageError
+from utils.models.drawing import DrawingSettings
+
+
+def read_drawing(settings: dict, argument: str) -> tuple[ModelArguments, SamplingArguments]:
+    """What drew a set of sample.py, from its sampling.json.
+
+    Raises:
+        UsageError: a set of another script, which no model drew.
+    """
+    try:
+        return tuple(
+            kind(**{name: settings[name] for name in kind.__dataclass_fields__ if name in settings})
+            for kind in (ModelArguments, SamplingArguments)
+        )
+    except TypeError as error:
+        raise UsageError(
+            f"{argument} was not drawn by sample.py, so there is no model to vary its images with: "
+            "leave --rounds at 1"
+        ) from error
+
+
+@torch.no_grad()
+def vary(
+    pipeline: DiffusionPipeline,
+    images: list[Image.Image],
+    prompts: list[str],
+    strength: float,
+    settings: DrawingSettings,
+    seed: int,
+    batch_size: int = 32,
+) -> list[Image.Image]:
+    """One variation an image: noised to `strength` of the way, and denoised from there. Image i
+    takes noise of `seed` and i, whatever its batch."""
+    varying = AutoPipelineForImage2Image.from_pipe(pipeline)
+    varying.set_progress_bar_config(disable=True)
+    call = {
+        "strength": strength,
+        "num_inference_steps": max(settings.num_inference_steps, round(1 / strength)),
+        "guidance_scale": settings.guidance_scale,
+    }
+    varied = []
+    for start in tqdm(range(0, len(images), batch_size), "variations"):
+        part = slice(start, start + batch_size)
+        count = len(images[part])
+        noise = [torch.Generator().manual_seed(seed * 10_000_019 + start + i) for i in range(count)]
+        if settings.negative_prompt is not None:
+            call["negative_prompt"] = [settings.negative_prompt] * count
+        varied += varying(prompts[part], image=images[part], generator=noise, **call).images
+    return varied
