@@ -1,0 +1,234 @@
+"""curate.py: what it spends, what it keeps, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
+from utils.files import hash_file
+from utils.ledger.charges import list_charged_events
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import find_problems, read_source
+from utils.methods import curation as story
+from utils.sampling.shards import hash_set
+
+EXTRACTOR = ["--extractor", "classifier", "--classifier_weights",
+             ROOT / "examples" / "digits" / "extractor.safetensors"]  # fmt: skip
+PROMPTS = ["--class_names", *"0123", "--caption_template", "the digit {label}"]
+
+
+def draw(base, output, *more) -> str:
+    arguments = ["--pretrained_model_name_or_path", base, *PROMPTS, "--num_images", 24]
+    return train_here([*arguments, "--output_dir", output, *more], "sample")
+
+
+def curate(candidates, images, output, *more) -> str:
+    arguments = ["--synthetic", candidates, "--train_data_dir", images, *CAPTION, *EXTRACTOR]
+    arguments += ["--target_delta", 1e-3, "--output_dir", output]
+    return train_here([*arguments, *more], "curate")
+
+
+def read_events(folder) -> list[dict]:
+    return list_charged_events(Ledger(folder / "private" / "ledger.jsonl").records())
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_base, image_folder, tmp_path_factory):
+    """An adapter, and a set that was drawn with it."""
+    folder = tmp_path_factory.mktemp("drawn")
+    assert "saved" in train_here(train_arguments(tiny_base, image_folder, folder / "adapter"))
+    assert "24 images" in draw(tiny_base, folder / "set", "--adapter", folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def public(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("public") / "set"
+    assert "24 images" in draw(tiny_base, folder)
+    return folder
+
+
+def test_votes_are_composed_with_what_the_candidates_cost(drawn, image_folder, tmp_path):
+    shown = curate(drawn / "set", image_folder, tmp_path / "run", "--target_epsilon", 9)
+    assert "40 private units vote for 24 candidates: epsilon 9.0" in shown or "8.99" in shown
+    assert "12 images and grid.png" in shown
+    statement = read_json(tmp_path / "run" / "privacy.json")
+    assert [e["purpose"] for e in statement["events"]] == ["training", "curation"]
+    assert 8.98 < statement["epsilon"]["add_or_remove_one"] <= 9
+    assert statement["events"][1]["sensitivity"] == 2.0  # the root of four votes
+    assert find_problems(read_source(str(tmp_path / "run"), None)) == []
+    kept = tmp_path / "run" / "set"
+    assert read_json(kept / "privacy.json") == statement
+    rows = [json.loads(line) for line in (kept / "metadata.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == [*"0123"] * 3
+    originals = {hash_file(path) for path in (drawn / "set").glob("0*.png")}
+    assert {hash_file(path) for path in kept.glob("0*.png")} <= originals
+    events = list_charged_events(Ledger(drawn / "adapter/private/ledger.jsonl").records())
+    assert [event["purpose"] for event in events][:2] == ["training", "curation"]
+
+
+def test_what_is_kept_follows_the_published_votes(public, image_folder, tmp_path):
+    curate(public, image_folder, tmp_path / "run", "--target_epsilon", 3, "--num_images", 8)
+    votes = load_file(tmp_path / "run" / "votes.safetensors")["votes"]
+    assert votes.shape == (1, 24)
+    best = [max(range(label, 24, 4), key=lambda i: votes[0, i]) for label in range(4)]
+    kept = [hash_file(tmp_path / "run" / "set" / f"{i:06}.png") for i in range(4)]
+    assert kept == [hash_file(public / f"{i:06}.png") for i in best]
+    assert [event["purpose"] for event in read_events(tmp_path / "run")] == ["curation"]
+
+
+def test_the_noise_is_that_of_the_plan(public, image_folder, tmp_path, monkeypatch):
+    """Variance of 24 x 40 values: a false alarm is a deviation by six standard errors."""
+    counts = []
+    real = story.count_votes
+    monkeypatch.setattr(story, "count_votes", lambda *a: counts.append(real(*a)) or counts[-1])
+    more = ["--noise_multiplier", 1, "--curation_epsilon", 2, "--rounds", 40, "--num_images", 24]
+    shown = curate(public, image_folder, tmp_path / "run", *more)
+    assert "24 images and grid.png" in shown, shown
+    votes = load_file(tmp_path / "run" / "votes.safetensors")["votes"].double()
+    (event,) = read_json(tmp_path / "run" / "privacy.json")["events"]
+    assert event["steps"] == 40
+    noise = (votes - torch.stack(counts)) / (2 * event["noise_multiplier"])
+    assert abs(noise.var().item() - 1) < 6 * (2 / noise.numel()) ** 0.5
+    assert abs(noise.mean().item()) < 6 / noise.numel() ** 0.5
+
+
+def test_rounds_vary_the_winners(public, image_folder, tmp_path):
+    """Private Evolution: no training at all."""
+    more = ["--target_epsilon", 3, "--rounds", 2, "--num_images", 8, "--keep", "resample"]
+    assert "8 images and grid.png" in curate(public, image_folder, tmp_path / "run", *more)
+    (event,) = read_json(tmp_path / "run" / "privacy.json")["events"]
+    assert event["steps"] == 2 and event["purpose"] == "curation"
+    originals = {hash_file(path) for path in public.glob("0*.png")}
+    kept = {hash_file(path) for path in (tmp_path / "run" / "set").glob("0*.png")}
+    assert kept - originals
+
+
+def test_an_interrupted_round_is_not_paid_for_twice(public, image_folder, tmp_path, monkeypatch):
+    more = ["--target_epsilon", 3, "--rounds", 2, "--debug_noise_seed", 4]
+    real, done = story.evolve, []
+
+    def stop(*arguments):
+        done.append(real(*arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(story, "evolve", stop)
+        curate(public, image_folder, tmp_path / "run", *more)
+    again = []
+    monkeypatch.setattr(story, "evolve", lambda *a: again.append(real(*a)) or again[-1])
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert "12 images" in curate(public, image_folder, tmp_path / "run", *more, *resume)
+    assert [event["steps"] for event in read_events(tmp_path / "run")] == [2]
+    for before, after in zip(done[0].images, again[0].images, strict=True):
+        assert before.tobytes() == after.tobytes()
+
+
+def test_an_interruption_before_the_set_is_there_costs_nothing(
+    public, image_folder, tmp_path, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(story, "leave_set", stop)
+        curate(public, image_folder, tmp_path / "run", "--target_epsilon", 3)
+    assert not (tmp_path / "run" / "set").exists()
+    monkeypatch.setattr(story, "count_votes", None)  # would read the private images again
+    more = ["--target_epsilon", 3, "--resume_from_checkpoint", "latest"]
+    assert "12 images" in curate(public, image_folder, tmp_path / "run", *more)
+    assert [event["steps"] for event in read_events(tmp_path / "run")] == [1]
+
+
+def test_what_no_ledger_paid_for_is_refused(drawn, public, tiny_base, image_folder, tmp_path):
+    def start(candidates, *more) -> str:
+        more = ["--target_epsilon", 9, *more]
+        return curate(candidates, image_folder, tmp_path / "run", *more)
+
+    assert "is not a folder" in start(tmp_path / "nowhere")
+    assert "has no privacy.json" in start(image_folder)
+    for origin in (drawn / "set", public):
+        copy = tmp_path / origin.parent.name
+        shutil.copytree(origin, copy)
+        (copy / "000003.png").write_bytes((image_folder / "0" / "0.png").read_bytes())
+        assert "not those that were drawn" in start(copy) or "has no privacy.json" in start(copy)
+    other = ["--privacy_ledger", tmp_path / "other.jsonl"]
+    assert "did not pay for" in start(drawn / "set", *other)
+    stolen = tmp_path / "stolen"  # a set of the public model, under a statement of other images
+    shutil.copytree(public, stolen)
+    shutil.copy(drawn / "set" / "privacy.json", stolen)
+    ledger = ["--privacy_ledger", drawn / "adapter" / "private" / "ledger.jsonl"]
+    assert "not those that were drawn" in start(stolen, *ledger)
+    assert not (tmp_path / "run" / "votes.safetensors").exists()
+
+
+def test_a_curated_set_is_a_warm_start(drawn, tiny_base, image_folder, tmp_path):
+    """And so is one of sample.py: what its adapter cost is composed."""
+    for name in ("adapter", "set"):
+        shutil.copytree(drawn / name, tmp_path / name, symlinks=True)
+    record = tmp_path / "set" / "sampling.json"
+    settings = read_json(record) | {"adapter": str(tmp_path / "adapter")}
+    record.write_text(json.dumps(settings))
+    ledger = Ledger(tmp_path / "adapter" / "private" / "ledger.jsonl")
+    curate(tmp_path / "set", image_folder, tmp_path / "run", "--target_epsilon", 8.5)
+    for number, start in enumerate((tmp_path / "run" / "set", tmp_path / "set")):
+        arguments = train_arguments(tiny_base, image_folder, tmp_path / f"warm{number}")
+        at = arguments.index("--target_epsilon")
+        arguments[at + 1] = 12
+        more = ["--warm_start", start, "--warm_start_steps", 2, "--privacy_ledger", ledger.path]
+        assert "saved the weights" in train_here([*arguments, *more])
+        events = read_json(tmp_path / f"warm{number}" / "privacy.json")["events"]
+        expected = ["training", "curation", "training"] if number == 0 else ["training"] * 2
+        assert [event["purpose"] for event in events] == expected
+        assert find_problems(read_source(str(tmp_path / f"warm{number}"), None)) == []
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ([], "give --target_epsilon, for all; or --curation_epsilon"),
+        (["--target_epsilon", 3, "--votes_per_row", 0], "--votes_per_row 0 must be at least 1"),
+        (["--target_epsilon", 3, "--rounds", 0], "--rounds 0 must be at least 1"),
+        (["--target_epsilon", 3, "--num_images", 0], "--num_images 0 must be at least 1"),
+        (["--curation_epsilon", "nan"], "must be positive"),
+        (["--target_epsilon", 3, "--variation_strength", 1.5], "must be in (0, 1]"),
+        (["--push_to_hub", "--target_epsilon", 3], "needs --hub_dataset_id"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_nothing_is_spent(public, image_folder, tmp_path, more, said):
+    shown = curate(public, image_folder, tmp_path / "run", *more)
+    assert shown.startswith("error: ") and said in shown
+    assert not (tmp_path / "run" / "votes.safetensors").exists()
+
+
+def test_classes_that_have_nothing_in_common_are_refused(tiny_base, image_folder, tmp_path):
+    draw(tiny_base, tmp_path / "other", "--class_names", "cat", "dog")
+    shown = curate(tmp_path / "other", image_folder, tmp_path / "run", "--target_epsilon", 3)
+    assert "no class of --label_column label is among those of the candidates: cat, dog" in shown
+
+
+def test_captions_vote_within_the_nearest_prompt(public, tiny_base, tmp_path):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(6):
+        Image.new("L", (16, 16), 30 * index).save(images / f"{index}.png")
+        (images / f"{index}.txt").write_text(f"the digit {index % 4}")
+    arguments = ["--synthetic", public, "--train_data_dir", images, "--caption_column", "text"]
+    arguments += [*EXTRACTOR, "--target_delta", 1e-2, "--target_epsilon", 3]
+    arguments += ["--output_dir", tmp_path / "run"]
+    assert "--pretrained_model_name_or_path, whose text encoder" in train_here(arguments, "curate")
+    more = ["--pretrained_model_name_or_path", tiny_base]
+    assert "12 images and grid.png" in train_here([*arguments, *more], "curate")
+
+
+def test_a_dry_run_spends_nothing(drawn, image_folder, tmp_path):
+    before = hash_set(drawn / "adapter" / "private" / "checkpoints")
+    more = ["--target_epsilon", 9, "--dry_run"]
+    assert '"purpose": "curation"' in curate(drawn / "set", image_folder, tmp_path / "run", *more)
+    assert not (tmp_path / "run" / "set").exists()
+    assert hash_set(drawn / "adapter" / "private" / "checkpoints") == before
