@@ -49,7 +49,8 @@ def main():
     from utils.hub.cards import Maker
     from utils.hub.evaluation_card import build_evaluation_section
     from utils.hub.upload import make_repo
-    from utils.sampling.generation import generate_folder, prepare_generation
+    from utils.sampling.generation import prepare_generation
+    from utils.sampling.rejection import generate_set
     from utils.sampling.sources import find_source, require_statement
     from utils.sampling.synthetic_sets import publish_images
 
@@ -61,7 +62,7 @@ def main():
     prepared = prepare_generation(model, sampling, source, folder, state)
     if hub.push_to_hub:
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
-    generate_folder(prepared, sampling, folder, state)
+    generate_set(prepared, sampling, folder, state)
     state.print(f"{sampling.num_images} images and grid.png in {folder}")
     if hub.push_to_hub and state.is_main_process:
         maker = Maker(model.pretrained_model_name_or_path, sampling.adapter, source.statement)

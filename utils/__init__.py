@@ -4,13 +4,18 @@
         fine_tuning         the story of every training script: load, adapt, plan, train, publish
         selection           the story of a selection: score, release with noise, keep, publish
         means               the story of released means: sum, add noise, publish, draw a set
+        curation            the story of a curation: votes, noise, publish; keep, or vary and repeat
         first_stages        selection and means as stages of a training command
         warm_start          ordinary training on a synthetic set, before the first private step
         stages              what both stories share: their opening, their rehearsal and their end
         planning            from the private rows to a plan: previewed, or reserved in the ledger
         saliency            the scores that private units give to weight matrices (DP-SAPF)
+        classes             which public class, or prompt, a private row counts towards
         mean_features       features of images, and their sums over private units
         mean_generator      a generator fitted to released means
+        central_images      small means of Poisson batches, and images made of them
+        election            what a vote needs first: the candidates, their cost, their classes
+        votes               votes of private images for synthetic ones, and what is kept by them
         choice              which matrices to keep, from noisy scores alone
         saliency_file       saliency.json: what a selection chose; whether a ledger paid for it
         publishing          the card's settings, the samples, and the repository of a run
@@ -34,6 +39,9 @@
         generation          prompts to images, over processes, into folders
         sources             what images are made from, and the statement that covers them
         shards              the files of a set: one PNG an image, or parquet shards
+        rejection           more images than were asked for, of which the most typical stay
+        variations          image-to-image with the model that drew a set
+        paid_sets           which runs of a ledger paid for a set, and for those very images
         synthetic_sets      a set as a dataset on the Hub, and the privacy that came with it
     hub/            what leaves for the Hugging Face Hub
         upload              exactly the files that are meant, verified first
@@ -73,6 +81,7 @@
     privacy/        differential privacy
         training            the one private training loop
         dp_sgd              its pieces: Poisson sampling, clipping, noise
+        unit_sums           sums over units, each bounded by itself
         randomness          secret random numbers: batches, draws and noise
         plan                every number that the privacy of a run depends on
         accounting          epsilon by two accountants, and the noise that fits a budget

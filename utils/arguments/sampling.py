@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
-from utils.arguments.values import check_seed, choose_precision
+from utils.arguments.values import check_between, check_seed, choose_precision
 from utils.errors import UsageError
 
 
@@ -47,11 +47,24 @@ class SamplingArguments(DrawingArguments):
     output_format: str = option(
         "png: a file an image; parquet: shards in data/, for large sets", "png", ["png", "parquet"]
     )
+    reject: float = option(
+        "share of the images drawn that is left out, those least typical of their prompt by "
+        "classifiers that saw synthetic images alone: it costs time, and no privacy",
+        0.0,
+    )
+    reject_by: str | None = option(
+        "synthetic set with the same prompts to train that classifier on, such as that of "
+        "release_means.py; default: the images themselves, each half judged by the other",
+        None,
+    )
     seed: int = option("image i starts from noise that depends on the seed and i alone", 0)
 
     def __post_init__(self):
         super().__post_init__()
         check_seed(self.seed)
         self.mixed_precision = choose_precision(self.mixed_precision)
+        check_between("reject", self.reject, 0, 1)
+        if self.reject_by is not None and not self.reject:
+            raise UsageError("--reject_by needs --reject, the share to leave out")
         if min(self.num_images, self.batch_size) < 1:
             raise UsageError("--num_images and --batch_size must be at least 1")

@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
 
-from utils.data.rows import require_column
+from utils.data.rows import load_split, require_column
 from utils.errors import UsageError
 
 LARGEST_IMAGE = 178_956_970  # pixels; more is taken for a decompression bomb
@@ -90,6 +90,20 @@ def keep_readable(images: ImageRows, strict: bool = False) -> tuple[ImageRows, C
     by the reason."""
     found = find_readable_rows(images, strict)
     return (images.select(found.good) if found.left_out else images), found.left_out
+
+
+def read_synthetic(folder: str, argument: str) -> ImageRows:
+    """The usable images of a synthetic set in a folder: image files, or parquet shards.
+
+    Args:
+        argument: names the folder in an error.
+
+    Raises:
+        UsageError: it is not a folder, or holds no images.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"{argument} {folder} is not a folder")
+    return keep_readable(ImageRows(load_split(folder, None, None, "train")))[0]
 
 
 def find_readable_rows(images: ImageRows, strict: bool = False) -> Checked:

@@ -33,7 +33,8 @@ from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_
 from utils.evaluation.plots import tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
 from utils.files import METADATA, METRICS, REPORT, SAMPLING_SETTINGS, write_durably
-from utils.sampling.generation import generate_folder, prepare_generation
+from utils.sampling.generation import prepare_generation
+from utils.sampling.rejection import generate_set
 from utils.sampling.sources import find_source
 from utils.sampling.synthetic_sets import read_privacy
 
@@ -54,7 +55,7 @@ def evaluate_set(
     if model.pretrained_model_name_or_path is not None:
         source = find_source(model, sampling)
         prepared = prepare_generation(model, sampling, source, folder, state)
-        generate_folder(prepared, sampling, folder, state)
+        generate_set(prepared, sampling, folder, state)
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     statement, results = read_privacy(args.synthetic, args.synthetic_revision)

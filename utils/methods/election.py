@@ -17,8 +17,8 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.data.images import ImageRows, keep_readable
-from utils.data.rows import load_split, read_captions, read_labels, require_column
+from utils.data.images import ImageRows, read_synthetic
+from utils.data.rows import read_captions, read_labels, require_column
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
 from utils.ledger.reservations import find_ledger
@@ -96,7 +96,7 @@ def call_election(
     ledger = find_ledger(Path(training.output_dir), privacy)
     paid = on_main_process(lambda: find_paid_set(args.synthetic, ledger, "--synthetic", OTHERWISE))
     prior, builds_on = list_prior(ledger, paid.runs)
-    images, _ = keep_readable(ImageRows(load_split(args.synthetic, None, None, "train")))
+    images = read_synthetic(args.synthetic, "--synthetic")
     require_column(images.rows, "text", f"--synthetic {args.synthetic}:")
     columns = [column for column in ("text", "label") if column in images.rows.column_names]
     entries = [dict(row) for row in images.rows.select_columns(columns)]

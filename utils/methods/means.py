@@ -7,7 +7,7 @@ sees the noisy means only, and costs nothing.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from utils.errors import UsageError, on_main_process
 from utils.files import CACHE, MEANS, private_folder
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
-from utils.methods.central_images import central_features, draw_central
+from utils.methods.central_images import draw_central
 from utils.methods.classes import build_nearest, find_classes, number_rows, read_units
 from utils.methods.mean_features import SIDE, build_features, sum_features
 from utils.methods.mean_generator import draw, fit_generator, read_target
@@ -67,8 +67,7 @@ def run_release(
     """
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
-    seed = training.seed or 0
-    features = central_features(args) if args.release == CENTRAL else build_features(args, seed)
+    features, seed = build_features(args, training.seed or 0), training.seed or 0
 
     def plan_for(num_units: int) -> PrivacyPlan:
         plan = plan_release(num_units, privacy, args, data.privacy_unit_column, is_first)
@@ -88,30 +87,37 @@ def run_release(
     private_set, plan, run = reserve(accelerator, data, privacy, training, SIDE, settings, plan_for)
     accelerator.print(announce(plan, classes.count))
 
-    # Sum over the units of each batch, and release the sum with noise.
-    released = [] if run.checkpoint is None else list(run.saved_state()["means"])
-    if len(released) < plan.steps:
-        numbers = number_rows(private_set, data, classes, nearest)
-    for step in range(len(released), plan.steps):
-        batch = None
-        if plan.sampling_rate < 1:
-            batch = sample_poisson_batch(plan, randomness, accelerator)
+    # Sum over the units of each batch, and release the sums with noise.
+    numbers, is_sampled = number_rows(private_set, data, classes, nearest), plan.sampling_rate < 1
+
+    def release_sum() -> torch.Tensor:
+        batch = sample_poisson_batch(plan, randomness, accelerator) if is_sampled else None
         images = read_images(private_set, numbers, accelerator, batch)
         total = sum_features(images, features, classes.count, plan.sensitivity)
-        total = total.to(accelerator.device)
-        noisy = add_noise_once(total.flatten(), plan, randomness, accelerator)
-        released.append(noisy.view(total.shape).cpu())
-        run.save(step + 1, lambda: {"means": torch.stack(released)}, 1)  # paid for: never lose it
+        flat = total.flatten().to(accelerator.device)
+        return add_noise_once(flat, plan, randomness, accelerator).view(total.shape).cpu()
+
+    means = torch.stack(release_once("means", plan.steps, release_sum, run))
 
     # Everything from here on sees the noisy means only.
     about = Circumstances(is_private=randomness.is_private, randomness=randomness.source)
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
-    means = torch.stack(released)
     on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan, about))
     on_main_process(lambda: draw_set(run, plan, args, features))
     if training.discard_latents:
         discard_copies(run.output_dir, None)
     accelerator.print(f"{args.num_synthetic_images} images and grid.png in {run.output_dir / SET}")
+
+
+def release_once(
+    name: str, steps: int, release: Callable[[], torch.Tensor], run: Run
+) -> list[torch.Tensor]:
+    """What `release` gives, once a step; what an interrupted run has paid for is not done again."""
+    done = [] if run.checkpoint is None else list(run.saved_state()[name])
+    while len(done) < steps:
+        done.append(release())
+        run.save(len(done), lambda: {name: torch.stack(done)}, 1)  # paid for: never lose it
+    return done
 
 
 def read_images(

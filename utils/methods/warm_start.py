@@ -14,9 +14,9 @@ from tqdm import tqdm
 from utils.arguments.means import WarmStartArguments
 from utils.arguments.methods import StageArguments
 from utils.arguments.training import PrivacyArguments
-from utils.data.images import ImageRows, keep_readable, read_pixel_batches, scale_to_unit_range
+from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
 from utils.data.latent_files import encode_images
-from utils.data.rows import load_split, require_column
+from utils.data.rows import require_column
 from utils.errors import UsageError
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -118,21 +118,10 @@ def warm_up(
             bar.set_postfix(loss=f"{losses.mean().item():.4f}")
 
 
-def read_images(folder: str) -> ImageRows:
-    """The images of a set: files, or parquet shards.
-
-    Raises:
-        UsageError: it is not a folder.
-    """
-    if not Path(folder).is_dir():
-        raise UsageError(f"--warm_start {folder} is not a folder")
-    return keep_readable(ImageRows(load_split(folder, None, None, "train")))[0]
-
-
 @torch.no_grad()
 def read_set(stage: Stage, folder: str) -> tuple[torch.Tensor, list[str]]:
     """The latents of a synthetic set [N, channels, r, r], and its prompts."""
-    images = read_images(folder)
+    images = read_synthetic(folder, "--warm_start")
     require_column(images.rows, TEXT, f"--warm_start {folder}:")
     device, found = stage.accelerator.device, []
     for pixels in read_pixel_batches(images, stage.resolution, 64):

@@ -211,10 +211,7 @@ def generate_folder(
     """
     prompts = prepared.prompts
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
-    if sampling.output_format == "parquet":
-        pieces = plan_shards(len(entries), prepared.settings.resolution)
-    else:
-        pieces = plan_image_files(len(entries))
+    pieces = plan_pieces(sampling, len(entries), prepared.settings.resolution)
     missing = [piece for piece in pieces if not (folder / piece.name).exists()]
     state.wait_for_everyone()  # all have looked, before anyone writes
     share = missing[state.process_index :: state.num_processes]
@@ -226,6 +223,13 @@ def generate_folder(
         save_grid(folder, pieces, min(len(prompts), 10) if len(prompts) > 1 else 8)
         record_digest(folder)
     state.wait_for_everyone()
+
+
+def plan_pieces(sampling: SamplingArguments, count: int, resolution: int) -> list[Piece]:
+    """The files of a set of `count` images."""
+    if sampling.output_format == "parquet":
+        return plan_shards(count, resolution)
+    return plan_image_files(count)
 
 
 def record_digest(folder: Path) -> None:

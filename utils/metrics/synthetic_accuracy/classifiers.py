@@ -177,7 +177,13 @@ def train_classifier(
 @torch.no_grad()
 def predict_classes(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The class of each image [N, 3, h, w], uint8, that the model finds likeliest: [N]."""
+    return score_classes(model, images, device).argmax(1)
+
+
+@torch.no_grad()
+def score_classes(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The log-probability of each class for each image: [N, classes]."""
     model.eval()
     with _autocast(model, device):
         logits = [model(_scale_to_unit_range(part.to(device))) for part in images.split(512)]
-    return torch.cat([part.argmax(1).cpu() for part in logits])
+    return torch.cat([part.float().log_softmax(1).cpu() for part in logits])

@@ -1,0 +1,91 @@
+"""sample.py --reject: the least typical images are left out, by synthetic images alone."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import read_json, train_here
+from utils.sampling import rejection
+from utils.sampling.paid_sets import read_sampling
+from utils.sampling.rejection import keep_typical
+from utils.sampling.shards import hash_set
+
+PROMPTS = ["--class_names", *"0123", "--caption_template", "the digit {label}"]
+
+
+def draw(base, output, *more) -> str:
+    arguments = ["--pretrained_model_name_or_path", base, *PROMPTS, "--num_images", 10]
+    return train_here([*arguments, "--output_dir", output, *more], "sample")
+
+
+def read_pngs(folder) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("0*.png"))]
+
+
+def test_the_most_typical_of_each_prompt_stay_in_their_order():
+    scores = torch.tensor([0.0, -9, -1, -8, -2, -7, -3, -6])  # prompts 0 and 1 in turn
+    assert keep_typical(scores, 2, 4) == [0, 5, 2, 7]
+    assert keep_typical(scores, 2, 3) == [0, 7, 2]
+
+
+@pytest.mark.parametrize("how", ["png", "parquet"])
+def test_more_are_drawn_than_are_left(tiny_base, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(rejection, "STEPS", 3)
+    more = ["--reject", 0.5, "--output_format", how]
+    assert "10 images" in draw(tiny_base, tmp_path / "set", *more)
+    assert "24 images" in draw(tiny_base, tmp_path / "all", "--num_images", 24)
+    assert not (tmp_path / "set" / "drawn").exists()
+    settings = read_json(tmp_path / "set" / "sampling.json")
+    assert settings["reject"] == 0.5 and settings["set"] == hash_set(tmp_path / "set")
+    if how == "png":
+        kept = read_pngs(tmp_path / "set")
+        assert len(kept) == 10 and set(kept) <= set(read_pngs(tmp_path / "all"))
+        lines = (tmp_path / "set" / "metadata.jsonl").read_text().splitlines()
+        assert [json.loads(line)["label"] for line in lines] == [*"0123012301"]
+    before = hash_set(tmp_path / "set")
+    monkeypatch.setattr(rejection, "generate_folder", None)  # all is there: nothing is drawn
+    assert "10 images" in draw(tiny_base, tmp_path / "set", *more)
+    assert hash_set(tmp_path / "set") == before
+
+
+def test_an_interrupted_set_is_drawn_on(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rejection, "STEPS", 3)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rejection, "score_images", stop)
+        draw(tiny_base, tmp_path / "set", "--reject", 0.5)
+    assert read_sampling(str(tmp_path / "set")).get("set") is None  # not a set that can be built on
+    assert "10 images" in draw(tiny_base, tmp_path / "set", "--reject", 0.5)
+    assert len(read_pngs(tmp_path / "set")) == 10
+
+
+def test_another_set_may_judge(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rejection, "STEPS", 3)
+    draw(tiny_base, tmp_path / "other")
+    by = ["--reject", 0.3, "--reject_by", tmp_path / "other"]
+    assert "10 images" in draw(tiny_base, tmp_path / "set", *by)
+    wrong = draw(tiny_base, tmp_path / "wrong", *by, "--class_names", "7", "8")
+    assert "has no image of the prompt 'the digit 7'" in wrong
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--reject", 1], "--reject 1.0 must be at least 0 and below 1"),
+        (["--reject_by", "x"], "--reject_by needs --reject"),
+        (["--reject", 0.5, "--reject_by", "/nowhere"], "--reject_by /nowhere is not a folder"),
+    ],
+)
+def test_mistakes_get_a_sentence(tiny_base, tmp_path, more, said):
+    shown = draw(tiny_base, tmp_path / "set", *more)
+    assert shown.startswith("error: ") and said in shown
+
+
+def test_one_prompt_is_nothing_to_compare(tiny_base, tmp_path):
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--prompts", "a digit"]
+    arguments += ["--reject", 0.5, "--output_dir", tmp_path / "set"]
+    assert "compares prompts: give two or more" in train_here(arguments, "sample")
