@@ -134,18 +134,18 @@ def release_after_the_checkpoint():
     runs.Run._save = save
 
 
-def in_a_child(arguments: list, prepare=None, seconds: float | None = None) -> int:
-    """Run train_dp_lora.py in a fork, killed after `seconds`; returns its wait status."""
+def in_a_child(arguments: list, prepare=None, seconds: float | None = None, script=train_dp_lora):
+    """Run a script in a fork, killed after `seconds`; returns its wait status."""
     child = os.fork()
     if child == 0:
         try:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            sys.argv = ["train_dp_lora.py", *map(str, arguments)]
+            sys.argv = [f"{script.__name__}.py", *map(str, arguments)]
             if prepare:
                 prepare()
-            run_script(train_dp_lora.main)
+            run_script(script.main)
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code or 0)

@@ -63,7 +63,7 @@ def claim_output_dir(training: TrainingArguments) -> FileLock:
     resumes = training.resume_from_checkpoint is not None
     if resumes and not private.is_dir():
         raise UsageError(f"--output_dir {path} holds no run to resume")
-    if not resumes and not _is_free(path):
+    if not resumes and not is_free(path):
         raise UsageError(
             f"--output_dir {path} already holds files; name a new folder for this run, or resume "
             "the run that it holds: --resume_from_checkpoint latest"
@@ -79,7 +79,7 @@ def claim_output_dir(training: TrainingArguments) -> FileLock:
     return lock
 
 
-def _is_free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
     if not path.exists():
         return True
     if not path.is_dir() or {e.name for e in path.iterdir()} - {PRIVATE, SELECTION, FIRST_MEANS}:
@@ -154,6 +154,21 @@ class Run:
         save_checkpoint(self.checkpoints, step, state_dict(), about)
         self.branch.wrote(step, CHECKPOINT)
         rotate(self.checkpoints, limit)
+
+    def repeat(self, name: str, steps: int, release: Callable[[list], object]) -> list:
+        """What `release` gives, once a step, from what came before; each is kept in a checkpoint
+        as soon as it exists, and an interrupted run does not pay for it twice.
+
+        Raises:
+            UsageError: see `save`.
+        """
+        done = [] if self.checkpoint is None else self.saved_state()[name]
+        if self.checkpoint is None:
+            self.save(0, lambda: {name: []}, 1)  # from here on, it can be resumed
+        while len(done) < steps:
+            done.append(release(done))
+            self.save(len(done), lambda: {name: done}, 1)
+        return done
 
     def saved_state(self) -> dict:
         """What the checkpoint to resume from holds."""

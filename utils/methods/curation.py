@@ -166,15 +166,17 @@ def hold(
     A run that is resumed varies the winners of earlier rounds as before, and pays for no vote
     twice.
     """
-    candidates = election.candidates
-    votes = [] if run.checkpoint is None else list(run.saved_state()["votes"])
-    for number in range(args.rounds):
-        if number:
-            candidates = evolve(election, candidates, votes[number - 1], args, seed + number)
-        if number == len(votes):
-            votes.append(count(candidates))
-            run.save(number + 1, lambda: {"votes": torch.stack(votes)}, 1)  # never lose it
-    return candidates, votes
+    rounds = [election.candidates]
+
+    def find_candidates(votes: list[torch.Tensor]) -> Candidates:
+        """Those of the round after the one that the last votes are of."""
+        for number in range(len(rounds), len(votes) + 1):
+            last = votes[number - 1]
+            rounds.append(evolve(election, rounds[-1], last, args, seed + number))
+        return rounds[len(votes)]
+
+    votes = run.repeat("votes", args.rounds, lambda before: count(find_candidates(before)))
+    return find_candidates(votes[:-1]), votes
 
 
 def count_for(

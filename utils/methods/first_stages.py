@@ -17,7 +17,7 @@ from utils.errors import UsageError, on_main_process
 from utils.files import CHECKPOINTS, LEDGER, MEANS, SALIENCY, private_folder
 from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.ledger import Ledger
-from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir
+from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir, is_free
 from utils.methods.means import read_means, run_release
 from utils.methods.publishing import check_repository
 from utils.methods.saliency_file import read_saliency
@@ -128,7 +128,8 @@ def _make_room(training: TrainingArguments, folder: Path, what: str) -> Training
         UsageError: see `claim_output_dir`; or there is nothing to resume.
     """
     on_main_process(lambda: claim_output_dir(training).release())
-    paid = list_steps(private_folder(folder) / CHECKPOINTS)  # an earlier attempt, interrupted
+    # An earlier attempt, interrupted; one that released nothing is begun anew.
+    paid = list_steps(private_folder(folder) / CHECKPOINTS) and not is_free(folder)
     if training.resume_from_checkpoint is not None and not paid:
         raise UsageError(f"--output_dir {training.output_dir} holds no {what} to resume from")
     return replace(

@@ -7,7 +7,7 @@ sees the noisy means only, and costs nothing.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def run_release(
         flat = total.flatten().to(accelerator.device)
         return add_noise_once(flat, plan, randomness, accelerator).view(total.shape).cpu()
 
-    means = torch.stack(release_once("means", plan.steps, release_sum, run))
+    means = torch.stack(run.repeat("means", plan.steps, lambda _: release_sum()))
 
     # Everything from here on sees the noisy means only.
     about = Circumstances(is_private=randomness.is_private, randomness=randomness.source)
@@ -107,17 +107,6 @@ def run_release(
     if training.discard_latents:
         discard_copies(run.output_dir, None)
     accelerator.print(f"{args.num_synthetic_images} images and grid.png in {run.output_dir / SET}")
-
-
-def release_once(
-    name: str, steps: int, release: Callable[[], torch.Tensor], run: Run
-) -> list[torch.Tensor]:
-    """What `release` gives, once a step; what an interrupted run has paid for is not done again."""
-    done = [] if run.checkpoint is None else list(run.saved_state()[name])
-    while len(done) < steps:
-        done.append(release())
-        run.save(len(done), lambda: {name: torch.stack(done)}, 1)  # paid for: never lose it
-    return done
 
 
 def read_images(

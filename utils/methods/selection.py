@@ -79,12 +79,14 @@ def run_selection(
     accelerator.print(announce(plan, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
-    encoded_dir = None
-    if run.checkpoint is None:
-        noisy, encoded_dir = release_scores(stage, engine, scoring, private_set, plan, training)
-        run.save(1, lambda: {"noisy_scores": noisy}, 1)  # paid for: never lose it
-    else:
-        noisy = run.saved_state()["noisy_scores"]
+    encoded_dirs = []
+
+    def release(_) -> torch.Tensor:
+        noisy, folder = release_scores(stage, engine, scoring, private_set, plan, training)
+        encoded_dirs.append(folder)
+        return noisy
+
+    (noisy,) = run.repeat("noisy_scores", 1, release)
 
     # Everything from here on sees the noisy scores only.
     keep = replace(keep, plan=plan_later_training(privacy, training.max_train_steps, plan))
@@ -93,6 +95,7 @@ def run_selection(
     saliency = replace(saliency, run=run.branch.run, private=is_private)
     about = stage.describe_circumstances()
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
+    encoded_dir = encoded_dirs[0] if encoded_dirs else None
     finish(stage, data, training, encoded_dir, describe_selection(saliency, training))
 
 

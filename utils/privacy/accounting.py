@@ -4,6 +4,7 @@ An event says what a mechanism did, as in `events` of the privacy statement. Eps
 or removing one unit, and also given for replacing one.
 """
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -38,6 +39,22 @@ def _dp_event(events: list[dict]) -> dp_accounting.DpEvent:
 def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
     """Epsilon of all `events` composed, by privacy loss distributions (Koskela et al. 2020;
     dp-accounting); an upper bound."""
+    _dp_event(events)  # refuses what it does not know
+    return _pld_epsilon(_list_numbers(events), delta, relation)
+
+
+Numbers = tuple[tuple[float, float, int], ...]  # noise multiplier, sampling rate, steps; an event
+
+
+def _list_numbers(events: list[dict]) -> Numbers:
+    return tuple((e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events)
+
+
+@functools.lru_cache(maxsize=512)  # a run asks for the same several times, each time for seconds
+def _pld_epsilon(numbers: Numbers, delta: float, relation) -> float:
+    mechanism = "poisson_subsampled_gaussian"
+    names = ("noise_multiplier", "sampling_rate", "steps")
+    events = [{"mechanism": mechanism, **dict(zip(names, n, strict=True))} for n in numbers]
     accountant = PLDAccountant(relation, PLD_INTERVAL)
     return accountant.compose(_dp_event(events)).get_epsilon(delta)
 
@@ -92,13 +109,18 @@ def prv_epsilon(
 ) -> float:
     """The same by privacy random variables (Gopi et al. 2021; Opacus); an upper bound, at most
     2 * `error` too large."""
+    return _prv_epsilon(_list_numbers(events), delta, relation, error)
+
+
+@functools.lru_cache(maxsize=512)
+def _prv_epsilon(numbers: Numbers, delta: float, relation, error: float) -> float:
     # Opacus takes seconds to import.
     from opacus.accountants import PRVAccountant
 
     from utils.privacy.replace_one import ReplaceOnePRVAccountant
 
     accountant = PRVAccountant() if relation == ADD_OR_REMOVE_ONE else ReplaceOnePRVAccountant()
-    accountant.history = [(e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events]
+    accountant.history = list(numbers)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # Opacus takes log(1 - q), also where q is 1, and suggests what its user cannot set.
         warnings.simplefilter("ignore")

@@ -1,0 +1,137 @@
+"""Kill every stage with SIGKILL, go on, and look at the books.
+
+    python -m tests.killed_stages BASE IMAGES FOLDER
+
+One command releases means, selects and trains; curate.py does the last stage, in the same ledger.
+After each kill the same command is run again. Then all must verify, no stage may be charged twice or
+with other noise, and epsilon must be what an undisturbed run comes to. The last line is a summary.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import curate
+from tests.conftest import ROOT, train_arguments
+from tests.killed_runs import die_on_call, in_a_child
+from utils.ledger import runs
+from utils.ledger.charges import list_charged_events
+from utils.ledger.ledger import Ledger
+from utils.ledger.verification import find_problems, read_source
+from utils.methods import curation, fine_tuning, first_stages, means, selection
+from utils.privacy.accounting import account
+from utils.sampling import generation, synthetic_sets
+
+SIGMA = {"--release_epsilon": 2, "--selection_noise_multiplier": 4, "--noise_multiplier": 0.9}
+SMALL = ["--generator_steps", 1, "--num_synthetic_images", 8, "--num_frequencies", 10]
+ROUNDS, DELTA = 2, 1e-3
+
+# The stage, and what is fatal there: the owner, the name and the number of a call, before or after.
+POINTS = {
+    "before the means are released": (means, "add_noise_once", 1, False),
+    "after the means, before their checkpoint": (runs, "save_checkpoint", 1, False),
+    "after their checkpoint": (runs, "save_checkpoint", 1, True),
+    "before the statement of the means": (runs, "write_statement", 1, False),
+    "after the means are published": (means, "draw_set", 1, False),
+    "while the set is drawn": (synthetic_sets, "write_metadata", 1, True),
+    "after the set, before it is noted": (synthetic_sets, "hash_set", 1, False),
+    "between means and selection": (first_stages, "select_first", 1, False),
+    "before the scores are released": (selection, "release_scores", 1, False),
+    "after the scores, before their checkpoint": (runs, "save_checkpoint", 2, False),
+    "after the checkpoint of the scores": (runs, "save_checkpoint", 2, True),
+    "before saliency.json": (selection, "export", 1, False),
+    "during the warm start": (fine_tuning, "warm_up", 1, True),
+    "after the first checkpoint of training": (runs, "save_checkpoint", 3, True),
+    "after the last checkpoint of training": (runs, "save_checkpoint", 5, True),
+    "before the weights": (runs, "write_statement", 3, True),
+}
+VOTING = {
+    "before the first votes are released": (curation, "add_noise_once", 1, False),
+    "after the first votes, before their checkpoint": (runs, "save_checkpoint", 1, False),
+    "after the first votes": (runs, "save_checkpoint", 1, True),
+    "between the rounds": (curation, "evolve", 1, True),
+    "after the last votes": (runs, "save_checkpoint", 2, True),
+    "before the statement of the votes": (runs, "write_statement", 1, False),
+    "while the winners are written": (synthetic_sets, "write_piece", 2, True),
+    "before the winners are noted": (synthetic_sets, "hash_set", 1, False),
+}
+
+
+def read_charges(ledger: Path) -> list[dict]:
+    return list_charged_events(Ledger(ledger).records())
+
+
+def go_on(arguments: list, output: Path, script, point=None) -> int:
+    """Run a stage of `output` until it is done, killed at `point` first; returns the kills."""
+    kills, command = 0, [*arguments, "--output_dir", output]
+    for attempt in (point, None) if point else (None,):
+        prepare = None if attempt is None else lambda at=attempt: die_on_call(*at)
+        resume = ["--resume_from_checkpoint", "latest"]
+        paid = any((output / "private" / "checkpoints").glob("checkpoint-*"))
+        status = in_a_child([*command, *(resume if paid else [])], prepare, script=script)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or status == 0, f"it ended with wait status {status}"
+        kills += killed
+    assert kills == (point is not None), "it never got to the point"
+    problems = find_problems(read_source(str(output), None))
+    assert not problems, problems
+    return kills
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("base", "images", "folder"):
+        parser.add_argument(name, type=Path)
+    args = parser.parse_args()
+    import train_dp_lora
+
+    command = train_arguments(args.base, args.images, "unused", *SMALL)
+    at = command.index("--target_epsilon")
+    command[at : at + 2] = [text for pair in SIGMA.items() for text in pair]
+    at = command.index("--output_dir")
+    del command[at : at + 2]
+    command += ["--rank", 2, "--checkpointing_steps", 2, "--noise_multiplicity", 1]
+    command += ["--num_validation_images", 1, "--warm_start_steps", 1]
+    command += ["--release_means", "--select_saliency"]
+    whole = args.folder / "whole"
+    go_on(command, whole, train_dp_lora)
+    expected = read_charges(whole / "private" / "ledger.jsonl")
+    assert [e["purpose"] for e in expected] == ["means", "selection", "training"], expected
+    kills = 0
+    for number in range(3):  # what the forks would compute again, each for seconds
+        account(expected[: number + 1], DELTA)
+    for number, (where, point) in enumerate(POINTS.items()):
+        print(where, flush=True)
+        output = args.folder / f"run-{number}"
+        kills += go_on(command, output, train_dp_lora, point)
+        charged = read_charges(output / "private" / "ledger.jsonl")
+        assert charged == expected, f"{where}: charged {charged}"
+
+    draw = ["--pretrained_model_name_or_path", args.base, "--adapter", whole, "--num_images", 8]
+    draw += ["--class_names", *"0123", "--caption_template", "the digit {label}"]
+    import sample
+
+    candidates = args.folder / "candidates"
+    assert in_a_child([*draw, "--output_dir", candidates], script=sample) == 0
+    assert generation.SET_DIGEST in json.loads((candidates / "sampling.json").read_text())
+    weights = ROOT / "examples" / "digits" / "extractor.safetensors"
+    voting = ["--synthetic", candidates, "--train_data_dir", args.images, "--rounds", ROUNDS]
+    voting += ["--label_column", "label", "--caption_template", "the digit {label}"]
+    voting += ["--extractor", "classifier", "--classifier_weights", weights]
+    voting += ["--target_delta", DELTA, "--curation_epsilon", 2]
+    for number, (where, point) in enumerate({"undisturbed": None, **VOTING}.items()):
+        print(where, flush=True)
+        ledger = args.folder / f"votes-{number}.jsonl"
+        shutil.copy(whole / "private" / "ledger.jsonl", ledger)
+        output = args.folder / f"votes-{number}"
+        kills += go_on([*voting, "--privacy_ledger", ledger], output, curate, point)
+        *before, event = read_charges(ledger)
+        assert before == expected and event["steps"] == ROUNDS, f"{where}: charged {event}"
+    print(json.dumps({"points": len(POINTS) + len(VOTING), "killed": kills}))
+
+
+if __name__ == "__main__":
+    main()
