@@ -3,8 +3,8 @@
     python -m tests.killed_stages BASE IMAGES FOLDER
 
 One command releases means, selects and trains; curate.py does the last stage, in the same ledger.
-After each kill the same command is run again. Then all must verify, no stage may be charged twice or
-with other noise, and epsilon must be what an undisturbed run comes to. The last line is a summary.
+After each kill the same command is run again. Then all must verify, no stage may be charged twice
+or with other noise. The last line is a summary in JSON.
 """
 
 import argparse

@@ -10,6 +10,8 @@ from utils.errors import UsageError
 
 RELEASES = ["random_features", "perceptual_features", "central_images"]
 CENTRAL = ["central_images"]
+# What the means take of a budget; benchmarks/RESULTS.md, "The share of the means".
+ENOUGH, LEAST_SHARE, LARGEST_SHARE = 3.0, 0.3, 0.9
 
 
 @dataclass
@@ -51,8 +53,10 @@ class MeansArguments:
         "training follows in the same command",
         None,
     )
-    release_share: float = option(
-        "share of --target_epsilon for the means, where training follows", 0.3
+    release_share: float | None = option(
+        "share of --target_epsilon for the means, where training follows; default: epsilon 3, but "
+        "at least 0.3 and at most 0.9 of it",
+        None,
     )
 
     def __post_init__(self):
@@ -81,8 +85,14 @@ class MeansArguments:
                 raise UsageError(f"--{name} {getattr(self, name)} must be positive and finite")
         if self.release_epsilon is not None and not self.release_epsilon > 0:
             raise UsageError(f"--release_epsilon {self.release_epsilon} must be positive")
-        if not 0 < self.release_share < 1:
+        if self.release_share is not None and not 0 < self.release_share < 1:
             raise UsageError(f"--release_share {self.release_share} must be in (0, 1)")
+
+    def choose_share(self, target_epsilon: float) -> float:
+        """The share of `target_epsilon` that the means take."""
+        if self.release_share is not None:
+            return self.release_share
+        return min(max(ENOUGH / target_epsilon, LEAST_SHARE), LARGEST_SHARE)
 
 
 @dataclass

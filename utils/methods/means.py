@@ -135,7 +135,8 @@ def plan_release(
     """
     epsilon, sigma = args.release_epsilon, None
     if epsilon is None and privacy.target_epsilon is not None:
-        epsilon = privacy.target_epsilon * (args.release_share if is_first else 1)
+        share = args.choose_share(privacy.target_epsilon) if is_first else 1
+        epsilon = share * privacy.target_epsilon
     if epsilon is None:
         sigma = privacy.noise_multiplier
     if epsilon is None and (sigma is None or is_first):
