@@ -13,10 +13,11 @@
     # hand back what a run that will not be resumed had reserved
     python privacy_report.py give_up runs/ledger.jsonl RUN
 
-`show` prints every event and the epsilon they come to, by two accountants (PLD, PRV) and under both
-relations (adding or removing one unit, replacing one), and plots epsilon over the steps and against
-delta. `verify` recomputes the statement from its events, and checks the files, the ledger's chain
-and the checkpoints, as far as they are present: what was downloaded has no ledger.
+`show` prints every event, what it adds to those before it, and the epsilon they come to, by two
+accountants (PLD, PRV) and under both relations (adding or removing one unit, replacing one), and
+plots the stages as shares of the budget, epsilon over the steps, and against delta. `verify`
+recomputes the statement from its events, and checks the files, the ledger's chain and the
+checkpoints, as far as they are present: what was downloaded has no ledger.
 """
 
 import json
@@ -72,7 +73,7 @@ class GiveUpArguments:
 def show(args: ShowArguments) -> None:
     from utils.ledger.charges import summarise_runs
     from utils.ledger.verification import read_source
-    from utils.privacy.accounting import account, membership_power, pld_epsilon
+    from utils.privacy.accounting import account, membership_power, pld_epsilon, split_budget
     from utils.privacy.plots import plot_spent
 
     source = read_source(args.path, args.revision)
@@ -80,7 +81,10 @@ def show(args: ShowArguments) -> None:
     if not events:
         raise UsageError(f"{args.path} has no events: nothing was spent")
     spent = account(events, delta)
-    rows = [{**event, "epsilon": pld_epsilon([event], delta)} for event in events]
+    rows = [
+        {**event, "epsilon": pld_epsilon([event], delta), "adds": added}
+        for event, added in zip(events, split_budget(events, delta), strict=True)
+    ]
     report = {
         "delta": delta,
         "events": rows,
@@ -91,11 +95,11 @@ def show(args: ShowArguments) -> None:
         "membership_inference": membership_power(events),
         "runs": summarise_runs(source.ledger.records()) if source.ledger else [],
     }
-    print("purpose     steps  sampling rate  noise multiplier  epsilon alone")
+    print("purpose     steps  sampling rate  noise multiplier  epsilon alone    adds")
     for row in rows:
         print(
             f"{row['purpose']:10} {row['steps']:6}  {row['sampling_rate']:13.6g}  "
-            f"{row['noise_multiplier']:16.4f}  {row['epsilon']:13.3f}"
+            f"{row['noise_multiplier']:16.4f}  {row['epsilon']:13.3f}  {row['adds']:6.3f}"
         )
     for run in report["runs"]:
         print(f"run {run['run']}: {run['released']} of {run['planned']} steps, {run['state']}")

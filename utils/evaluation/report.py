@@ -15,6 +15,8 @@ from utils.evaluation.memorisation import Neighbours
 from utils.evaluation.plots import plot_neighbour_distances, plot_quality_trade_off
 from utils.files import write_durably
 from utils.hub.privacy_words import describe_formally, describe_plainly, name_one
+from utils.ledger.statement import list_all_events, quote_total
+from utils.privacy.accounting import split_budget
 
 FIDELITY = {
     "frechet_distance": ("Fréchet distance", "lower is better"),
@@ -111,7 +113,7 @@ def _privacy(page: Page) -> str:
             cells += [("delta", f"{page.statement['delta']:g}")]
             cells += [("privacy unit", name_one(page.statement))]
         tiles = "".join(f"<div><b>{escape(v)}</b>{escape(k)}</div>" for k, v in cells)
-        numbers = f'<div class="numbers">{tiles}</div>'
+        numbers = f'<div class="numbers">{tiles}</div>{_stages(page.statement)}'
     private = any(not entry["covered_by_epsilon"] for entry in page.results.values())
     note = ""
     if private:
@@ -121,6 +123,20 @@ def _privacy(page: Page) -> str:
             "this page, unless the people in those images agreed to it.</p>"
         )
     return f'<section class="card" aria-label="Privacy">{numbers}{words}{note}</section>'
+
+
+def _stages(statement: dict | None) -> str:
+    """A bar of epsilon, cut into what each stage adds."""
+    if statement is None or not statement["private"] or len(list_all_events(statement)) < 2:
+        return ""
+    events, (_, delta) = list_all_events(statement), quote_total(statement)
+    parts = zip(events, split_budget(events, delta), strict=True)
+    cells = "".join(
+        f'<div style="flex-grow:{max(added, 0):.4f}"><b>{escape(event["purpose"])}</b> '
+        f"{added:.2f}</div>"
+        for event, added in parts
+    )
+    return f'<div class="stages" aria-label="What each stage adds to epsilon">{cells}</div>'
 
 
 def _mark_up(markdown: str) -> str:

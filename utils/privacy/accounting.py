@@ -67,6 +67,15 @@ def pld_both_relations(events: list[dict], delta: float) -> dict[str, float]:
     }
 
 
+def split_budget(events: list[dict], delta: float) -> list[float]:
+    """What each event adds to the epsilon of those before it; all together, that is epsilon.
+
+    Alone, each would cost more than it adds: privacy composes better than by sums.
+    """
+    steps = [pld_epsilon(events[: number + 1], delta) for number in range(len(events))]
+    return [step - before for before, step in zip([0.0, *steps], steps, strict=False)]
+
+
 def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> list[float]:
     """The epsilon of `events`, by PLD, at each of `deltas`."""
     accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(events))

@@ -8,13 +8,27 @@ import numpy as np
 from matplotlib.ticker import FormatStrFormatter
 from tqdm import tqdm
 
-from utils.privacy.accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE, epsilon_curve, pld_epsilon
+from utils.privacy.accounting import (
+    ADD_OR_REMOVE_ONE,
+    REPLACE_ONE,
+    epsilon_curve,
+    pld_epsilon,
+    split_budget,
+)
 from utils.privacy.plan import PrivacyPlan
 
 
 def plot_spent(events: list[dict], delta: float, path: str) -> None:
-    """Epsilon over the steps, in the order of the ledger, and (epsilon, delta), as one picture."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """What each stage adds to the budget, epsilon over the steps, both in the order of the ledger,
+    and (epsilon, delta), as one picture."""
+    figure, axes = plt.subplot_mosaic(
+        [["stages", "stages"], ["left", "right"]],
+        figsize=(10, 5),
+        height_ratios=[1, 5],
+        layout="constrained",
+    )
+    _draw_stages(axes["stages"], events, delta)
+    left, right = axes["left"], axes["right"]
     before, steps, values = 0, [0], [0.0]
     for number, event in enumerate(events):
         for done in np.unique(np.linspace(1, event["steps"], 12).astype(int)).tolist():
@@ -32,6 +46,19 @@ def plot_spent(events: list[dict], delta: float, path: str) -> None:
     right.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _draw_stages(axes, events: list[dict], delta: float) -> None:
+    """A bar of epsilon, cut into what each event adds."""
+    start, parts = 0.0, split_budget(events, delta)
+    for number, (event, added) in enumerate(zip(events, parts, strict=True)):
+        axes.barh(0, added, left=start, color=f"C{number % 10}", edgecolor="white")
+        label = f"{event['purpose']}\n{added:.2f}"
+        if added > 0.06 * sum(parts):
+            axes.text(start + added / 2, 0, label, ha="center", va="center", color="white")
+        start += added
+    axes.set(yticks=[], xlim=(0, start), title=f"epsilon {start:.3f}: what each stage adds")
+    axes.spines[:].set_visible(False)
 
 
 def plot_noise_trade_off(chosen: PrivacyPlan, path: str) -> None:
