@@ -50,12 +50,14 @@ def main():
     from utils.hub.evaluation_card import build_evaluation_section
     from utils.hub.upload import make_repo
     from utils.sampling.generation import prepare_generation
+    from utils.sampling.paid_sets import check_judge
     from utils.sampling.rejection import generate_set
     from utils.sampling.sources import find_source, require_statement
     from utils.sampling.synthetic_sets import publish_images
 
     state, folder, section = PartialState(), Path(output.output_dir), None
     source = find_source(model, sampling)
+    on_main_process(lambda: check_judge(sampling.reject_by, source.statement))
     if hub.push_to_hub:  # refuse before anything is generated
         require_statement(source)
         section = on_main_process(lambda: build_evaluation_section(metrics, source.statement))

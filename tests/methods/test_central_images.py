@@ -23,7 +23,7 @@ def test_central_images_are_means_of_poisson_batches(image_folder, tmp_path, mon
         story, "sample_poisson_batch", lambda *a: batches.append(real(*a)) or batches[-1]
     )
     more = ["--release", "central_images", "--central_batches", 3, "--central_rate", 0.4]
-    assert "40 images and grid.png" in release(image_folder, tmp_path / "run", *more)
+    assert "40 images, grid.png" in release(image_folder, tmp_path / "run", *more)
     (event,) = read_json(tmp_path / "run" / "privacy.json")["events"]
     assert (event["steps"], event["sampling_rate"], event["purpose"]) == (3, 0.4, "means")
     means, _ = story.read_means(tmp_path / "run" / "means.safetensors")

@@ -54,13 +54,15 @@ def public(tiny_base, tmp_path_factory):
 def test_votes_are_composed_with_what_the_candidates_cost(drawn, image_folder, tmp_path):
     shown = curate(drawn / "set", image_folder, tmp_path / "run", "--target_epsilon", 9)
     assert "40 private units vote for 24 candidates: epsilon 9.0" in shown or "8.99" in shown
-    assert "12 images and grid.png" in shown
+    assert "12 images, grid.png" in shown
     statement = read_json(tmp_path / "run" / "privacy.json")
     assert [e["purpose"] for e in statement["events"]] == ["training", "curation"]
     assert 8.98 < statement["epsilon"]["add_or_remove_one"] <= 9
     assert statement["events"][1]["sensitivity"] == 2.0  # the root of four votes
     assert find_problems(read_source(str(tmp_path / "run"), None)) == []
     kept = tmp_path / "run" / "set"
+    page = (kept / "report.html").read_text()
+    assert "Every unit voted" in page and 'aria-label="What each stage adds to epsilon"' in page
     assert read_json(kept / "privacy.json") == statement
     rows = [json.loads(line) for line in (kept / "metadata.jsonl").read_text().splitlines()]
     assert [row["label"] for row in rows] == [*"0123"] * 3
@@ -87,7 +89,7 @@ def test_the_noise_is_that_of_the_plan(public, image_folder, tmp_path, monkeypat
     monkeypatch.setattr(story, "count_votes", lambda *a: counts.append(real(*a)) or counts[-1])
     more = ["--noise_multiplier", 1, "--curation_epsilon", 2, "--rounds", 40, "--num_images", 24]
     shown = curate(public, image_folder, tmp_path / "run", *more)
-    assert "24 images and grid.png" in shown, shown
+    assert "24 images, grid.png" in shown, shown
     votes = load_file(tmp_path / "run" / "votes.safetensors")["votes"].double()
     (event,) = read_json(tmp_path / "run" / "privacy.json")["events"]
     assert event["steps"] == 40
@@ -99,7 +101,7 @@ def test_the_noise_is_that_of_the_plan(public, image_folder, tmp_path, monkeypat
 def test_rounds_vary_the_winners(public, image_folder, tmp_path):
     """Private Evolution: no training at all."""
     more = ["--target_epsilon", 3, "--rounds", 2, "--num_images", 8, "--keep", "resample"]
-    assert "8 images and grid.png" in curate(public, image_folder, tmp_path / "run", *more)
+    assert "8 images, grid.png" in curate(public, image_folder, tmp_path / "run", *more)
     (event,) = read_json(tmp_path / "run" / "privacy.json")["events"]
     assert event["steps"] == 2 and event["purpose"] == "curation"
     originals = {hash_file(path) for path in public.glob("0*.png")}
@@ -223,7 +225,7 @@ def test_captions_vote_within_the_nearest_prompt(public, tiny_base, tmp_path):
     arguments += ["--output_dir", tmp_path / "run"]
     assert "--pretrained_model_name_or_path, whose text encoder" in train_here(arguments, "curate")
     more = ["--pretrained_model_name_or_path", tiny_base]
-    assert "12 images and grid.png" in train_here([*arguments, *more], "curate")
+    assert "12 images, grid.png" in train_here([*arguments, *more], "curate")
 
 
 def test_a_dry_run_spends_nothing(drawn, image_folder, tmp_path):

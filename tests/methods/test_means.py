@@ -77,7 +77,7 @@ def release(images, output, *more) -> str:
 def released(image_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("means") / "run"
     shown = release(image_folder, output)
-    assert "40 images and grid.png" in shown, shown
+    assert "40 images, grid.png" in shown, shown
     return output
 
 
@@ -92,6 +92,8 @@ def test_it_leaves_a_set_and_a_statement_that_verifies(released):
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 40 and rows[3]["text"] == "the digit 3" and rows[3]["label"] == "3"
     assert (released / "set" / "grid.png").exists()
+    page = (released / "set" / "report.html").read_text()
+    assert "noisy mean of features" in page and "data:image" in page
     records = Ledger(released / "private" / "ledger.jsonl").records()
     assert records[-1]["files"] == {"set": hash_set(released / "set")}
     assert len(list_charged_events(records)) == 1

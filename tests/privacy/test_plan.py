@@ -7,7 +7,7 @@ import pytest
 
 from tests.worlds import build_plan
 from utils.errors import UsageError
-from utils.privacy.accounting import Spent, pld_epsilon
+from utils.privacy.accounting import Spent, pld_epsilon, split_budget
 from utils.privacy.plan import calibrate_table, make_plan, summarise_plan
 
 PLAN = {
@@ -95,3 +95,12 @@ def test_a_plan_in_numbers():
     summary = summarise_plan(plan, Spent(1.0, 2.0, 3.0, 4.0, 5.0))
     assert summary["sampling_rate"] == 0.3 and summary["num_units"] == 200
     assert list(summary["epsilon"].values()) == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_what_each_event_adds_makes_up_epsilon():
+    """In the order of the ledger; each adds less than it would cost alone."""
+    events = [build_plan(steps=n, purpose=p).event() for n, p in ((1, "means"), (9, "training"))]
+    parts = split_budget(events, 1e-5)
+    assert sum(parts) == pytest.approx(pld_epsilon(events, 1e-5), rel=1e-9)
+    assert parts[0] == pld_epsilon(events[:1], 1e-5)
+    assert 0 < parts[1] < pld_epsilon(events[1:], 1e-5)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import read_json, train_here
+from tests.conftest import read_json, train_arguments, train_here
 from utils.sampling import rejection
 from utils.sampling.paid_sets import read_sampling
 from utils.sampling.rejection import keep_typical
@@ -70,6 +70,21 @@ def test_another_set_may_judge(tiny_base, tmp_path, monkeypatch):
     assert "10 images" in draw(tiny_base, tmp_path / "set", *by)
     wrong = draw(tiny_base, tmp_path / "wrong", *by, "--class_names", "7", "8")
     assert "has no image of the prompt 'the digit 7'" in wrong
+
+
+def test_a_judge_that_cost_privacy_must_be_covered(tiny_base, image_folder, tmp_path, monkeypatch):
+    """Else images would be chosen by what their statement does not know of."""
+    monkeypatch.setattr(rejection, "STEPS", 3)
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--release_means")
+    arguments += ["--generator_steps", 1, "--num_synthetic_images", 8, "--num_frequencies", 10]
+    assert "saved" in train_here([*arguments, "--warm_start_steps", 1])
+    judge = ["--reject", 0.3, "--reject_by", tmp_path / "run" / "means" / "set"]
+    adapter = ["--adapter", tmp_path / "run"]
+    assert "10 images" in draw(tiny_base, tmp_path / "good", *judge, *adapter)
+    assert "does not cover" in draw(tiny_base, tmp_path / "bad", *judge)
+    private = ["--reject", 0.3, "--reject_by", image_folder]
+    assert "has no privacy.json" in draw(tiny_base, tmp_path / "bad", *private, *adapter)
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,9 @@ class SamplingArguments(DrawingArguments):
         0.0,
     )
     reject_by: str | None = option(
-        "synthetic set with the same prompts to train that classifier on, such as that of "
-        "release_means.py; default: the images themselves, each half judged by the other",
+        "synthetic set with the same prompts to train that classifier on: that of "
+        "release_means.py which the adapter started from; default: the images themselves, each "
+        "half judged by the other",
         None,
     )
     seed: int = option("image i starts from noise that depends on the seed and i alone", 0)

@@ -25,7 +25,7 @@ from utils.data.images import (
     read_pixel_batches,
 )
 from utils.data.rows import load_split, read_labels
-from utils.errors import UsageError
+from utils.errors import UsageError, on_main_process
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
 from utils.evaluation.features import ExtractedFeatures, build_extractor, extract
 from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
@@ -34,6 +34,7 @@ from utils.evaluation.plots import tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
 from utils.files import METADATA, METRICS, REPORT, SAMPLING_SETTINGS, write_durably
 from utils.sampling.generation import prepare_generation
+from utils.sampling.paid_sets import check_judge
 from utils.sampling.rejection import generate_set
 from utils.sampling.sources import find_source
 from utils.sampling.synthetic_sets import read_privacy
@@ -54,6 +55,7 @@ def evaluate_set(
     runs = read_runs(args.compare or [])
     if model.pretrained_model_name_or_path is not None:
         source = find_source(model, sampling)
+        on_main_process(lambda: check_judge(sampling.reject_by, source.statement))
         prepared = prepare_generation(model, sampling, source, folder, state)
         generate_set(prepared, sampling, folder, state)
     elif sampling.adapter is not None:

@@ -39,6 +39,7 @@ from utils.ledger.statement import Circumstances
 from utils.methods.classes import number_rows, read_units
 from utils.methods.election import Candidates, Election, call_election, join_ledger
 from utils.methods.planning import preview, reserve
+from utils.methods.publishing import report_set
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import count_votes, keep_best, resample
 from utils.privacy.accounting import account
@@ -84,9 +85,8 @@ def run_curation(
         return
     if hub.push_to_hub:
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
-    agreed = collect_settings("curation", args, data, training)
     about = {"extractor": election.extractor.about(), "candidates": hash_set(Path(args.synthetic))}
-    agreed |= about
+    agreed = collect_settings("curation", args, data, training) | about
     private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(election.candidates.images)))
 
@@ -107,9 +107,10 @@ def run_curation(
     kept = candidates.select(keep(votes[-1], candidates, args, training.seed or 0))
     settings = {"curated": asdict(args) | about, "from": election.paid.settings}
     on_main_process(lambda: leave_set(kept, settings, plan, run))
+    on_main_process(lambda: report_set(run.output_dir))
     if training.discard_latents:
         discard_copies(run.output_dir, None)
-    accelerator.print(f"{len(kept.images)} images and grid.png in {run.output_dir / SET}")
+    accelerator.print(f"{len(kept.images)} images, grid.png, report.html in {run.output_dir / SET}")
     if hub.push_to_hub and accelerator.is_main_process:
         print(f"published {publish(run.output_dir, election.paid, hub)}")
 

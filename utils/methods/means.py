@@ -37,6 +37,7 @@ from utils.methods.classes import build_nearest, find_classes, number_rows, read
 from utils.methods.mean_features import SIDE, build_features, sum_features
 from utils.methods.mean_generator import draw, fit_generator, read_target
 from utils.methods.planning import plan_later_training, preview, reserve
+from utils.methods.publishing import report_set
 from utils.methods.stages import collect_settings, start
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
@@ -100,13 +101,13 @@ def run_release(
     means = torch.stack(run.repeat("means", plan.steps, lambda _: release_sum()))
 
     # Everything from here on sees the noisy means only.
-    about = Circumstances(is_private=randomness.is_private, randomness=randomness.source)
+    about = Circumstances(randomness.is_private, randomness.source)
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan, about))
-    on_main_process(lambda: draw_set(run, plan, args, features))
+    made = on_main_process(lambda: draw_set(run, plan, args, features))
     if training.discard_latents:
         discard_copies(run.output_dir, None)
-    accelerator.print(f"{args.num_synthetic_images} images and grid.png in {run.output_dir / SET}")
+    accelerator.print(f"{args.num_synthetic_images} images, grid.png, report.html in {made}")
 
 
 def read_images(
@@ -176,8 +177,8 @@ def read_means(path: Path) -> tuple[torch.Tensor, dict]:
         return file.get_tensor("means"), json.loads(file.metadata()["about"])
 
 
-def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, features) -> None:
-    """Draw a set that matches the published means; the ledger notes what it holds.
+def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, features) -> Path:
+    """Draw a set that matches the published means; its folder. The ledger notes what it holds.
 
     Raises:
         UsageError: the disk does not take it.
@@ -192,6 +193,8 @@ def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, features) -> Non
     columns = num_classes if 1 < num_classes <= 10 else 8
     images = draw_images(released, args, features, told["seed"])
     write_set(run, plan.steps, entries, images, {"means": told}, columns)
+    report_set(run.output_dir)
+    return run.output_dir / SET
 
 
 def draw_images(

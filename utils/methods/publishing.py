@@ -7,16 +7,19 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from PIL import Image
 from yaml import YAMLError
 
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import ModelArguments, PrivacyArguments, TrainingArguments
 from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
+from utils.evaluation.report import Page, write_report
 from utils.fetching import fetch_file
 from utils.files import (
     CARD,
     GRID,
+    REPORT,
     SAMPLE_DIGESTS,
     SAMPLES,
     hash_file,
@@ -27,6 +30,8 @@ from utils.hub.upload import check_license, make_repo
 from utils.models.drawing import DrawingSettings
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.generation import generate
+from utils.sampling.shards import SET
+from utils.sampling.synthetic_sets import read_privacy
 
 
 def check_repository(
@@ -110,3 +115,17 @@ def save_samples(
         tile_images(images, columns).save(folder / GRID)
     digests = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
     write_durably(private_folder(training.output_dir) / SAMPLE_DIGESTS, json.dumps(digests))
+
+
+def report_set(run_folder: Path) -> None:
+    """Write report.html of a stage's synthetic set: its privacy, and, if that holds, its images.
+
+    Raises:
+        UsageError: see `read_privacy`.
+    """
+    folder = run_folder / SET
+    statement, results = read_privacy(str(folder), None)
+    sheets = {}
+    if results["epsilon"]["value"] is not None:
+        sheets = {"synthetic": Image.open(folder / GRID)}
+    write_report(Page(run_folder.name, results, statement, sheets), folder / REPORT)

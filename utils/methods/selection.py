@@ -79,11 +79,12 @@ def run_selection(
     accelerator.print(announce(plan, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
-    encoded_dirs = []
+    copies = {}
 
     def release(_) -> torch.Tensor:
-        noisy, folder = release_scores(stage, engine, scoring, private_set, plan, training)
-        encoded_dirs.append(folder)
+        noisy, copies["latents"] = release_scores(
+            stage, engine, scoring, private_set, plan, training
+        )
         return noisy
 
     (noisy,) = run.repeat("noisy_scores", 1, release)
@@ -95,8 +96,7 @@ def run_selection(
     saliency = replace(saliency, run=run.branch.run, private=is_private)
     about = stage.describe_circumstances()
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
-    encoded_dir = encoded_dirs[0] if encoded_dirs else None
-    finish(stage, data, training, encoded_dir, describe_selection(saliency, training))
+    finish(stage, data, training, copies.get("latents"), describe_selection(saliency, training))
 
 
 def make_engine(stage: Stage, candidates: dict[str, nn.Module], num_draws: int) -> PerUnitGradients:

@@ -89,6 +89,29 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
             f"the ledger {ledger.path} did not pay for {argument} {folder}, or its images are "
             "not those that were drawn: name the ledger that it is in, or make it anew"
         )
-    run = found[-1]["run"]
-    terms = [record for record in select_run(records, run) if record["kind"] == "reserve"][-1]
-    return PaidSet((*terms["builds_on"], run), statement, settings)
+    return PaidSet(list_runs_behind(records, found[-1]["run"]), statement, settings)
+
+
+def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:
+    """A run and those that it builds on; none if the ledger does not know it."""
+    terms = [record for record in select_run(records, run) if record["kind"] == "reserve"]
+    return (*terms[-1]["builds_on"], run) if terms else ()
+
+
+def check_judge(folder: str | None, statement: dict | None) -> None:
+    """Whether a set may choose among images that `statement` covers (`--reject_by`): what it cost
+    must be in there, or it is public.
+
+    Raises:
+        UsageError: see `find_paid_set`; or it cost what the statement does not cover.
+    """
+    if folder is None:
+        return
+    ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
+    paid = find_paid_set(folder, ledger, "--reject_by", "draw one with release_means.py")
+    run = (statement or {}).get("ledger", {}).get("run")
+    if set(paid.runs) - set(list_runs_behind(ledger.records(), run)):
+        raise UsageError(
+            f"--reject_by {folder} has cost privacy that the statement of these images does not "
+            "cover: train with --warm_start from it, or leave --reject_by out"
+        )
