@@ -1,7 +1,9 @@
 """The story of a selection: score, release with noise, keep, publish (DP-SAPF's first stage)."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from utils.files import (
 )
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.reservations import check_room_for
+from utils.ledger.runs import Run
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import describe, plan_later_training, preview, reserve
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
@@ -79,15 +82,8 @@ def run_selection(
     accelerator.print(announce(plan, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
-    copies = {}
-
-    def release(_) -> torch.Tensor:
-        noisy, copies["latents"] = release_scores(
-            stage, engine, scoring, private_set, plan, training
-        )
-        return noisy
-
-    (noisy,) = run.repeat("noisy_scores", 1, release)
+    release = partial(release_scores, stage, engine, scoring, private_set, plan, training)
+    noisy, encoded_dir = release_or_resume(run, release)
 
     # Everything from here on sees the noisy scores only.
     keep = replace(keep, plan=plan_later_training(privacy, training.max_train_steps, plan))
@@ -96,7 +92,7 @@ def run_selection(
     saliency = replace(saliency, run=run.branch.run, private=is_private)
     about = stage.describe_circumstances()
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
-    finish(stage, data, training, copies.get("latents"), describe_selection(saliency, training))
+    finish(stage, data, training, encoded_dir, describe_selection(saliency, training))
 
 
 def make_engine(stage: Stage, candidates: dict[str, nn.Module], num_draws: int) -> PerUnitGradients:
@@ -181,6 +177,21 @@ def check_later_training(
     if training.resume_from_checkpoint is None:
         both = [plan.event()] if later is None else later.events()
         check_room_for(Path(training.output_dir), privacy, both)
+
+
+def release_or_resume(
+    run: Run, release: Callable[[], tuple[torch.Tensor, Path]]
+) -> tuple[torch.Tensor, Path | None]:
+    """What `release_scores` gives, or what an interrupted run has paid for, without a folder."""
+    folders = []
+
+    def score(_) -> torch.Tensor:
+        noisy, folder = release()
+        folders.append(folder)
+        return noisy
+
+    (noisy,) = run.repeat("noisy_scores", 1, score)
+    return noisy, (folders or [None])[0]
 
 
 def release_scores(
