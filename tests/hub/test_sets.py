@@ -3,7 +3,7 @@
 import huggingface_hub
 from huggingface_hub import HfApi
 
-from tests.conftest import read_json
+from tests.conftest import ROOT, read_json
 from tests.hub_stand_in import TOKEN
 from utils.arguments.publishing import RepositoryArguments
 from utils.hub.upload import list_files_to_publish, upload
@@ -97,3 +97,29 @@ def test_an_upload_replaces_what_an_earlier_one_left(hub, finished, monkeypatch)
     upload("user/replaced", files, RepositoryArguments(), "model", "")
     there = hub.repositories["model", "user/replaced"].files()
     assert set(there) == {*files, "notes.md"}
+
+
+def test_a_curated_set_is_published_with_all_that_it_cost(
+    hub, on_hub, image_folder, tmp_path, tiny_base
+):
+    """Of means, which no model drew, and a vote."""
+    data = ["--train_data_dir", image_folder, "--label_column", "label"]
+    data += ["--caption_template", "the digit {label}", "--target_delta", 1e-3]
+    small = ["--generator_steps", 1, "--num_synthetic_images", 16, "--num_frequencies", 10]
+    arguments = [*data, *small, "--target_epsilon", 2, "--output_dir", tmp_path / "means"]
+    assert on_hub("release_means.py", *arguments).returncode == 0
+    arguments = [*data, "--synthetic", tmp_path / "means" / "set", "--target_epsilon", 3]
+    arguments += ["--extractor", "classifier", "--output_dir", tmp_path / "curated"]
+    arguments += ["--classifier_weights", ROOT / "examples" / "digits" / "extractor.safetensors"]
+    pushing = ["--push_to_hub", "--hub_dataset_id", "user/curated"]
+    refused = on_hub("curate.py", *arguments, *pushing, "--debug_noise_seed", 1)
+    assert refused.returncode == 2 and "--push_to_hub is refused" in refused.stderr
+    run = on_hub("curate.py", *arguments, *pushing)
+    assert run.returncode == 0, run.stderr
+    repository = hub.repositories["dataset", "user/curated"]
+    names = ["README.md", "data/train-00000-of-00001.parquet", "grid.png", "privacy.json"]
+    assert sorted(repository.files()) == names
+    card = repository.files()["README.md"].decode()
+    epsilon = read_json(tmp_path / "curated" / "privacy.json")["epsilon"]["add_or_remove_one"]
+    assert f"{epsilon:.3f}" in card and "Every unit voted" in card and "noisy mean" in card
+    assert "8 synthetic images" in card and "a small generator" in card

@@ -198,6 +198,7 @@ def test_a_curated_set_is_a_warm_start(drawn, tiny_base, image_folder, tmp_path)
         (["--curation_epsilon", "nan"], "must be positive"),
         (["--target_epsilon", 3, "--variation_strength", 1.5], "must be in (0, 1]"),
         (["--push_to_hub", "--target_epsilon", 3], "needs --hub_dataset_id"),
+        (["--target_epsilon", 3, "--num_images", 25], "there are 24 candidates; draw more"),
     ],
 )
 def test_mistakes_get_a_sentence_and_nothing_is_spent(public, image_folder, tmp_path, more, said):

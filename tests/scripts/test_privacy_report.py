@@ -216,6 +216,7 @@ def test_show_lists_every_event_and_composes_them(published, report, tmp_path):
     assert code == 0 and found["delta"] == statement["delta"]
     assert found["epsilon"]["pld"] == statement["epsilon"]
     assert [event["steps"] for event in found["events"]] == [3]
+    assert found["events"][0]["adds"] == found["events"][0]["epsilon"]
     assert abs(found["epsilon"]["prv"]["replace_one"] - statement["epsilon"]["replace_one"]) < 0.03
     assert found["runs"][0]["state"] == "finished"
     assert (tmp_path / "privacy_report.png").stat().st_size > 10_000

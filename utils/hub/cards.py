@@ -217,18 +217,19 @@ class Maker:
     """What a synthetic set was generated with.
 
     Attributes:
-        base_model, adapter: folder or Hub id; no adapter is None.
+        base_model, adapter: folder or Hub id; no adapter is None, and so is no model, where a small
+            generator was fitted to noisy means.
         statement: the adapter's privacy statement; None without an adapter.
     """
 
-    base_model: str
+    base_model: str | None
     adapter: str | None
     statement: dict | None
 
 
 def build_dataset_card(made_by: Maker, num_images: int, repo_id: str, license: str | None) -> str:
     """The text of README.md of a synthetic set."""
-    base = name_publicly(made_by.base_model)
+    base = name_publicly(made_by.base_model) if made_by.base_model else None
     adapter = name_publicly(made_by.adapter) if made_by.adapter else None
     statement = made_by.statement
     private = ["differential_privacy"] if statement else []
@@ -241,6 +242,8 @@ def build_dataset_card(made_by: Maker, num_images: int, repo_id: str, license: s
         configs=[{"config_name": "default", "data_files": "data/train-*.parquet"}],
     )
     source = f"the adapter {adapter} of the model {base}" if adapter else f"the model {base}"
+    if base is None:
+        source = "a small generator that was fitted to noisy means"
     privacy = (
         "No adapter was used. Whatever the model's training data were, this card promises nothing "
         "about them."

@@ -39,7 +39,7 @@ from utils.ledger.statement import Circumstances
 from utils.methods.classes import number_rows, read_units
 from utils.methods.election import Candidates, Election, call_election, join_ledger
 from utils.methods.planning import preview, reserve
-from utils.methods.publishing import report_set
+from utils.methods.publishing import refuse_reproducible, report_set
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import count_votes, keep_best, resample
 from utils.privacy.accounting import account
@@ -84,6 +84,7 @@ def run_curation(
         accelerator.print(json.dumps(summarise_plan(plan, spent), indent=2))
         return
     if hub.push_to_hub:
+        refuse_reproducible(privacy)
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
     about = {"extractor": election.extractor.about(), "candidates": hash_set(Path(args.synthetic))}
     agreed = collect_settings("curation", args, data, training) | about
@@ -224,13 +225,13 @@ def evolve(
     args: CurationArguments,
     seed: int,
 ) -> Candidates:
-    """As many candidates as before: the winners, and variations of them in turn."""
-    winners = keep(votes, candidates, args, seed)
-    missing = len(candidates.images) - len(winners)
-    origins = [winners[i % len(winners)] for i in range(max(missing, 0))]
+    """As many candidates as before: the winners, at most half, and variations of them in turn."""
+    count = len(candidates.images)
+    winners = keep(votes, candidates, args, seed)[: math.ceil(count / 2)]
+    origins = [winners[i % len(winners)] for i in range(count - len(winners))]
     parents = candidates.select(origins)
     prompts = [entry["text"] or "" for entry in parents.entries]
-    varied = election.vary(parents.images, prompts, seed) if origins else []
+    varied = election.vary(parents.images, prompts, seed)
     together = candidates.select([*winners, *origins])
     images = [*together.images[: len(winners)], *varied]
     return replace(together, images=images)

@@ -98,6 +98,11 @@ def call_election(
     prior, builds_on = list_prior(ledger, paid.runs)
     images = read_synthetic(args.synthetic, "--synthetic")
     require_column(images.rows, "text", f"--synthetic {args.synthetic}:")
+    if args.keep == "best" and (args.num_images or 0) > len(images):
+        raise UsageError(
+            f"--num_images {args.num_images}: there are {len(images)} candidates; draw more of "
+            "them, or --keep resample, which may keep one several times"
+        )
     columns = [column for column in ("text", "label") if column in images.rows.column_names]
     entries = [dict(row) for row in images.rows.select_columns(columns)]
     classes, nearest, of_candidate = match_classes(entries, *private, model)

@@ -44,12 +44,17 @@ def check_repository(
     """
     if not hub.push_to_hub or training.dry_run:
         return
-    if privacy.debug_noise_seed is not None:
-        raise UsageError("--debug_noise_seed makes what is NOT PRIVATE: --push_to_hub is refused")
+    refuse_reproducible(privacy)
     if hub.hub_model_id is None:
         raise UsageError("--push_to_hub needs --hub_model_id, the repository to publish in")
     on_main_process(lambda: make_repo(hub.hub_model_id, hub))
     on_main_process(lambda: check_license(hub.hub_license))
+
+
+def refuse_reproducible(privacy: PrivacyArguments) -> None:
+    """Raises: UsageError if what would be published is stamped NOT PRIVATE."""
+    if privacy.debug_noise_seed is not None:
+        raise UsageError("--debug_noise_seed makes what is NOT PRIVATE: --push_to_hub is refused")
 
 
 def choose_license(asked: str | None, base: ModelArguments) -> dict[str, str]:
