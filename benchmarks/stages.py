@@ -17,7 +17,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -148,18 +147,14 @@ def measure_cell(name: str, method: str, dataset: str, epsilon: float, seed: int
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     about = {"set": name, "method": method, "budget": epsilon, "seed": seed}
-    start = time.perf_counter()
     images = generate(cell, method, dataset, SHARE * epsilon, seed, folder)
-    seconds = time.perf_counter() - start
     before = measure(cell, images, dataset, folder / "before.json")
-    rows = [about | {"vote": False, **before, "seconds": round(seconds)}]
-    start = time.perf_counter()
+    rows = [about | {"vote": False, **before}]
     vote = ["--synthetic", images, cell.data, dataset, "--target_epsilon", epsilon]
     vote += ["--config", *cell.alone, *EXTRACTOR, cell.extractor]
     call("curate.py", *vote, "--output_dir", folder / "curated")
-    seconds = time.perf_counter() - start
     after = measure(cell, folder / "curated" / "set", dataset, folder / "after.json")
-    return [*rows, about | {"vote": True, **after, "seconds": round(seconds)}]
+    return [*rows, about | {"vote": True, **after}]
 
 
 def read_rows() -> list[dict]:
@@ -168,8 +163,8 @@ def read_rows() -> list[dict]:
 
 def print_table(rows: list[dict]) -> None:
     """Means over the seeds of a cell, and a plot."""
-    print("| set | epsilon | method | before the vote, % | after it, % | seeds | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| set | epsilon | method | before the vote, % | after it, % | seeds |")
+    print("| --- | --- | --- | --- | --- | --- |")
     keys = sorted({(r["set"], r["budget"], METHODS.index(r["method"])) for r in rows})
     for name, budget, number in keys:
         cell = [r for r in rows if (r["set"], r["budget"]) == (name, budget)]
@@ -180,11 +175,7 @@ def print_table(rows: list[dict]) -> None:
             each = f" ({', '.join(f'{value:.1f}' for value in found)})" if len(found) > 1 else ""
             cells.append(f"{mean(found):.1f}{each}")
         seeds = len({r["seed"] for r in cell})
-        seconds = mean(r["seconds"] for r in cell if not r["vote"])
-        print(
-            f"| {name} | {budget:g} | {METHODS[number]} | {' | '.join(cells)} | {seeds} | "
-            f"{seconds:.0f} |"
-        )
+        print(f"| {name} | {budget:g} | {METHODS[number]} | {' | '.join(cells)} | {seeds} |")
     plot(rows, keys)
 
 

@@ -10,7 +10,7 @@
         stages              what both stories share: their opening, their rehearsal and their end
         planning            from the private rows to a plan: previewed, or reserved in the ledger
         saliency            the scores that private units give to weight matrices (DP-SAPF)
-        classes             which public class, or prompt, a private row counts towards
+        classes             which class, or prompt, a private row counts towards; rows by unit
         mean_features       features of images, and their sums over private units
         mean_generator      a generator fitted to released means
         central_images      small means of Poisson batches, and images made of them
@@ -18,7 +18,7 @@
         votes               votes of private images for synthetic ones, and what is kept by them
         choice              which matrices to keep, from noisy scores alone
         saliency_file       saliency.json: what a selection chose; whether a ledger paid for it
-        publishing          the card's settings, the samples, and the repository of a run
+        publishing          a run's card, samples and repository; the report of a stage's set
         pretraining         the public stage: autoencoder, text encoder and U-Net from scratch
         plots               a map of the U-Net with its noisy scores
     audit/          what an attacker can prove about a run

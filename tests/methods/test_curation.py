@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
+from tests.methods.conftest import draw
 from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
@@ -17,12 +18,6 @@ from utils.sampling.shards import hash_set
 
 EXTRACTOR = ["--extractor", "classifier", "--classifier_weights",
              ROOT / "examples" / "digits" / "extractor.safetensors"]  # fmt: skip
-PROMPTS = ["--class_names", *"0123", "--caption_template", "the digit {label}"]
-
-
-def draw(base, output, *more) -> str:
-    arguments = ["--pretrained_model_name_or_path", base, *PROMPTS, "--num_images", 24]
-    return train_here([*arguments, "--output_dir", output, *more], "sample")
 
 
 def curate(candidates, images, output, *more) -> str:
@@ -33,22 +28,6 @@ def curate(candidates, images, output, *more) -> str:
 
 def read_events(folder) -> list[dict]:
     return list_charged_events(Ledger(folder / "private" / "ledger.jsonl").records())
-
-
-@pytest.fixture(scope="module")
-def drawn(tiny_base, image_folder, tmp_path_factory):
-    """An adapter, and a set that was drawn with it."""
-    folder = tmp_path_factory.mktemp("drawn")
-    assert "saved" in train_here(train_arguments(tiny_base, image_folder, folder / "adapter"))
-    assert "24 images" in draw(tiny_base, folder / "set", "--adapter", folder / "adapter")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def public(tiny_base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("public") / "set"
-    assert "24 images" in draw(tiny_base, folder)
-    return folder
 
 
 def test_votes_are_composed_with_what_the_candidates_cost(drawn, image_folder, tmp_path):
@@ -224,7 +203,7 @@ def test_captions_vote_within_the_nearest_prompt(public, tiny_base, tmp_path):
     arguments = ["--synthetic", public, "--train_data_dir", images, "--caption_column", "text"]
     arguments += [*EXTRACTOR, "--target_delta", 1e-2, "--target_epsilon", 3]
     arguments += ["--output_dir", tmp_path / "run"]
-    assert "--pretrained_model_name_or_path, whose text encoder" in train_here(arguments, "curate")
+    assert "needs --pretrained_model_name_or_path" in train_here(arguments, "curate")
     more = ["--pretrained_model_name_or_path", tiny_base]
     assert "12 images, grid.png" in train_here([*arguments, *more], "curate")
 

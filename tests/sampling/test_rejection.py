@@ -63,6 +63,38 @@ def test_an_interrupted_set_is_drawn_on(tiny_base, tmp_path, monkeypatch):
     assert len(read_pngs(tmp_path / "set")) == 10
 
 
+def test_a_set_that_was_killed_at_its_end_is_finished(tiny_base, tmp_path, monkeypatch):
+    """All of its images are there, and so are those that it was chosen from."""
+    monkeypatch.setattr(rejection, "STEPS", 3)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rejection, "finish_folder", stop)
+        draw(tiny_base, tmp_path / "set", "--reject", 0.5)
+    (tmp_path / "set" / "drawn").mkdir(exist_ok=True)
+    (tmp_path / "set" / "drawn" / "000000.png").write_bytes(b"left over")
+    assert "10 images" in draw(tiny_base, tmp_path / "set", "--reject", 0.5)
+    assert (tmp_path / "set" / "metadata.jsonl").exists()
+    assert not (tmp_path / "set" / "drawn").exists()
+    assert read_sampling(str(tmp_path / "set"))["set"] == hash_set(tmp_path / "set")
+
+
+@pytest.mark.parametrize("more", [[], ["--reject", 0.5]])
+def test_a_finished_set_with_other_images_is_not_taken_for_it(
+    tiny_base, tmp_path, monkeypatch, more
+):
+    """Drawing it again would else note the digest of what was slipped in."""
+    monkeypatch.setattr(rejection, "STEPS", 3)
+    draw(tiny_base, tmp_path / "set", *more)
+    digest = read_sampling(str(tmp_path / "set"))["set"]
+    first, second = (tmp_path / "set" / f"00000{i}.png" for i in (0, 1))
+    first.write_bytes(second.read_bytes())
+    assert "other images, or files, than were drawn" in draw(tiny_base, tmp_path / "set", *more)
+    assert read_sampling(str(tmp_path / "set"))["set"] == digest
+
+
 def test_another_set_may_judge(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(rejection, "STEPS", 3)
     draw(tiny_base, tmp_path / "other")

@@ -97,7 +97,7 @@ def _event_in_words(event: dict) -> str:
             "Every unit voted for the synthetic images that look like its own, "
             f"{times}; the counts were released with noise (noise multiplier {noise})."
         )
-    if event["purpose"] in ("means", "mean embedding"):
+    if event["purpose"] == "means":
         if event["sampling_rate"] < 1:
             return (
                 f"Noisy means of {event['steps']} Poisson batches were released (sampling rate "

@@ -127,6 +127,15 @@ def list_charged_events(records: list[dict], only: list[str] | None = None) -> l
     return events
 
 
+def list_prior(
+    records: list[dict], runs: tuple[str, ...]
+) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """What a run that builds on `runs` composes with: their events, and the runs, each once."""
+    if not runs:
+        return (), ()
+    return tuple(list_charged_events(records, list(runs))), tuple(dict.fromkeys(runs))
+
+
 def find_smallest_delta(records: list[dict]) -> float:
     """The smallest delta of the runs that a ledger is charged for: everything together is quoted at
     it. Raises: ValueError if there is none."""

@@ -80,6 +80,7 @@ def claim_output_dir(training: TrainingArguments) -> FileLock:
 
 
 def is_free(path: Path) -> bool:
+    """Whether no run in a folder has released anything, and nothing else is in it."""
     if not path.exists():
         return True
     if not path.is_dir() or {e.name for e in path.iterdir()} - {PRIVATE, SELECTION, FIRST_MEANS}:

@@ -15,6 +15,7 @@ from utils.data.images import PERCENT, read_pixel_batches
 from utils.data.private_set import PrivateSet
 from utils.data.rows import fill_template, read_captions, read_labels
 from utils.errors import UsageError
+from utils.ledger.verification import read_base_statement
 from utils.models.denoising import tokenize
 from utils.models.pipelines import get_device, load_pipeline
 
@@ -76,12 +77,18 @@ def build_nearest(model: ModelArguments, prompts: list[str]) -> Nearest:
     """Compare captions with public prompts by the public model's text encoder.
 
     Raises:
-        UsageError: no model was named; see `load_pipeline`.
+        UsageError: no model was named, or a private result; see `load_pipeline`.
     """
-    if model.pretrained_model_name_or_path is None:
+    name = model.pretrained_model_name_or_path
+    if name is None:
         raise UsageError(
-            "--class_prompts needs --pretrained_model_name_or_path, whose text encoder compares "
-            "captions with them"
+            "to compare captions with prompts needs --pretrained_model_name_or_path, whose text "
+            "encoder does it"
+        )
+    if read_base_statement(name, model.revision)[0] is not None:
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name} is a private result itself: name a public "
+            "model to compare captions with prompts"
         )
     pipeline = load_pipeline(*model.source)
     of_prompts = torch.cat([embed_text(pipeline, prompt) for prompt in prompts])

@@ -48,7 +48,7 @@ from utils.privacy.plan import PrivacyPlan, make_plan, summarise_plan
 from utils.privacy.randomness import make_randomness
 from utils.sampling.generation import encode_png
 from utils.sampling.paid_sets import PaidSet
-from utils.sampling.shards import SET, hash_set
+from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import publish_images, write_set
 
 SHOWN = 5  # rows of winners, and of losers, in votes.png
@@ -86,7 +86,7 @@ def run_curation(
     if hub.push_to_hub:
         refuse_reproducible(privacy)
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
-    about = {"extractor": election.extractor.about(), "candidates": hash_set(Path(args.synthetic))}
+    about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, data, training) | about
     private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(election.candidates.images)))
@@ -99,13 +99,13 @@ def run_curation(
         total = count_for(candidates, units, election.extractor, args, plan, accelerator)
         return add_noise_once(total, plan, randomness, accelerator).cpu() * plan.num_units
 
-    candidates, votes = hold(election, count, args, run, training.seed or 0)
+    candidates, votes = hold(election, count, args, run, seed)
 
     # Everything from here on sees the noisy votes only.
     base = None if election.paid.statement is None else election.paid.statement.get("base")
     told = Circumstances(randomness.is_private, randomness.source, base=base)
     on_main_process(lambda: run.publish(lambda to: export(votes, candidates, to), plan, told))
-    kept = candidates.select(keep(votes[-1], candidates, args, training.seed or 0))
+    kept = candidates.select(keep(votes[-1], candidates, args, seed))
     settings = {"curated": asdict(args) | about, "from": election.paid.settings}
     on_main_process(lambda: leave_set(kept, settings, plan, run))
     on_main_process(lambda: report_set(run.output_dir))
@@ -198,7 +198,7 @@ def count_for(
     places = torch.arange(len(candidates.images)).split(BATCH)
     for part in tqdm(places, "features of candidates", disable=not accelerator.is_main_process):
         pixels = torch.stack([crop_to_pixels(candidates.images[i], side) for i in part.tolist()])
-        with torch.inference_mode():
+        with torch.no_grad():
             features.append(network(pixels))
     classes = torch.from_numpy(candidates.classes)
     total = count_votes(

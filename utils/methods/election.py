@@ -21,9 +21,9 @@ from utils.data.images import ImageRows, read_synthetic
 from utils.data.rows import read_captions, read_labels, require_column
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
+from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
 from utils.methods.classes import Classes, Nearest, build_nearest
-from utils.methods.warm_start import list_prior
 from utils.sampling.generation import ADAPTER_FILES, load_drawing
 from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
 from utils.sampling.sources import find_source
@@ -70,6 +70,10 @@ class Election:
     extractor: Extractor
     vary: Callable[[list[Image.Image], list[str], int], list[Image.Image]] | None
 
+    def describe(self) -> dict:
+        """What a run that is resumed must find again."""
+        return {"extractor": self.extractor.about(), "candidates": self.paid.digest}
+
 
 def join_ledger(privacy: PrivacyArguments, args: CurationArguments) -> PrivacyArguments:
     """`privacy` with the ledger that paid for the candidates, unless it names one."""
@@ -95,7 +99,7 @@ def call_election(
     state = PartialState()
     ledger = find_ledger(Path(training.output_dir), privacy)
     paid = on_main_process(lambda: find_paid_set(args.synthetic, ledger, "--synthetic", OTHERWISE))
-    prior, builds_on = list_prior(ledger, paid.runs)
+    prior, builds_on = list_prior(ledger.records(), paid.runs)
     images = read_synthetic(args.synthetic, "--synthetic")
     require_column(images.rows, "text", f"--synthetic {args.synthetic}:")
     if args.keep == "best" and (args.num_images or 0) > len(images):

@@ -168,7 +168,7 @@ def make_plan_for(
     """
     output_dir, base = Path(training.output_dir), stage.base_checksum
     prior, builds_on = on_main_process(
-        lambda: find_earlier_stages(method.stages, output_dir, privacy, base)
+        lambda: find_earlier_stages(method.stages, output_dir, privacy, base, stage.base_statement)
     )
     terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
     return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)

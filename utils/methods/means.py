@@ -84,8 +84,9 @@ def run_release(
         spent = account(plan.events(), plan.delta)
         accelerator.print(json.dumps(summarise_plan(plan, spent), indent=2))
         return
-    settings = collect_settings("means", args, data, training) | {"classes": asdict(classes)}
-    private_set, plan, run = reserve(accelerator, data, privacy, training, SIDE, settings, plan_for)
+    told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
+    agreed = collect_settings("means", args, data, training) | {"told": told}
+    private_set, plan, run = reserve(accelerator, data, privacy, training, SIDE, agreed, plan_for)
     accelerator.print(announce(plan, classes.count))
 
     # Sum over the units of each batch, and release the sums with noise.
@@ -102,7 +103,6 @@ def run_release(
 
     # Everything from here on sees the noisy means only.
     about = Circumstances(randomness.is_private, randomness.source)
-    told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan, about))
     made = on_main_process(lambda: draw_set(run, plan, args, features))
     if training.discard_latents:

@@ -46,7 +46,7 @@ def count_votes(
         nearest = distances.topk(min(votes, len(distances)), largest=False).indices
         return {place: torch.ones(()) for place in of_class[number][nearest].tolist()}
 
-    with torch.inference_mode():
+    with torch.no_grad():
         ballots = ((unit, vote(number, pixels)) for unit, number, pixels in rows)
         return sum_units(ballots, torch.zeros(len(features), dtype=torch.float64), bound)
 

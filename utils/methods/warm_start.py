@@ -20,8 +20,7 @@ from utils.data.rows import require_column
 from utils.errors import UsageError
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.charges import list_charged_events
-from utils.ledger.ledger import Ledger
+from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
 from utils.ledger.verification import fetch_statement
 from utils.methods.saliency_file import find_paid_selection
@@ -51,31 +50,34 @@ def join_ledger(privacy: PrivacyArguments, stages: StageArguments) -> PrivacyArg
 
 
 def find_earlier_stages(
-    stages: StageArguments, output_dir: Path, privacy: PrivacyArguments, base_checksum: int
+    stages: StageArguments,
+    output_dir: Path,
+    privacy: PrivacyArguments,
+    base_checksum: int,
+    base_statement: dict | None = None,
 ) -> tuple[tuple[dict, ...], tuple[str, ...]]:
     """The events of the stages that a run builds on, and their runs, as the ledger has them.
 
+    Args:
+        base_statement: of the run's own base model, if that is a private result.
+
     Raises:
-        UsageError: the ledger did not pay for one; see `find_paid_selection`, `find_paid_set`.
+        UsageError: the ledger did not pay for one; or a set comes from another private base; see
+            `find_paid_selection`, `find_paid_set`.
     """
     ledger = find_ledger(output_dir, privacy)
     runs = find_paid_selection(stages.saliency_file, ledger, base_checksum)
     for folder in stages.warm_start or []:
         if not stages.warm_start_is_public:
-            runs += find_paid_set(folder, ledger, "--warm_start", OTHERWISE).runs
+            paid = find_paid_set(folder, ledger, "--warm_start", OTHERWISE)
+            paid.check_base(f"--warm_start {folder}", base_statement)
+            runs += paid.runs
         elif fetch_statement(folder)[0] is not None:
             raise UsageError(
                 f"--warm_start {folder} has a privacy.json: it is a private result, which "
                 "--warm_start_is_public cannot make free"
             )
-    return list_prior(ledger, runs)
-
-
-def list_prior(ledger: Ledger, runs: tuple[str, ...]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
-    """The events of some runs as their ledger has them, and the runs, each once."""
-    if not runs:
-        return (), ()
-    return tuple(list_charged_events(ledger.records(), list(runs))), tuple(dict.fromkeys(runs))
+    return list_prior(ledger.records(), runs)
 
 
 def warm_up(

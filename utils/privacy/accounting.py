@@ -25,38 +25,35 @@ PRV_EPSILON_ERROR, PRV_RELATIVE_ERROR = 0.01, 1e-3
 SMALLEST_DELTA, LARGEST_EPSILON = 1e-12, 600.0
 
 
-def _dp_event(events: list[dict]) -> dp_accounting.DpEvent:
-    composed = []
+Numbers = tuple[tuple[float, float, int], ...]  # noise multiplier, sampling rate, steps; an event
+
+
+def _list_numbers(events: list[dict]) -> Numbers:
     for event in events:
         if event["mechanism"] != "poisson_subsampled_gaussian":
             raise UsageError(f"unknown mechanism '{event['mechanism']}'")
-        gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
-        sampled = dp_accounting.PoissonSampledDpEvent(event["sampling_rate"], gaussian)
-        composed.append(dp_accounting.SelfComposedDpEvent(sampled, event["steps"]))
+    return tuple((e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events)
+
+
+def _dp_event(numbers: Numbers) -> dp_accounting.DpEvent:
+    composed = []
+    for sigma, rate, steps in numbers:
+        gaussian = dp_accounting.GaussianDpEvent(sigma)
+        sampled = dp_accounting.PoissonSampledDpEvent(rate, gaussian)
+        composed.append(dp_accounting.SelfComposedDpEvent(sampled, steps))
     return dp_accounting.ComposedDpEvent(composed)
 
 
 def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
     """Epsilon of all `events` composed, by privacy loss distributions (Koskela et al. 2020;
     dp-accounting); an upper bound."""
-    _dp_event(events)  # refuses what it does not know
     return _pld_epsilon(_list_numbers(events), delta, relation)
-
-
-Numbers = tuple[tuple[float, float, int], ...]  # noise multiplier, sampling rate, steps; an event
-
-
-def _list_numbers(events: list[dict]) -> Numbers:
-    return tuple((e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events)
 
 
 @functools.lru_cache(maxsize=512)  # a run asks for the same several times, each time for seconds
 def _pld_epsilon(numbers: Numbers, delta: float, relation) -> float:
-    mechanism = "poisson_subsampled_gaussian"
-    names = ("noise_multiplier", "sampling_rate", "steps")
-    events = [{"mechanism": mechanism, **dict(zip(names, n, strict=True))} for n in numbers]
     accountant = PLDAccountant(relation, PLD_INTERVAL)
-    return accountant.compose(_dp_event(events)).get_epsilon(delta)
+    return accountant.compose(_dp_event(numbers)).get_epsilon(delta)
 
 
 def pld_both_relations(events: list[dict], delta: float) -> dict[str, float]:
@@ -78,7 +75,7 @@ def split_budget(events: list[dict], delta: float) -> list[float]:
 
 def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> list[float]:
     """The epsilon of `events`, by PLD, at each of `deltas`."""
-    accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(events))
+    accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(_list_numbers(events)))
     return [accountant.get_epsilon(delta) for delta in deltas]
 
 
@@ -89,7 +86,9 @@ def membership_power(events: list[dict], rates: tuple[float, ...] = (0.01, 0.001
     For every epsilon, TPR <= e^epsilon FPR + delta(epsilon) (Kairouz et al. 2015, theorem 2.1), so
     the smallest of these bounds holds, too. It is convex in e^epsilon.
     """
-    accountant = PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(_dp_event(events))
+    accountant = PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(
+        _dp_event(_list_numbers(events))
+    )
 
     def bound(epsilon: float, rate: float) -> float:
         return math.exp(epsilon) * rate + accountant.get_delta(epsilon)
@@ -156,17 +155,7 @@ def calibrate_noise_multiplier(
         )
 
     def event(sigma: float) -> dp_accounting.DpEvent:
-        return _dp_event(
-            [
-                *prior,
-                {
-                    "mechanism": "poisson_subsampled_gaussian",
-                    "noise_multiplier": sigma,
-                    "sampling_rate": q,
-                    "steps": steps,
-                },
-            ]
-        )
+        return _dp_event((*_list_numbers(list(prior)), (sigma, q, steps)))
 
     def spent(sigma: float) -> float:
         return (

@@ -40,8 +40,7 @@ from utils.models.pipelines import get_device, load_pipeline
 from utils.sampling.shards import (
     Piece,
     hash_set,
-    plan_image_files,
-    plan_shards,
+    plan_pieces,
     read_pieces,
     write_piece,
 )
@@ -119,14 +118,15 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
     Raises:
         UsageError: it holds something else, or images made with other settings.
     """
-    record = folder / SAMPLING_SETTINGS
+    record, known = folder / SAMPLING_SETTINGS, {}
     if record.exists():
-        if json.loads(record.read_text()) | AFTERWARDS != settings | AFTERWARDS:
+        known = json.loads(record.read_text())
+        if known | AFTERWARDS != settings | AFTERWARDS:
             raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
     elif folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output_dir {folder} already holds other files")
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(record, json.dumps(settings | {IS_PUBLIC: source.is_public}, indent=2))
+    write_durably(record, json.dumps(known | settings | {IS_PUBLIC: source.is_public}, indent=2))
     if source.statement is not None:
         write_statement(source.statement, folder)
 
@@ -211,32 +211,35 @@ def generate_folder(
     """
     prompts = prepared.prompts
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
-    pieces = plan_pieces(sampling, len(entries), prepared.settings.resolution)
+    pieces = plan_pieces(sampling.output_format, len(entries), prepared.settings.resolution)
     missing = [piece for piece in pieces if not (folder / piece.name).exists()]
     state.wait_for_everyone()  # all have looked, before anyone writes
     share = missing[state.process_index :: state.num_processes]
     generate_pieces(prepared, entries, share, sampling, folder)
     state.wait_for_everyone()
-    if state.is_main_process:
-        if sampling.output_format == "png":
-            write_metadata(folder, entries)
-        save_grid(folder, pieces, min(len(prompts), 10) if len(prompts) > 1 else 8)
-        record_digest(folder)
-    state.wait_for_everyone()
+    on_main_process(lambda: finish_folder(folder, pieces, entries, len(prompts), bool(missing)))
 
 
-def plan_pieces(sampling: SamplingArguments, count: int, resolution: int) -> list[Piece]:
-    """The files of a set of `count` images."""
-    if sampling.output_format == "parquet":
-        return plan_shards(count, resolution)
-    return plan_image_files(count)
+def finish_folder(
+    folder: Path, pieces: list[Piece], entries: list[dict], num_prompts: int, drew: bool
+) -> None:
+    """metadata.jsonl for single files, grid.png, and in sampling.json the digest of the set, so
+    that no other is taken for it.
 
+    Args:
+        drew: whether any of its images was missing before.
 
-def record_digest(folder: Path) -> None:
-    """Note in sampling.json what the finished set is, so that another is not taken for it."""
-    record = folder / SAMPLING_SETTINGS
-    settings = json.loads(record.read_text()) | {SET_DIGEST: hash_set(folder)}
-    write_durably(record, json.dumps(settings, indent=2) + "\n")
+    Raises:
+        UsageError: none was, and the images are not those that were drawn.
+    """
+    if pieces[0].name.endswith(".png"):
+        write_metadata(folder, entries)
+    save_grid(folder, pieces, min(num_prompts, 10) if num_prompts > 1 else 8)
+    record, digest = folder / SAMPLING_SETTINGS, hash_set(folder)
+    settings = json.loads(record.read_text())
+    if not drew and settings.get(SET_DIGEST, digest) != digest:
+        raise UsageError(f"{folder} holds other images, or files, than were drawn: draw them anew")
+    write_durably(record, json.dumps(settings | {SET_DIGEST: digest}, indent=2) + "\n")
 
 
 def write_metadata(folder: Path, entries: list[dict]) -> None:

@@ -10,6 +10,7 @@ from utils.files import LEDGER, SAMPLING_SETTINGS, private_folder
 from utils.ledger.charges import select_run
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
+from utils.ledger.statement import list_all_events
 from utils.ledger.verification import fetch_statement
 from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, SET_DIGEST
 from utils.sampling.shards import SET, hash_set
@@ -22,12 +23,28 @@ class PaidSet:
     Attributes:
         runs: of the ledger, that its images come from; none if nothing private is behind them.
         statement: the set's own, verified; None where it needs none.
-        settings: its sampling.json: how it was made.
+        settings: its sampling.json: how it was made. digest: of its files (`hash_set`).
     """
 
     runs: tuple[str, ...]
     statement: dict | None
     settings: dict
+    digest: str
+
+    def check_base(self, argument: str, statement: dict | None) -> None:
+        """Whether `statement`, of what is made with this set, covers the private base model behind
+        it, too; no ledger of these data has the events of that.
+
+        Raises:
+            UsageError: it does not.
+        """
+        behind = (self.statement or {}).get("base", {}).get("events", [])
+        covered = list_all_events(statement) if statement is not None else []
+        if covered[: len(behind)] != behind:
+            raise UsageError(
+                f"{argument} was drawn from a base model that is a private result itself: what "
+                "that cost would be missing here; use the same base model"
+            )
 
 
 def find_set_ledger(folder: str) -> Path | None:
@@ -69,7 +86,7 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
     statement, _ = fetch_statement(folder)
     if statement is None:
         if settings.get(IS_PUBLIC) is True and settings.get(SET_DIGEST) == digest:
-            return PaidSet((), None, settings)  # sample.py drew it from a public model
+            return PaidSet((), None, settings, digest)  # sample.py drew it from a public model
         raise UsageError(
             f"{argument} {folder} has no privacy.json, so nobody can tell what it gives away; "
             f"{otherwise}"
@@ -89,7 +106,7 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
             f"the ledger {ledger.path} did not pay for {argument} {folder}, or its images are "
             "not those that were drawn: name the ledger that it is in, or make it anew"
         )
-    return PaidSet(list_runs_behind(records, found[-1]["run"]), statement, settings)
+    return PaidSet(list_runs_behind(records, found[-1]["run"]), statement, settings, digest)
 
 
 def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:
@@ -109,6 +126,7 @@ def check_judge(folder: str | None, statement: dict | None) -> None:
         return
     ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
     paid = find_paid_set(folder, ledger, "--reject_by", "draw one with release_means.py")
+    paid.check_base(f"--reject_by {folder}", statement)
     run = (statement or {}).get("ledger", {}).get("run")
     if set(paid.runs) - set(list_runs_behind(ledger.records(), run)):
         raise UsageError(

@@ -17,18 +17,15 @@ from PIL import Image
 from utils.arguments.sampling import SamplingArguments
 from utils.data.images import crop_to_pixels, read_pixel_batches, read_synthetic
 from utils.data.rows import require_column
-from utils.errors import UsageError
+from utils.errors import UsageError, on_main_process
 from utils.files import SAMPLING_SETTINGS
 from utils.metrics.synthetic_accuracy.classifiers import Recipe, score_classes, train_classifier
 from utils.sampling.generation import (
     Generation,
+    finish_folder,
     generate_folder,
-    plan_pieces,
-    record_digest,
-    save_grid,
-    write_metadata,
 )
-from utils.sampling.shards import plan_image_files, read_pieces, write_piece
+from utils.sampling.shards import Piece, plan_image_files, plan_pieces, read_pieces, write_piece
 
 DRAWN = "drawn"  # in the folder of a set, until it is done: all images that were drawn
 SIDE = 32  # pixels that the classifiers see
@@ -49,30 +46,47 @@ def generate_set(
     prompts, count = prepared.prompts, sampling.num_images
     if len(prompts) < 2:
         raise UsageError("--reject compares prompts: give two or more, or class names")
-    pieces = plan_pieces(sampling, count, prepared.settings.resolution)
-    if all((folder / piece.name).exists() for piece in pieces):
-        return  # done before
-    each = math.ceil(math.ceil(count / len(prompts)) / (1 - sampling.reject))
-    more = replace(sampling, num_images=each * len(prompts), output_format="png")
-    drawn = folder / DRAWN
+    pieces = plan_pieces(sampling.output_format, count, prepared.settings.resolution)
+    missing = not all((folder / piece.name).exists() for piece in pieces)
+    state.wait_for_everyone()  # all have looked, before anyone writes
+    entries = [prompts[i % len(prompts)] for i in range(count)]
+    if missing:
+        draw_and_choose(prepared, sampling, entries, pieces, folder, state)
+
+    def finish() -> None:
+        shutil.rmtree(folder / DRAWN, ignore_errors=True)  # not before all pieces are there
+        finish_folder(folder, pieces, entries, len(prompts), missing)
+
+    on_main_process(finish)
+
+
+def draw_and_choose(
+    prepared: Generation,
+    sampling: SamplingArguments,
+    entries: list[dict],
+    pieces: list[Piece],
+    folder: Path,
+    state: PartialState,
+) -> None:
+    """Draw more images than `entries` into the folder `DRAWN` of the set, and write those that stay
+    as `pieces`."""
+    num_prompts, drawn = len(prepared.prompts), folder / DRAWN
+    each = math.ceil(math.ceil(len(entries) / num_prompts) / (1 - sampling.reject))
+    more = replace(sampling, num_images=each * num_prompts, output_format="png")
     if state.is_main_process:
         drawn.mkdir(exist_ok=True)
         shutil.copy(folder / SAMPLING_SETTINGS, drawn)
     state.wait_for_everyone()
     generate_folder(prepared, more, drawn, state)
-    if state.is_main_process:
+
+    def choose() -> None:
         pngs = list(read_pieces(drawn, plan_image_files(more.num_images)))
-        scores = score_images(pngs, prompts, sampling, state.device)
-        kept = keep_typical(scores, len(prompts), count)
-        entries = [prompts[i % len(prompts)] for i in range(count)]
+        scores = score_images(pngs, prepared.prompts, sampling, state.device)
+        kept = keep_typical(scores, num_prompts, len(entries))
         for piece in pieces:
             write_piece(folder, piece, [pngs[kept[i]] for i in piece.images], entries)
-        shutil.rmtree(drawn)
-        if sampling.output_format == "png":
-            write_metadata(folder, entries)
-        save_grid(folder, pieces, min(len(prompts), 10))
-        record_digest(folder)
-    state.wait_for_everyone()
+
+    on_main_process(choose)
 
 
 def score_images(

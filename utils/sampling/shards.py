@@ -58,6 +58,13 @@ def plan_shards(num_images: int, resolution: int) -> list[Piece]:
     ]
 
 
+def plan_pieces(output_format: str, num_images: int, resolution: int) -> list[Piece]:
+    """The files of a set, by `--output_format`."""
+    if output_format == "parquet":
+        return plan_shards(num_images, resolution)
+    return plan_image_files(num_images)
+
+
 def write_piece(folder: Path, piece: Piece, pngs: list[bytes], entries: list[dict]) -> None:
     """Write the file of a piece, whole or not at all, from its images as PNG.
 

@@ -1,5 +1,7 @@
 """Variations of synthetic images, by image-to-image with the model that drew them."""
 
+import math
+
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
@@ -45,7 +47,7 @@ def vary(
     varying.set_progress_bar_config(disable=True)
     call = {
         "strength": strength,
-        "num_inference_steps": max(settings.num_inference_steps, round(1 / strength)),
+        "num_inference_steps": max(settings.num_inference_steps, math.floor(1 / strength) + 1),
         "guidance_scale": settings.guidance_scale,
     }
     varied = []

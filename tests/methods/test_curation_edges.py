@@ -1,0 +1,89 @@
+"""curate.py: private bases, seeds, processes and small variations."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
+from tests.methods.conftest import draw
+from tests.methods.test_curation import EXTRACTOR, curate
+from tests.scripts.test_many_processes import together
+from utils.arguments.means import LaterModelArguments
+from utils.errors import UsageError
+from utils.ledger.verification import find_problems, read_source
+from utils.methods import curation as story
+from utils.methods.classes import build_nearest
+
+
+def test_a_private_base_behind_a_set_is_not_forgotten(drawn, tiny_base, image_folder, tmp_path):
+    """It is carried into the statement of a vote; a warm start elsewhere, which would lose it, is
+    refused."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copy(drawn / "adapter" / "privacy.json", base)
+    adapter = tmp_path / "adapter"
+    assert "saved" in train_here(train_arguments(base, image_folder, adapter))
+    assert "24 images" in draw(base, tmp_path / "set", "--adapter", adapter)
+    curate(tmp_path / "set", image_folder, tmp_path / "run", "--curation_epsilon", 1)
+    found, before = (read_json(p / "privacy.json")["base"] for p in (tmp_path / "run", adapter))
+    assert found["events"] == before["events"]
+    assert found["epsilon"]["add_or_remove_one"] > before["epsilon"]["add_or_remove_one"]
+    assert find_problems(read_source(str(tmp_path / "run"), None)) == []
+    ledger = ["--privacy_ledger", adapter / "private" / "ledger.jsonl", "--warm_start_steps", 1]
+    for candidates in (tmp_path / "set", tmp_path / "run" / "set"):
+        for start, said in ((tiny_base, "use the same base model"), (base, "saved the weights")):
+            arguments = train_arguments(start, image_folder, tmp_path / "warm", "--warm_start")
+            arguments[arguments.index("--target_epsilon") + 1] = 16
+            assert said in train_here([*arguments, candidates, *ledger])
+        shutil.rmtree(tmp_path / "warm")
+
+
+def test_a_judge_from_a_private_base_must_be_covered(drawn, tiny_base, image_folder, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copy(drawn / "adapter" / "privacy.json", base)
+    adapter = tmp_path / "adapter"
+    assert "saved" in train_here(train_arguments(base, image_folder, adapter))
+    assert "24 images" in draw(base, tmp_path / "set", "--adapter", adapter)
+    judge = ["--reject", 0.3, "--reject_by", tmp_path / "set"]
+    shown = draw(tiny_base, tmp_path / "bad", *judge)
+    assert "use the same base model" in shown and not (tmp_path / "bad").exists()
+
+
+def test_captions_are_not_compared_by_a_private_model(drawn, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copy(drawn / "adapter" / "privacy.json", base)
+    with pytest.raises(UsageError, match="private result itself"):
+        build_nearest(LaterModelArguments(str(base)), ["a", "b"])
+
+
+def test_another_seed_is_not_gone_on_with(public, image_folder, tmp_path, monkeypatch):
+    """Else the votes would be counted for other variations than were voted for."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    more = ["--target_epsilon", 3, "--rounds", 2, "--seed"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(story, "leave_set", stop)
+        curate(public, image_folder, tmp_path / "run", *more, 1)
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert "seed was 1, is 2" in curate(public, image_folder, tmp_path / "run", *more, 2, *resume)
+    assert "12 images" in curate(public, image_folder, tmp_path / "run", *more, 1, *resume)
+
+
+def test_two_processes_count_the_votes_that_one_does(public, image_folder, tmp_path):
+    arguments = ["--synthetic", public, "--train_data_dir", image_folder, *CAPTION, *EXTRACTOR]
+    arguments += ["--target_delta", 1e-3, "--target_epsilon", 3, "--debug_noise_seed", 5]
+    run = together(2, ROOT / "curate.py", *arguments, "--output_dir", tmp_path / "two")
+    said = run.communicate()
+    assert run.returncode == 0, said
+    assert "12 images" in train_here([*arguments, "--output_dir", tmp_path / "one"], "curate")
+    one, two = (load_file(tmp_path / n / "votes.safetensors")["votes"] for n in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.07, 0.3, 1.0])
+def test_a_variation_takes_at_least_one_step(public, image_folder, tmp_path, strength):
+    more = ["--target_epsilon", 3, "--rounds", 2, "--variation_strength", strength]
+    assert "12 images" in curate(public, image_folder, tmp_path / "run", *more)
