@@ -5,11 +5,11 @@
     python benchmarks/stages.py --set fashion_mnist --dataset_name FOLDER --methods means both
     python benchmarks/stages.py --table                                        # only print and plot
 
-A generator spends nine tenths of epsilon, and the vote brings the total to epsilon, so the row
-before the vote is that of the smaller budget. `accuracy` is that of small CNNs that were trained on
-the synthetic images, before the vote all of them, after it the better half, and tested on real ones
-that nothing was trained on. Rows are kept in benchmarks/results/stages.json; a row that is there is
-not made again.
+A generator spends nine tenths of epsilon, and the vote brings the total to epsilon. With
+`--no_vote` it spends epsilon, and nothing votes. `accuracy` is that of small CNNs that were
+trained on the synthetic images, before the vote all of them, after it the better half, and tested
+on real ones that nothing was trained on. Rows are kept in benchmarks/results/stages.json; a row
+that is there is not made again.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "stages.json"
 METHODS = ["means", "dp-lora", "both"]
-SHARE = 0.9  # of epsilon, before the vote
+SHARE = 0.9  # of epsilon, before a vote
+KINDS = [(1, False), (SHARE, False), (SHARE, True)]  # the generator's share; did units vote?
+COLOURS = ["#8a8a8a", "#b9cde5", "#2f5f9e"]
 EXTRACTOR = ["--extractor", "classifier", "--classifier_weights"]
 
 
@@ -141,15 +143,20 @@ def measure(cell: Cell, images: Path, dataset: str, output: Path) -> dict:
     }
 
 
-def measure_cell(name: str, method: str, dataset: str, epsilon: float, seed: int) -> list[dict]:
-    """Two rows: before the vote, and after it."""
-    cell, folder = SETS[name], ROOT / "runs" / "stages" / f"{name}-{method}-{epsilon:g}-{seed}"
+def measure_cell(
+    name: str, method: str, dataset: str, epsilon: float, seed: int, share: float
+) -> list[dict]:
+    """A row before the vote; if the generator's share of epsilon leaves any, one after it."""
+    cell = SETS[name]
+    folder = ROOT / "runs" / "stages" / f"{name}-{method}-{epsilon:g}-{seed}-{share:g}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    about = {"set": name, "method": method, "budget": epsilon, "seed": seed}
-    images = generate(cell, method, dataset, SHARE * epsilon, seed, folder)
+    about = {"set": name, "method": method, "budget": epsilon, "seed": seed, "share": share}
+    images = generate(cell, method, dataset, share * epsilon, seed, folder)
     before = measure(cell, images, dataset, folder / "before.json")
     rows = [about | {"vote": False, **before}]
+    if share == 1:
+        return rows
     vote = ["--synthetic", images, cell.data, dataset, "--target_epsilon", epsilon]
     vote += ["--config", *cell.alone, *EXTRACTOR, cell.extractor]
     call("curate.py", *vote, "--output_dir", folder / "curated")
@@ -161,27 +168,32 @@ def read_rows() -> list[dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
+def select(rows: list[dict], share: float, vote: bool) -> list[float]:
+    """Accuracies in percent."""
+    kept = [r for r in rows if (r["share"], r["vote"]) == (share, vote)]
+    return [100 * r["accuracy_mean"] for r in kept]
+
+
 def print_table(rows: list[dict]) -> None:
     """Means over the seeds of a cell, and a plot."""
-    print("| set | epsilon | method | before the vote, % | after it, % | seeds |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| set | epsilon | method | no vote, % | before the vote, % | after it, % | seeds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     keys = sorted({(r["set"], r["budget"], METHODS.index(r["method"])) for r in rows})
     for name, budget, number in keys:
         cell = [r for r in rows if (r["set"], r["budget"]) == (name, budget)]
         cell = [r for r in cell if r["method"] == METHODS[number]]
         cells = []
-        for vote in (False, True):
-            found = [100 * r["accuracy_mean"] for r in cell if r["vote"] == vote]
+        for share, vote in KINDS:
+            found = select(cell, share, vote)
             each = f" ({', '.join(f'{value:.1f}' for value in found)})" if len(found) > 1 else ""
-            cells.append(f"{mean(found):.1f}{each}")
+            cells.append(f"{mean(found):.1f}{each}" if found else "not run")
         seeds = len({r["seed"] for r in cell})
         print(f"| {name} | {budget:g} | {METHODS[number]} | {' | '.join(cells)} | {seeds} |")
     plot(rows, keys)
 
 
 def plot(rows: list[dict], keys: list[tuple]) -> None:
-    """benchmarks/results/stages.png: a panel a set and budget; a bar a method, a lighter one before
-    the vote."""
+    """benchmarks/results/stages.png: a panel a set and budget; a bar a method and kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,21 +205,19 @@ def plot(rows: list[dict], keys: list[tuple]) -> None:
     )
     for axis, (name, budget) in zip(axes[0], panels, strict=True):
         for number, method in enumerate(METHODS):
-            for vote, shift, colour in ((False, -0.2, "#b9cde5"), (True, 0.2, "#2f5f9e")):
-                found = [
-                    100 * r["accuracy_mean"]
-                    for r in rows
-                    if (r["set"], r["budget"], r["method"], r["vote"])
-                    == (name, budget, method, vote)
-                ]
+            cell = [
+                r for r in rows if (r["set"], r["budget"], r["method"]) == (name, budget, method)
+            ]
+            for kind, colour, at in zip(KINDS, COLOURS, (-0.27, 0, 0.27), strict=True):
+                found = select(cell, *kind)
                 if found:
-                    axis.bar(number + shift, mean(found), 0.38, color=colour)
-                    axis.plot([number + shift] * len(found), found, "k.", markersize=3)
+                    axis.bar(number + at, mean(found), 0.25, color=colour)
+                    axis.plot([number + at] * len(found), found, "k.", markersize=3)
         axis.set_title(f"{name.replace('_', '-')}\nepsilon {budget:g}", fontsize=9)
         axis.set_xticks(range(len(METHODS)), METHODS, fontsize=8, rotation=30)
         axis.set_ylim(0, 100)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("accuracy, %: before the vote (light), after", fontsize=8)
+    axes[0][0].set_ylabel("accuracy, %: no vote (grey), before it, after", fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=150)
 
@@ -221,14 +231,16 @@ def main():
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 10.0])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--no_vote", action="store_true", help="all of epsilon to the generator")
     parser.add_argument("--table", action="store_true", help="only print and plot what there is")
     args = parser.parse_args()
+    share = 1 if args.no_vote else SHARE
     wanted = [(e, m, s) for s in range(args.seeds) for e in args.epsilons for m in args.methods]
     for epsilon, method, seed in [] if args.table else wanted:
-        key = (args.set, method, epsilon, seed)
-        if any((r["set"], r["method"], r["budget"], r["seed"]) == key for r in read_rows()):
+        key = {"set": args.set, "method": method, "budget": epsilon, "seed": seed, "share": share}
+        if any(key.items() <= r.items() for r in read_rows()):
             continue
-        found = measure_cell(args.set, method, args.dataset_name, epsilon, seed)
+        found = measure_cell(args.set, method, args.dataset_name, epsilon, seed, share)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps([*read_rows(), *found], indent=1) + "\n")
     print_table(read_rows())
