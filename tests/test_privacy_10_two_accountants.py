@@ -202,7 +202,7 @@ GOOD = {
         ({"target_epsilon": None, "noise_multiplier": -1.0}, "must be between"),
         ({"steps": 0}, "at least 1"),
         ({"noise_multiplicity": 0}, "at least 1"),
-        ({"max_grad_norm": math.inf}, "finite"),
+        ({"max_grad_norm": math.inf}, "between"),
     ],
 )
 def test_impossible_plans_are_refused_in_a_sentence(change, words):

@@ -13,7 +13,7 @@ from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState, clipped_gradient_sum, private_steps
 
 TAIL = 6.5  # standard deviations: a normal tail of 8e-11, below 1e-6 over thousands of comparisons
-HOSTILE = ["ordinary", "huge", "overflowing", "nan", "inf", "zero"]
+HOSTILE = ["ordinary", "huge", "overflowing", "nan", "inf", "zero", "small", "vanishing"]
 
 
 def build_plan(**changes) -> PrivacyPlan:
@@ -42,6 +42,7 @@ class LinearWorld:
         self.data = torch.randn(len(kinds), draws, 5, generator=generator)
         for unit, kind in enumerate(kinds):
             scale = {"huge": 1e6, "overflowing": 1e25, "nan": float("nan"), "inf": float("inf")}
+            scale |= {"small": 0.02, "vanishing": 1e-20}
             self.data[unit] *= scale.get(kind, 1.0) if kind != "zero" else 0.0
         self.draws, self.engine = draws, PerUnitGradients(self.model, draws)
 

@@ -91,11 +91,14 @@ class PrivacyArguments:
     target_epsilon: float | None = option("budget; the noise is calibrated to it", None)
     target_delta: float | None = option("delta of the budget; required, below 1/N", None)
     noise_multiplier: float | None = option("sigma, instead of --target_epsilon", None)
-    max_grad_norm: float = option("C, the clipping bound on one unit's gradient", 1.0)
+    max_grad_norm: float = option(
+        "C, the bound on one unit's gradient; with automatic clipping and Adam it changes nothing",
+        1.0,
+    )
     clipping: str = option(
-        "how a unit's gradient is bounded by C: scaled down if larger (flat), always scaled to it "
-        "(automatic), or each of the L tensors bounded by C / sqrt(L) (per_layer)",
-        "flat",
+        "how a unit's gradient is bounded by C: always scaled to it (automatic), scaled down if "
+        "larger (flat), or each of the L tensors bounded by C / sqrt(L) (per_layer)",
+        "automatic",
         choices=CLIPPING_MODES,
     )
     expected_batch_size: float = option("B, expected units in a Poisson batch; q = B/N", 256)

@@ -9,6 +9,7 @@ from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
 
 SMALLEST_SCALE = 2.0**-100
+NO_NORM = 1e-8  # of a gradient that automatic clipping halves; those of large models are 1e-3
 
 
 def sample_poisson_batch(
@@ -46,7 +47,9 @@ def clip_scales(squared_norms: torch.Tensor, plan: PrivacyPlan) -> torch.Tensor:
     Whatever the mode, the scaled gradient of a unit has norm at most C over all its tensors:
 
     - flat: min(1, C / norm) (Abadi et al. 2016, Algorithm 1).
-    - automatic: C / (norm + 0.01), so that every unit counts alike (Bu et al. 2023, section 4).
+    - automatic: C / (norm + 1e-8), so that every unit counts alike, however small its gradient:
+      C norm / (norm + 1e-8) < C, and 0.99 C at a norm of 1e-6 (Bu et al. 2023, section 4, whose
+      constant of 0.01 would swallow the gradients of a large model).
     - per_layer: each of the L tensors to min(1, (C / sqrt(L)) / norm of that tensor).
     """
     # One part in a million under C, so that rounding the products cannot lift a row above it.
@@ -56,7 +59,7 @@ def clip_scales(squared_norms: torch.Tensor, plan: PrivacyPlan) -> torch.Tensor:
         return share / squared_norms.sqrt().clamp_min(share)
     norms = squared_norms.sum(1, keepdim=True).sqrt()
     if plan.clipping == "automatic":
-        scales = bound / (norms + 0.01)
+        scales = bound / (norms + NO_NORM)
     else:
         scales = bound / norms.clamp_min(bound)
     return scales.expand_as(squared_norms)

@@ -13,6 +13,8 @@ from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
 from utils.errors import UsageError
 from utils.privacy.accounting import SMALLEST_DELTA, Spent, calibrate_noise_multiplier
 
+LARGEST_BOUND = 1e10
+
 
 def name_unit(column: str | None) -> str:
     """What is protected, in words: an image, or all that share a value of `column`."""
@@ -149,8 +151,11 @@ def _check_plan(plan: PrivacyPlan, target_epsilon: float | None) -> None:
         raise UsageError(f"--max_train_steps {plan.steps} must be at least 1")
     if plan.noise_multiplicity < 1:
         raise UsageError(f"--noise_multiplicity {plan.noise_multiplicity} must be at least 1")
-    if not 0 < plan.max_grad_norm < math.inf:
-        raise UsageError(f"--max_grad_norm {plan.max_grad_norm} must be positive and finite")
+    if not 1 / LARGEST_BOUND <= plan.max_grad_norm <= LARGEST_BOUND:
+        raise UsageError(
+            f"--max_grad_norm {plan.max_grad_norm} must be between {1 / LARGEST_BOUND:g} and "
+            f"{LARGEST_BOUND:g}, for sums in fp32"
+        )
     if (target_epsilon is None) == (sigma is None):
         raise UsageError("give exactly one of --target_epsilon and --noise_multiplier")
     if sigma is not None and not SMALLEST_NOISE <= sigma <= LARGEST_NOISE:
