@@ -28,7 +28,7 @@ from utils.arguments.means import LaterModelArguments, MeansArguments
 from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
 from utils.arguments.parsing import parse
 from utils.arguments.publishing import PublishSetArguments
-from utils.errors import run_script
+from utils.errors import UsageError, run_script
 
 
 def main():
@@ -39,6 +39,8 @@ def main():
         *(BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
         description=__doc__,
     )
+    if training.num_units is not None:
+        raise UsageError("--num_units: a vote needs the images, whose classes decide who votes")
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.curation import run_curation
 

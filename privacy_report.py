@@ -8,6 +8,7 @@
         --max_train_steps 200 --target_delta 1e-6 --target_epsilon 8
     python privacy_report.py plan --num_units 60000 --expected_batch_size 2000 \\
         --max_train_steps 200 --target_delta 1e-6 --noise_multiplier 1.1
+    # of a run: its plan, whether it can work, and what it will take here; no image is needed
     python privacy_report.py plan --config examples/mnist/dp_lora.yaml --num_units 60000
 
     # hand back what a run that will not be resumed had reserved
@@ -20,13 +21,25 @@ recomputes the statement from its events, and checks the files, the ledger's cha
 checkpoints, as far as they are present: what was downloaded has no ledger.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from utils.arguments.parsing import option, parse_command, read_yaml
 from utils.errors import UsageError, run_script
+
+NUMBERS = ["expected_batch_size", "max_train_steps", "target_delta", "target_epsilon"]
+NUMBERS += ["noise_multiplier"]
+SCRIPTS = {"dp-lora": "train_dp_lora", "dp-loda": "train_dp_loda", "dp-ldm": "train_dp_ldm"}
+OWN_OPTIONS = {
+    "dp-loda": {"activation", "negative_slope"},
+    "dp-ldm": {"trainable", "trainable_blocks", "train_text_encoder", "text_encoder_rank"},
+}
 
 
 @dataclass
@@ -52,7 +65,17 @@ class PlanArguments:
     """how much noise for how much epsilon"""
 
     num_units: int = option("N, the number of privacy units")
-    config: str | None = option("YAML file of a run, for what is not given here", None)
+    config: str | None = option(
+        "YAML file of a run, for what is not given here; if it names a model, the run is timed on "
+        "public noise",
+        None,
+    )
+    method: str | None = option(
+        "whose run --config is; default: dp-loda or dp-ldm if the file has an option of theirs, or "
+        "is named so, else dp-lora",
+        None,
+        choices=list(SCRIPTS),
+    )
     expected_batch_size: float | None = option("B, units a step", None)
     max_train_steps: int | None = option("private steps", None)
     target_delta: float | None = option("delta of epsilon, below 1/N", None)
@@ -127,14 +150,41 @@ def verify(args: VerifyArguments) -> None:
     print("\n".join(describe_verified(source)))
 
 
-def fill_in(args: PlanArguments) -> None:
+def rehearse_run(args: PlanArguments, config: dict) -> dict:
+    """What the training script of `--config` says of its plan, in a dry run without the images.
+
+    Raises:
+        UsageError: see the script.
+    """
+    named = [m for m in OWN_OPTIONS if OWN_OPTIONS[m] & set(config)]
+    named += [m for m in OWN_OPTIONS if m.replace("-", "_") in Path(args.config).name]
+    script = SCRIPTS[args.method or (named or ["dp-lora"])[0]]
+    given = {name: getattr(args, name) for name in ("num_units", *NUMBERS)}
+    if given["noise_multiplier"] is not None:  # the config has a target: the command line wins
+        raise UsageError("--noise_multiplier: a config that names a model has its own budget")
+    words = [w for name, v in given.items() if v is not None for w in (f"--{name}", f"{v:g}")]
+    for stage in ("release_means", "select_saliency"):
+        if config.get(stage) is not None:
+            words += [f"--{stage}", "false"]
+            print(f"planned as if there were no --{stage}, which takes a share of the budget")
+    before, shown = sys.argv, io.StringIO()
+    with TemporaryDirectory() as folder, contextlib.redirect_stdout(shown):
+        sys.argv = [f"{script}.py", "--config", args.config, "--dry_run", *words]
+        sys.argv += ["--output_dir", folder]
+        try:
+            importlib.import_module(script).main()
+        finally:
+            sys.argv = before
+    return json.loads(shown.getvalue())
+
+
+def fill_in(args: PlanArguments, config: dict) -> None:
     """Take from `--config` what the command line does not say.
 
     Raises:
         UsageError: neither says it.
     """
-    config = {} if args.config is None else read_yaml(args.config)
-    needed = ["expected_batch_size", "max_train_steps", "target_delta"]
+    needed = NUMBERS[:3]
     budget = ["target_epsilon", "noise_multiplier"]
     unset = [] if args.noise_multiplier or args.target_epsilon else budget
     for name in [*needed, *unset]:
@@ -146,7 +196,11 @@ def fill_in(args: PlanArguments) -> None:
 
 
 def plan(args: PlanArguments) -> None:
-    fill_in(args)
+    config, run = {} if args.config is None else read_yaml(args.config), None
+    if config.get("pretrained_model_name_or_path") is not None:
+        run = rehearse_run(args, config)
+        args.expected_batch_size, args.max_train_steps = run["expected_batch_size"], run["steps"]
+    fill_in(args, config)
     from utils.privacy.accounting import account
     from utils.privacy.plan import calibrate_table, make_plan
     from utils.privacy.plots import plot_noise_trade_off
@@ -176,7 +230,14 @@ def plan(args: PlanArguments) -> None:
     print(f"see {args.plot}")
     if args.json:
         print(
-            json.dumps({"plan": chosen.event(), "epsilon": spent.both_relations(), "table": table})
+            json.dumps(
+                {
+                    "plan": chosen.event(),
+                    "epsilon": spent.both_relations(),
+                    "table": table,
+                    "run": run,
+                }
+            )
         )
 
 

@@ -33,6 +33,7 @@ def main():
     from utils.methods.fine_tuning import Method, run_method
     from utils.methods.saliency_file import read_saliency
     from utils.models.own_weights import save_unet, unfreeze
+    from utils.privacy.defaults import WEIGHTS_RATE
 
     selected = None
     if stages.saliency_file is not None:
@@ -44,6 +45,7 @@ def main():
         USAGE + (LORA_USAGE if args.train_text_encoder else ""),
         args,
         stages,
+        WEIGHTS_RATE,
     )
     run_method(method, model, data, privacy, training, hub)
 

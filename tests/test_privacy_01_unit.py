@@ -24,7 +24,7 @@ from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_split, number_units
 from utils.errors import UsageError
 from utils.ledger.statement import Circumstances, build_statement
-from utils.methods.planning import preview, reserve
+from utils.methods.planning import load_private_rows, preview, reserve
 from utils.privacy.accounting import REPLACE_ONE, account, pld_epsilon
 from utils.privacy.randomness import SecretRandomness
 
@@ -151,9 +151,10 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     def plan_for(num_units):
         return build_plan(num_units=num_units, expected_batch_size=2, unit_column="patient")
 
-    asked = (accelerator, data, PrivacyArguments(), training)
+    found = load_private_rows(accelerator, data, training)
+    asked = (found, PrivacyArguments(), training)
     private_set, plan, _ = reserve(*asked, 16, {}, plan_for)
-    assert preview(*asked, 16, plan_for)[1] == plan
+    assert preview(*asked, 16, plan_for)[0] == plan
     assert (private_set.num_units, plan.num_units) == (3, 3)
     assert private_set.left_out == {"unreadable": 1}
     assert len(private_set.captions) == 10

@@ -9,6 +9,8 @@
         warm_start          ordinary training on a synthetic set, before the first private step
         stages              what both stories share: their opening, their rehearsal and their end
         planning            from the private rows to a plan: previewed, or reserved in the ledger
+        outlook             before anything is spent: a verdict, a plan's price, a replay
+        forecast            hours, memory and disk, measured on public noise
         saliency            the scores that private units give to weight matrices (DP-SAPF)
         classes             which class, or prompt, a private row counts towards; rows by unit
         mean_features       features of images, and their sums over private units
@@ -59,6 +61,7 @@
         latents             units to the losses of their draws
     models/         public pipelines and what trains in them
         pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
+        shapes              a pipeline to plan with, whose weights were not downloaded
         drawing             how images are drawn from a model: sampling.json
         processes           how a base was trained to see noise, from its scheduler's config
         denoising           the denoising loss, and the text that conditions it
@@ -85,6 +88,8 @@
         randomness          secret random numbers: batches, draws and noise
         plan                every number that the privacy of a run depends on
         accounting          epsilon by two accountants, and the noise that fits a budget
+        defaults            steps, B, K and rate from public facts, where they are not given
+        verdict             can a plan work? its noise against the largest signal
         replace_one         the PRV accountant for replacing one unit
         optimizers          optimizers of the private gradient
         plots               what privacy costs, as pictures
@@ -97,6 +102,7 @@
         fast_linear         linear layers on a CPU, through oneDNN
     metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
     arguments/      every option of every script, a dataclass a group; `parsing` reads them
+    memory          how much of it something takes
     fetching        one file of a folder, or of a repository on the Hub
     files           names of what a run leaves; files whole or absent, digests, modes
     version         which version of this code made something

@@ -158,7 +158,7 @@ def test_nothing_is_selected_where_training_could_not_follow(tiny_base, image_fo
     for more, sentence in [
         (["--total_epsilon", 7.9], "both stages would bring"),
         (["--selection_epsilon", 9], "is spent already"),
-        (["--expected_batch_size", 41], "number of units"),
+        (["--expected_batch_size", -1], "number of units"),
         (["--resume_from_checkpoint", "latest"], "holds no run to resume"),
     ]:
         output = tmp_path / sentence.split()[0]

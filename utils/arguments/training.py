@@ -101,9 +101,15 @@ class PrivacyArguments:
         "automatic",
         choices=CLIPPING_MODES,
     )
-    expected_batch_size: float = option("B, expected units in a Poisson batch; q = B/N", 256)
-    noise_multiplicity: int = option(
-        "K, draws of (noise, timestep, flip) averaged per unit before its one clip", 1
+    expected_batch_size: float | None = option(
+        "B, expected units in a Poisson batch; q = B/N; default: chosen from N, the number of "
+        "trained weights and the budget, as are K, the steps and the rate (docs/tuning.md)",
+        None,
+    )
+    noise_multiplicity: int | None = option(
+        "K, draws of (noise, timestep, flip) averaged per unit before its one clip; default: "
+        "chosen",
+        None,
     )
     secure_noise: bool = option(
         "noise and sampling from the operating system's cryptographic generator, hardened against "
@@ -131,7 +137,7 @@ class PrivacyArguments:
     )
 
     def __post_init__(self):
-        if self.noise_multiplicity < 1:
+        if self.noise_multiplicity is not None and self.noise_multiplicity < 1:
             raise UsageError(f"--noise_multiplicity {self.noise_multiplicity} must be at least 1")
         if self.debug_noise_seed is not None:
             check_between("debug_noise_seed", self.debug_noise_seed, 0, 2**64)
@@ -149,8 +155,8 @@ class TrainingArguments(DrawingArguments):
         "adamw",
         choices=["adamw", "sgd", "adam_bc"],
     )
-    learning_rate: float = option("peak learning rate", 1e-3)
-    lr_scheduler: str = option("learning rate schedule", "constant", choices=SCHEDULES)
+    learning_rate: float | None = option("peak learning rate; default: chosen", None)
+    lr_scheduler: str = option("learning rate schedule", "cosine", choices=SCHEDULES)
     lr_warmup_steps: int = option("steps of warm-up", 0)
     adam_beta1: float = option("AdamW's beta1; the momentum of sgd", 0.9)
     adam_beta2: float = option("AdamW's beta2", 0.999)
@@ -166,7 +172,9 @@ class TrainingArguments(DrawingArguments):
         choices=["uniform", "logit_normal", "high_noise"],
     )
     snr_gamma: float | None = option("min-SNR weighting of the loss, such as 5", None)
-    max_train_steps: int = option("private steps, empty batches included", 100)
+    max_train_steps: int | None = option(
+        "private steps, empty batches included; default: chosen", None
+    )
     train_batch_size: int = option(
         "units per forward pass; changes speed and memory, never the result", 32
     )
@@ -203,7 +211,12 @@ class TrainingArguments(DrawingArguments):
         "--output_dir; what was downloaded from the Hub stays in the Hub's cache",
         False,
     )
-    dry_run: bool = option("print the plan as JSON and stop", False)
+    dry_run: bool = option(
+        "print the plan as JSON, what it will take on this device, and whether it can work", False
+    )
+    num_units: int | None = option(
+        "with --dry_run: plan for so many privacy units, without their images", None
+    )
     report_to: str | None = option(
         "tracker for step, learning rate and epsilon, such as tensorboard or wandb", None
     )
@@ -217,9 +230,10 @@ class TrainingArguments(DrawingArguments):
             check_between(name, getattr(self, name), 0, 1)
         for name in ("adam_epsilon", "adam_weight_decay", "lr_warmup_steps"):
             check_between(name, getattr(self, name), 0, math.inf)
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--learning_rate {self.learning_rate} must be positive and finite")
-        if self.lr_warmup_steps > max(self.max_train_steps, 0):
+        steps = self.max_train_steps
+        if steps is not None and self.lr_warmup_steps > max(steps, 0):
             raise UsageError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} is more than --max_train_steps "
                 f"{self.max_train_steps}: the learning rate would never be reached"
@@ -229,6 +243,10 @@ class TrainingArguments(DrawingArguments):
                 "--train_batch_size, --checkpointing_steps and --checkpoints_total_limit must be "
                 "at least 1"
             )
+        if self.num_units is not None and not self.dry_run:
+            raise UsageError("--num_units is for --dry_run: a run counts the units itself")
+        if self.num_units is not None and self.num_units < 1:
+            raise UsageError(f"--num_units {self.num_units} must be at least 1")
         if self.num_validation_images < 0:
             raise UsageError("--num_validation_images must be at least 0")
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:

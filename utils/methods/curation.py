@@ -28,23 +28,22 @@ from utils.arguments.training import (
 )
 from utils.data.images import crop_to_pixels, tile_images
 from utils.data.latent_files import discard_copies
-from utils.data.rows import load_rows
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import BATCH, Extractor
-from utils.files import CACHE, STATEMENT, VOTES, private_folder
+from utils.files import STATEMENT, VOTES
 from utils.hub.cards import Maker
 from utils.hub.upload import make_repo
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.methods.classes import number_rows, read_units
 from utils.methods.election import Candidates, Election, call_election, join_ledger
-from utils.methods.planning import preview, reserve
+from utils.methods.planning import load_private_rows, preview, print_plan, reserve
 from utils.methods.publishing import refuse_reproducible, report_set
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import count_votes, keep_best, resample
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once
-from utils.privacy.plan import PrivacyPlan, make_plan, summarise_plan
+from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import make_randomness
 from utils.sampling.generation import encode_png
 from utils.sampling.paid_sets import PaidSet
@@ -71,24 +70,23 @@ def run_curation(
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     privacy = join_ledger(privacy, args)
-    rows = load_rows(data, private_folder(training.output_dir) / CACHE)
-    election = call_election(args, extracting, model, (rows, data), privacy, training)
+    found = load_private_rows(accelerator, data, training)
+    election = call_election(args, extracting, model, found, privacy, training)
 
     def plan_for(num_units: int) -> PrivacyPlan:
         return plan_votes(num_units, args, privacy, data.privacy_unit_column, election)
 
     side = election.extractor.resolution
     if training.dry_run:
-        _, plan = preview(accelerator, data, privacy, training, side, plan_for)
-        spent = account(plan.events(), plan.delta)
-        accelerator.print(json.dumps(summarise_plan(plan, spent), indent=2))
+        plan, _ = preview(found, privacy, training, side, plan_for)
+        print_plan(accelerator, plan)
         return
     if hub.push_to_hub:
         refuse_reproducible(privacy)
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, data, training) | about
-    private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(election.candidates.images)))
 
     # Count the votes of every unit, and release the counts with noise; once a round.

@@ -24,6 +24,7 @@ from utils.evaluation.features import Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
 from utils.methods.classes import Classes, Nearest, build_nearest
+from utils.methods.planning import PrivateRows
 from utils.sampling.generation import ADAPTER_FILES, load_drawing
 from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
 from utils.sampling.sources import find_source
@@ -87,7 +88,7 @@ def call_election(
     args: CurationArguments,
     extracting: ExtractorArguments,
     model: ModelArguments,
-    private: tuple[Dataset, DataArguments],
+    found: PrivateRows,
     privacy: PrivacyArguments,
     training: TrainingArguments,
 ) -> Election:
@@ -109,7 +110,7 @@ def call_election(
         )
     columns = [column for column in ("text", "label") if column in images.rows.column_names]
     entries = [dict(row) for row in images.rows.select_columns(columns)]
-    classes, nearest, of_candidate = match_classes(entries, *private, model)
+    classes, nearest, of_candidate = match_classes(entries, found.rows, found.data, model)
     candidates = Candidates(Pictures(images), entries, of_candidate)
     vary_images = None
     if args.rounds > 1:

@@ -1,8 +1,7 @@
 """The story of every private training script: load, adapt, plan, fine-tune, publish."""
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 
 from utils.arguments.methods import StageArguments
 from utils.arguments.publishing import PublishArguments
@@ -19,7 +19,6 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.audit.replay import SetUp, replay
 from utils.data.images import describe_left_out
 from utils.data.latents import prepare_losses
 from utils.errors import Stopped, StopRequest, UsageError, on_main_process
@@ -28,7 +27,15 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
-from utils.methods.planning import PlanFor, describe, plan_training, preview, reserve
+from utils.methods.outlook import replay_if_asked, show_plan, show_verdict
+from utils.methods.planning import (
+    PlanFor,
+    PrivateRows,
+    load_private_rows,
+    plan_training,
+    preview,
+    reserve,
+)
 from utils.methods.publishing import (
     check_repository,
     choose_license,
@@ -40,6 +47,7 @@ from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.privacy.accounting import account
+from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.optimizers import build_optimizer
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.training import TrainingState, UnitLosses, private_steps
@@ -56,6 +64,7 @@ class Method:
         usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
         settings: the method's arguments; a run that is resumed must have the same.
         stages: what it builds on: a selection, a warm start.
+        rate: see `PublicFacts`.
     """
 
     name: str
@@ -64,6 +73,7 @@ class Method:
     usage: str
     settings: object
     stages: StageArguments
+    rate: float = ADAPTER_RATE
 
 
 def run_method(
@@ -85,21 +95,24 @@ def run_method(
     check_repository(hub, privacy, training)
     privacy = join_ledger(privacy, method.stages)
 
-    # Adapt the public model.
+    # Adapt the public model, and choose what was not asked for.
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)
     modules = collect_trained_modules(stage.pipeline)
+    found = load_private_rows(accelerator, data, training)
+    facts = collect_facts(method, modules, found)
+    privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
     stage = replay_if_asked(stage, engine, data, privacy, training)
 
-    # Plan what will be spent, and reserve it.
+    # Plan what will be spent: can it work? If it is meant, reserve it.
     plan_for = make_plan_for(method, stage, data, privacy, training)
-    side = stage.resolution
+    side, verdict = stage.resolution, show_verdict(plan_for(found.num_units), facts, reasons)
     if training.dry_run:
-        private_set, plan = preview(accelerator, data, privacy, training, side, plan_for)
-        report = describe(private_set, plan, engine, unit_bytes, training, stage.audit)
-        accelerator.print(report)
+        previewed = preview(found, privacy, training, side, plan_for)
+        about = {"chosen": reasons, "verdict": asdict(verdict)}
+        show_plan(stage, engine, unit_bytes, training, found, previewed, about)
         return
     adapter = collect_adapter_tensors(stage)
     agreed = collect_settings(method.name, method.settings, data, training) | {
@@ -109,7 +122,7 @@ def run_method(
     }
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
         warm_up(stage, engine, method.stages, training.seed)
-    private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, run, engine, private_set.left_out))
 
     # Train by DP-SGD.
@@ -128,30 +141,15 @@ def run_method(
         print(f"published {publish_model(run.output_dir, hub)}")
 
 
-def replay_if_asked(
-    stage: Stage,
-    engine: PerUnitGradients,
-    data: DataArguments,
-    privacy: PrivacyArguments,
-    training: TrainingArguments,
-) -> Stage:
-    """With `--replay_audit`, the stage with what a replay of this very set-up proved.
-
-    Raises:
-        UsageError: the replay found something wrong; nothing was read or spent.
-    """
-    if not privacy.replay_audit:
-        return stage
-    setup = SetUp(stage.accelerator, stage.pipeline, engine, stage.resolution)
-    finding = replay(setup, privacy, data.privacy_unit_column, training)
-    if not finding["passed"]:
-        raise UsageError(f"the replay audit failed: {'; '.join(finding['problems'])}")
-    print(
-        f"replay audit passed: over {finding['steps']} steps with and without one unit, nobody "
-        f"else's part changed, and the sum moved by {finding['largest_move']:.6f} C",
-        file=sys.stderr,
-    )
-    return replace(stage, audit={"kind": "replay", **finding})
+def collect_facts(method: Method, modules: nn.Module, found: PrivateRows) -> PublicFacts:
+    """What the choice of a plan depends on; all of it is public."""
+    trained = [p.shape for p in modules.parameters() if p.requires_grad]
+    if not trained:
+        raise UsageError("no parameter is trainable, so there is nothing to train privately")
+    has_warm_start = method.stages.warm_start is not None
+    num_parameters = sum(shape.numel() for shape in trained)
+    width = median_width(trained)
+    return PublicFacts(found.num_units, num_parameters, width, method.rate, has_warm_start)
 
 
 def make_plan_for(

@@ -27,21 +27,26 @@ from utils.arguments.training import (
 from utils.data.images import scale_to_unit_range
 from utils.data.latent_files import discard_copies
 from utils.data.private_set import PrivateSet
-from utils.data.rows import load_rows
 from utils.errors import UsageError, on_main_process
-from utils.files import CACHE, MEANS, private_folder
+from utils.files import MEANS
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.methods.central_images import draw_central
 from utils.methods.classes import build_nearest, find_classes, number_rows, read_units
 from utils.methods.mean_features import SIDE, build_features, sum_features
 from utils.methods.mean_generator import draw, fit_generator, read_target
-from utils.methods.planning import plan_later_training, preview, reserve
+from utils.methods.planning import (
+    load_private_rows,
+    plan_later_training,
+    preview,
+    print_plan,
+    reserve,
+)
 from utils.methods.publishing import report_set
 from utils.methods.stages import collect_settings, start
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
-from utils.privacy.plan import PrivacyPlan, make_plan, summarise_plan
+from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import make_randomness
 from utils.sampling.generation import encode_png
 from utils.sampling.shards import SET
@@ -76,17 +81,19 @@ def run_release(
             plan_later_training(privacy, training.max_train_steps, plan)
         return plan
 
-    rows = load_rows(data, private_folder(training.output_dir) / CACHE)
-    classes = find_classes(rows, data, args.class_names, args.class_prompts)
+    found = load_private_rows(accelerator, data, training)
+    if found.rows is None:  # only to plan
+        print_plan(accelerator, plan_for(found.num_units))
+        return
+    classes = find_classes(found.rows, data, args.class_names, args.class_prompts)
     nearest = None if args.class_prompts is None else build_nearest(model, classes.prompts)
     if training.dry_run:
-        _, plan = preview(accelerator, data, privacy, training, SIDE, plan_for)
-        spent = account(plan.events(), plan.delta)
-        accelerator.print(json.dumps(summarise_plan(plan, spent), indent=2))
+        plan, _ = preview(found, privacy, training, SIDE, plan_for)
+        print_plan(accelerator, plan)
         return
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, data, training) | {"told": told}
-    private_set, plan, run = reserve(accelerator, data, privacy, training, SIDE, agreed, plan_for)
+    private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, plan_for)
     accelerator.print(announce(plan, classes.count))
 
     # Sum over the units of each batch, and release the sums with noise.

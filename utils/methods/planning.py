@@ -1,7 +1,8 @@
 """From the private rows to a plan: a preview of it, or one reserved before an image is read."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -24,8 +25,37 @@ ROW = "one row: an image and its caption; a picture that is in several rows is p
 PlanFor = Callable[[int], PrivacyPlan]
 
 
+@dataclass(frozen=True)
+class PrivateRows:
+    """The rows of a private set, as they were loaded: no image was read. How many units there are
+    is public; some may be lost with images that cannot be read. To plan only, there may be no rows,
+    but the number of units."""
+
+    data: DataArguments
+    rows: Dataset | None
+    num_units: int
+
+
+def load_private_rows(
+    accelerator: Accelerator, data: DataArguments, training: TrainingArguments
+) -> PrivateRows:
+    """Whatever `datasets` caches of the images stays under OUTPUT_DIR/private.
+
+    Raises:
+        UsageError: see `load_rows`, `read_captions`.
+    """
+    if training.num_units is not None:
+        return PrivateRows(data, None, training.num_units)
+    with accelerator.main_process_first():
+        rows = load_rows(data, private_folder(training.output_dir) / CACHE)
+    read_captions(rows, data)
+    num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
+    return PrivateRows(data, rows, num_units)
+
+
 def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:
-    """The plan of a training stage; `terms` are the steps and other fields of `PrivacyPlan`.
+    """The plan of a training stage; `terms` are the steps and other fields of `PrivacyPlan`. B is
+    at most N.
 
     Raises:
         UsageError: see `make_plan`.
@@ -34,7 +64,7 @@ def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> Privacy
         target_epsilon=privacy.target_epsilon,
         noise_multiplier=privacy.noise_multiplier,
         num_units=num_units,
-        expected_batch_size=privacy.expected_batch_size,
+        expected_batch_size=min(privacy.expected_batch_size, num_units),
         max_grad_norm=privacy.max_grad_norm,
         delta=privacy.target_delta,
         noise_multiplicity=privacy.noise_multiplicity,
@@ -44,78 +74,81 @@ def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> Privacy
 
 
 def plan_later_training(
-    privacy: PrivacyArguments, steps: int, earlier: PrivacyPlan
+    privacy: PrivacyArguments, steps: int | None, earlier: PrivacyPlan
 ) -> PrivacyPlan | None:
     """What the training that is to follow a stage will spend, both composed; None if no budget for
-    it was named.
+    it was named. What has still to be chosen stands as one step on everyone.
 
     Raises:
         UsageError: see `make_plan`.
     """
     if privacy.target_epsilon is None and privacy.noise_multiplier is None:
         return None
-    terms = {"steps": steps, "unit_column": earlier.unit_column, "prior": (earlier.event(),)}
-    return plan_training(earlier.num_units, privacy, **terms)
+    privacy = replace(
+        privacy,
+        expected_batch_size=privacy.expected_batch_size or earlier.num_units,
+        noise_multiplicity=privacy.noise_multiplicity or 1,
+    )
+    terms = {"unit_column": earlier.unit_column, "prior": (earlier.event(),)}
+    return plan_training(earlier.num_units, privacy, steps=steps or 1, **terms)
 
 
 def preview(
-    accelerator: Accelerator,
-    data: DataArguments,
+    found: PrivateRows,
     privacy: PrivacyArguments,
     training: TrainingArguments,
     resolution: int,
     plan_for: PlanFor,
-) -> tuple[PrivateSet, PrivacyPlan]:
-    """Load the private rows, plan what would be spent on them, and show their owner what training
-    would see (`show_private_set`); nothing is reserved.
+) -> tuple[PrivacyPlan, Mapping[str, int]]:
+    """Plan what would be spent on the private rows, and show their owner what training would see
+    (`show_private_set`); nothing is reserved. Also returns how many images were left out, by
+    reason. Where there are no rows, only a number of units, nothing is shown.
 
     Raises:
         UsageError: bad data, or an impossible plan (see `reserve`).
     """
-    rows, plan = _load_and_plan(accelerator, data, training, plan_for)
-    is_private = privacy.debug_noise_seed is None
+    plan, is_private = plan_for(found.num_units), privacy.debug_noise_seed is None
+    if found.rows is None:
+        return plan, {}
 
     def check() -> None:
         ledger = find_ledger(training.output_dir, privacy)
-        warn_of_other_ledgers(name_source(data), ledger)
+        warn_of_other_ledgers(name_source(found.data), ledger)
         ledger.check(plan.terms(is_private), privacy.total_epsilon)
 
     on_main_process(check)
-    private_set, plan = _check_images(rows, data, plan, plan_for)
+    private_set, plan = _check_images(found, plan, plan_for)
     show_private_set(private_set, resolution, training.output_dir)
-    return private_set, plan
+    return plan, private_set.left_out
 
 
 def reserve(
-    accelerator: Accelerator,
-    data: DataArguments,
+    found: PrivateRows,
     privacy: PrivacyArguments,
     training: TrainingArguments,
     resolution: int,
     agreed: dict,
     plan_for: PlanFor,
 ) -> tuple[PrivateSet, PrivacyPlan, Run]:
-    """Load the private rows, plan and reserve what will be spent on them, and show their owner what
-    training sees (`show_private_set`).
+    """Plan and reserve what will be spent on the private rows, and show their owner what training
+    sees (`show_private_set`).
 
-    An impossible plan is refused before any image is read. Whatever `datasets` caches of the images
-    stays under OUTPUT_DIR/private.
+    An impossible plan is refused before any image is read.
 
     Args:
         agreed: what a checkpoint must agree with, beside the plan.
 
     Raises:
-        UsageError: bad data or an impossible plan (see `load_rows`, `read_captions`, `make_plan`,
-            `open_run` and `confirm`).
+        UsageError: bad data or an impossible plan (see `make_plan`, `open_run` and `confirm`).
         RuntimeError: the accountants disagree.
     """
-    rows, plan = _load_and_plan(accelerator, data, training, plan_for)
+    plan = plan_for(found.num_units)
     spent = account(plan.events(), plan.delta)  # if the accountants disagree, nothing is reserved
     is_private = privacy.debug_noise_seed is None
 
     def open_and_remember() -> Run:
-        run, source = open_run(training, privacy, plan, agreed, is_private), name_source(data)
-        branch = run.branch
+        run = open_run(training, privacy, plan, agreed, is_private)
+        source, branch = name_source(found.data), run.branch
         warn_of_other_ledgers(source, branch.ledger)
         if run.checkpoint is None and is_private:
             epsilon = spent.add_or_remove_one
@@ -124,7 +157,7 @@ def reserve(
 
     run = on_main_process(open_and_remember)
     try:
-        private_set, plan = _check_images(rows, data, plan, plan_for)
+        private_set, plan = _check_images(found, plan, plan_for)
         show_private_set(private_set, resolution, training.output_dir)
         run = on_main_process(lambda: confirm(run, privacy, plan, is_private))
     except UsageError:
@@ -134,39 +167,35 @@ def reserve(
     return private_set, plan, run
 
 
-def _load_and_plan(
-    accelerator: Accelerator, data: DataArguments, training: TrainingArguments, plan_for: PlanFor
-) -> tuple[Dataset, PrivacyPlan]:
-    with accelerator.main_process_first():
-        rows = load_rows(data, private_folder(training.output_dir) / CACHE)
-    read_captions(rows, data)
-    return rows, plan_for(int(number_units(rows, data.privacy_unit_column).max()) + 1)
-
-
 def _check_images(
-    rows: Dataset, data: DataArguments, plan: PrivacyPlan, plan_for: PlanFor
+    found: PrivateRows, plan: PrivacyPlan, plan_for: PlanFor
 ) -> tuple[PrivateSet, PrivacyPlan]:
     """The readable rows; if units were lost with the others, a plan for those that are left."""
-    private_set = load_private_set(rows, data)
+    private_set = load_private_set(found.rows, found.data)
     if private_set.num_units != plan.num_units:
         plan = plan_for(private_set.num_units)
     return private_set, plan
 
 
+def print_plan(accelerator: Accelerator, plan: PrivacyPlan) -> None:
+    """The report of `--dry_run` of a stage without a model that trains."""
+    spent = account(plan.events(), plan.delta)
+    accelerator.print(json.dumps(summarise_plan(plan, spent), indent=2))
+
+
 def describe(
-    private_set: PrivateSet,
     plan: PrivacyPlan,
     engine: PerUnitGradients,
     unit_bytes: int,
     training: TrainingArguments,
-    audit: dict | None = None,
+    left_out: Mapping[str, int],
+    **more,
 ) -> str:
     """The report of `--dry_run`, as JSON; `unit_bytes` is the memory of one unit's gradients."""
     report = summarise_plan(plan, account(plan.events(), plan.delta)) | {
-        "images_left_out": dict(private_set.left_out),
+        "images_left_out": dict(left_out),
         "trainable_parameters": engine.num_parameters,
-        "audit": audit,
         "protected": ROW if plan.unit_column is None else name_unit(plan.unit_column),
         "per_unit_gradient_bytes": unit_bytes * min(training.train_batch_size, plan.num_units),
     }
-    return json.dumps(report, indent=2)
+    return json.dumps(report | more, indent=2)

@@ -29,11 +29,18 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
 from utils.methods.choice import Keep, build_keep, conclude
-from utils.methods.planning import describe, plan_later_training, preview, reserve
+from utils.methods.planning import (
+    describe,
+    load_private_rows,
+    plan_later_training,
+    preview,
+    reserve,
+)
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
 from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.privacy.accounting import account
+from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan, make_plan
 
@@ -61,6 +68,10 @@ def run_selection(
         return
 
     # Plan the one release, and reserve it.
+    found = load_private_rows(accelerator, data, training)
+    width = median_width([module.weight.shape for module in candidates.values()])
+    facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)
+    privacy, training, _ = choose_missing(privacy, training, facts)
     engine = make_engine(stage, candidates, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
@@ -70,15 +81,15 @@ def run_selection(
         return plan
 
     if training.dry_run:
-        private_set, plan = preview(accelerator, data, privacy, training, side, plan_for)
-        accelerator.print(describe(private_set, plan, engine, unit_bytes, training))
+        plan, left_out = preview(found, privacy, training, side, plan_for)
+        accelerator.print(describe(plan, engine, unit_bytes, training, left_out))
         later = plan_later_training(privacy, training.max_train_steps, plan)
         if later is not None:
             accelerator.print("training, after it:", json.dumps(later.event(), indent=2))
         return
     settings = collect_settings("selection", args, data, training)
     agreed = settings | {"base_model_checksum": stage.base_checksum}
-    private_set, plan, run = reserve(accelerator, data, privacy, training, side, agreed, plan_for)
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.

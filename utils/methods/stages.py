@@ -32,6 +32,7 @@ from utils.models.denoising import denoising_loss, encode_text, tokenize
 from utils.models.drawing import read_base_settings
 from utils.models.pipelines import choose_resolution, get_device, list_parts, load_pipeline
 from utils.models.processes import read_process
+from utils.models.shapes import load_shape
 from utils.privacy.plan import name_unit
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import checksum
@@ -133,7 +134,8 @@ def load_stage(
     base_statement, base_settings = on_main_process(
         lambda: (find_base_statement(model, data), read_base_settings(model))
     )
-    pipeline = load_pipeline(*model.source)
+    load = load_pipeline if training.num_units is None else load_shape
+    pipeline = load(*model.source)
     resolution = choose_resolution(pipeline, data.resolution)
     pipeline.to(accelerator.device)
     if training.gradient_checkpointing:

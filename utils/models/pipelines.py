@@ -51,6 +51,17 @@ def load_pipeline(
     except UNREADABLE as error:
         reason = _explain(error, name_or_path, variant)
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
+    return prepare_pipeline(pipeline, name_or_path, allow_distilled)
+
+
+def prepare_pipeline(
+    pipeline: DiffusionPipeline, name_or_path: str, allow_distilled: bool = False
+) -> DiffusionPipeline:
+    """`pipeline` with every weight frozen and every dropout off.
+
+    Raises:
+        UsageError: see `load_pipeline`.
+    """
     try:
         read_process(pipeline.scheduler)
         _check_parts(pipeline)

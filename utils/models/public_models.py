@@ -5,7 +5,7 @@ They have the parts of Stable Diffusion 1.5 or 2.1, so what works on one works o
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -134,25 +134,29 @@ STABLE_DIFFUSION = {
 }
 
 
-def build_random_model(kind: type[nn.Module], *configuration, **more) -> nn.Module:
-    """A model in fp16 whose weights are made quickly: small, and ones where they scale a norm."""
+def build_random_model(
+    dtype: torch.dtype, kind: Callable[..., nn.Module], *configuration, **more
+) -> nn.Module:
+    """A model whose weights are made quickly: small, and ones where they scale a norm."""
     with torch.device("meta"):
         model = kind(*configuration, **more)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (dict(model.named_buffers()) | model.state_dict()).items():
         if name.endswith("position_ids"):
             tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
         elif tensor.ndim == 1:
             tensor.fill_(float("norm" in name and name.endswith("weight")))
         else:
             tensor.uniform_(-0.03, 0.03, generator=generator)
-    return model.to(torch.float16)
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
-def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 or 2.1, all sizes as published, random weights in fp16: for tests and
-    timings. A tokenizer learned from a few captions stands for CLIP's."""
+def build_stable_diffusion(
+    version: str, captions: Iterable[str], dtype: torch.dtype = torch.float16
+) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 or 2.1, all sizes as published, random weights: for tests, timings and
+    plans. A tokenizer learned from a few captions stands for CLIP's."""
     unet, text = STABLE_DIFFUSION[version]
     tokenizer = build_tokenizer(captions, 600, 77)
     width = unet["cross_attention_dim"]
@@ -163,6 +167,7 @@ def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffu
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     vae = build_random_model(
+        dtype,
         AutoencoderKL,
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -173,9 +178,9 @@ def build_stable_diffusion(version: str, captions: Iterable[str]) -> StableDiffu
     )
     return assemble_pipeline(
         vae,
-        build_random_model(CLIPTextModel, config),
+        build_random_model(dtype, CLIPTextModel, config),
         tokenizer,
-        build_random_model(UNet2DConditionModel, sample_size=64, **unet),
+        build_random_model(dtype, UNet2DConditionModel, sample_size=64, **unet),
         build_scheduler("v_prediction" if version == "2.1" else "epsilon"),
     )
 

@@ -4,7 +4,6 @@ The unit of privacy is one row (its image and caption), or all rows that share a
 `--privacy_unit_column`. The number of units N is public.
 """
 
-import math
 from dataclasses import asdict, dataclass, replace
 
 from tqdm import tqdm

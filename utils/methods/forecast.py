@@ -1,0 +1,169 @@
+"""What a plan will take on this device, measured on public noise before anything is spent: hours,
+memory and disk."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
+
+import torch
+
+from utils.arguments.training import TrainingArguments
+from utils.audit.replay import make_noise_units
+from utils.data.latents import prepare_losses
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.memory import Memory, measure_memory
+from utils.methods.stages import Stage
+from utils.models.drawing import DrawingSettings
+from utils.models.pipelines import list_parts
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.training import clipped_gradient_sum, largest_share
+from utils.sampling.generation import generate
+
+FEW_IMAGES = 4  # that are encoded to see how long one takes
+SOON = 5.0  # seconds: a pass that takes less is repeated, since the first one of a kind is slow
+DRAWN_AT_ONCE = 16  # of samples/
+OPTIMIZER_BYTES = 28  # of each weight: two moments, the gradient, its sum and noise in fp64
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take, on this device.
+
+    Attributes:
+        passes: forward and backward through the model, of one row each, over all processes.
+        seconds_per_step: of training. hours: of training, encoding and samples.
+        memory: bytes at the most, by part, and `peak`; None where they cannot be measured.
+        cache: bytes of encoded images and captions on disk.
+    """
+
+    passes: int
+    seconds_per_step: float
+    hours: float
+    memory: dict[str, int] | None
+    cache: int
+
+    def __str__(self) -> str:
+        took = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.0f} minutes"
+        text = (
+            f"about {took} on this device: {self.passes:,} passes through the model, "
+            f"{self.seconds_per_step:.3g} s a step; {_show(self.cache)} of encoded images on disk"
+        )
+        if self.memory is None:
+            return text
+        parts = [f"{name} {_show(size)}" for name, size in self.memory.items() if name != "peak"]
+        return f"{text}\nabout {_show(self.memory['peak'])} of memory: {', '.join(parts)}"
+
+
+def _show(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def foresee(
+    stage: Stage,
+    engine: PerUnitGradients,
+    plan: PrivacyPlan,
+    training: TrainingArguments,
+    drawing: DrawingSettings,
+    num_rows: int,
+    unit_bytes: int,
+) -> Forecast:
+    """Time one micro-batch of blank units as training will run it, one encoding and one image.
+
+    Args:
+        num_rows: of the private set. unit_bytes: memory of the gradients of one unit.
+    """
+    num_processes, device = stage.accelerator.num_processes, engine.device
+    size = min(training.train_batch_size, largest_share(plan, num_processes))
+    blanks = make_noise_units(min(size, FEW_IMAGES), stage.resolution, many_rows=False)
+    indices = torch.arange(size) % len(blanks.captions)
+    with TemporaryDirectory() as folder:
+        within = replace(training, latents_dir=folder)
+        with measure_memory(device) as encoding:
+            start = time.perf_counter()
+            compute_losses, encoded_dir = prepare_losses(
+                stage.pipeline,
+                blanks,
+                stage.resolution,
+                within,
+                plan.noise_multiplicity,
+                stage.randomness,
+            )
+            encode = (time.perf_counter() - start) / len(blanks.captions)
+        cache = sum(file.stat().st_size for file in encoded_dir.iterdir()) // len(blanks.captions)
+
+        def run_micro_batch() -> None:
+            total = clipped_gradient_sum(
+                stage.accelerator, engine, compute_losses, indices, plan, size
+            )
+            total.sum().item()  # waits for a GPU
+
+        with measure_memory(device) as step:
+            micro_batch = _time(run_micro_batch)
+    with measure_memory(device) as drawn:
+        draw = _time_image(stage, drawing) if training.num_validation_images else 0.0
+    share = math.ceil(plan.expected_batch_size / num_processes / size)
+    per_step = share * micro_batch + _time(lambda: stage.randomness.noise(engine.num_parameters))
+    rest = num_rows * encode / num_processes + training.num_validation_images * draw
+    images = min(training.num_validation_images, DRAWN_AT_ONCE)
+    return Forecast(
+        passes=round(plan.steps * plan.expected_batch_size * plan.noise_multiplicity),
+        seconds_per_step=per_step,
+        hours=(plan.steps * per_step + rest) / 3600,
+        memory=_add_up(stage, engine, encoding, step, drawn, unit_bytes * size, images),
+        cache=cache * num_rows,
+    )
+
+
+def _time(work: Callable[[], object]) -> float:
+    """Seconds; of the second time, if the first was short: the first of a kind is slow."""
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        if seconds > SOON:
+            break
+    return seconds
+
+
+def _time_image(stage: Stage, drawing: DrawingSettings) -> float:
+    """Seconds for one image of samples/, from two short drawings."""
+    pipeline, before = stage.pipeline, stage.pipeline.scheduler
+    drawing.use_scheduler(pipeline)
+    try:
+
+        def draw(steps: int) -> float:
+            short = replace(drawing, num_inference_steps=steps)
+            return _time(lambda: generate(pipeline, [""], [0], 0, short))
+
+        one, two = draw(1), draw(2)
+    finally:
+        pipeline.scheduler = before
+    return one + max(two - one, 0.0) * (drawing.num_inference_steps - 1)
+
+
+def _add_up(
+    stage: Stage,
+    engine: PerUnitGradients,
+    encoding: Memory,
+    step: Memory,
+    drawn: Memory,
+    gradients: int,
+    images: int,
+) -> dict[str, int] | None:
+    """`Forecast.memory`: what is measured, and the optimizer, which does not exist yet."""
+    if step.peak is None:
+        return None
+    weights = sum(p.nbytes for part in list_parts(stage.pipeline) for p in part.parameters())
+    optimizer = OPTIMIZER_BYTES * engine.num_parameters
+    drawing = drawn.before + images * drawn.added
+    return {
+        "weights": weights,
+        "optimizer and noise": optimizer,
+        "gradients of a micro-batch": min(gradients, step.added),
+        "activations": max(step.added - gradients, 0),
+        "Python and its libraries": max(step.before - weights, 0),
+        "peak": max(step.peak, encoding.peak, drawing) + optimizer,
+    }

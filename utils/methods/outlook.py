@@ -1,0 +1,78 @@
+"""What a run can be expected to do, before it spends anything: its plan, its verdict, its price in
+time and memory, and what a replay of it proves."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from accelerate import PartialState
+
+from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
+from utils.audit.replay import SetUp, replay
+from utils.errors import UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.methods.forecast import foresee
+from utils.methods.planning import PrivateRows, describe
+from utils.methods.stages import Stage
+from utils.models.drawing import choose_settings
+from utils.privacy.accounting import account
+from utils.privacy.defaults import PublicFacts
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.verdict import Verdict, judge
+
+
+def show_verdict(plan: PrivacyPlan, facts: PublicFacts, reasons: list[str]) -> Verdict:
+    """Say what was chosen, and whether the plan can work, on stderr of the main process."""
+    epsilon = account(plan.events(), plan.delta).add_or_remove_one
+    verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)
+    if PartialState().is_main_process:
+        for reason in reasons:
+            print(f"chosen: {reason}", file=sys.stderr)
+        print(f"verdict: {verdict}", file=sys.stderr)
+    return verdict
+
+
+def show_plan(
+    stage: Stage,
+    engine: PerUnitGradients,
+    unit_bytes: int,
+    training: TrainingArguments,
+    found: PrivateRows,
+    previewed: tuple[PrivacyPlan, Mapping[str, int]],
+    about: dict,
+) -> None:
+    """What `--dry_run` shows: the plan as JSON on stdout; on stderr what it will take here."""
+    plan, left_out = previewed
+    drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
+    num_rows = found.num_units if found.rows is None else len(found.rows)
+    forecast = foresee(stage, engine, plan, training, drawing, num_rows, unit_bytes)
+    if stage.accelerator.is_main_process:
+        print(forecast, file=sys.stderr)
+    about = about | {"audit": stage.audit, "forecast": asdict(forecast)}
+    stage.accelerator.print(describe(plan, engine, unit_bytes, training, left_out, **about))
+
+
+def replay_if_asked(
+    stage: Stage,
+    engine: PerUnitGradients,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> Stage:
+    """With `--replay_audit`, the stage with what a replay of this very set-up proved.
+
+    Raises:
+        UsageError: the replay found something wrong; nothing was read or spent.
+    """
+    if not privacy.replay_audit:
+        return stage
+    setup = SetUp(stage.accelerator, stage.pipeline, engine, stage.resolution)
+    finding = replay(setup, privacy, data.privacy_unit_column, training)
+    if not finding["passed"]:
+        raise UsageError(f"the replay audit failed: {'; '.join(finding['problems'])}")
+    print(
+        f"replay audit passed: over {finding['steps']} steps with and without one unit, nobody "
+        f"else's part changed, and the sum moved by {finding['largest_move']:.6f} C",
+        file=sys.stderr,
+    )
+    return replace(stage, audit={"kind": "replay", **finding})
