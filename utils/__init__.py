@@ -2,6 +2,7 @@
 
     methods/        the stages: the private ones, and public pretraining
         fine_tuning         the story of every training script: load, adapt, plan, train, publish
+        private_run         its private steps, with images and checkpoints between them
         selection           the story of a selection: score, release with noise, keep, publish
         means               the story of released means: sum, add noise, publish, draw a set
         curation            the story of a curation: votes, noise, publish; keep, or vary and repeat
@@ -20,9 +21,13 @@
         votes               votes of private images for synthetic ones, and what is kept by them
         choice              which matrices to keep, from noisy scores alone
         saliency_file       saliency.json: what a selection chose; whether a ledger paid for it
+        film                images of a run while it trains, from weights that are paid for
         publishing          a run's card, samples and repository; the report of a stage's set
+        rehearsal           the story of a rehearsal: trials on public images, the better half kept
+        trial               one of them, in a process of its own
+        stand_in            public images that stand for the private ones
         pretraining         the public stage: autoencoder, text encoder and U-Net from scratch
-        plots               a map of the U-Net with its noisy scores
+        plots               a map of the U-Net with its noisy scores; the curves of a rehearsal
     audit/          what an attacker can prove about a run
         audited_run         the real loop, or a mutant of it, with canaries among the images
         canaries            units whose presence an attacker tries to guess

@@ -191,6 +191,11 @@ class TrainingArguments(DrawingArguments):
         None,
     )
     num_validation_images: int = option("how many images to generate at the end", 16)
+    validation_steps: int | None = option(
+        "draw images every so many steps, too, from weights that are paid for: a sheet each in "
+        "samples/, film.png of all, and on the tracker; each makes a checkpoint",
+        None,
+    )
     checkpointing_steps: int = option(
         "a checkpoint every so many steps, before the first, after the last; they cost no privacy",
         20,
@@ -200,6 +205,11 @@ class TrainingArguments(DrawingArguments):
         "resume the run in --output_dir: latest, or the name or path of a checkpoint; an older "
         "one charges the steps in between once more",
         None,
+    )
+    publish_now: bool = option(
+        "with --resume_from_checkpoint: take no further step, and publish the weights of the "
+        "checkpoint, at the smaller epsilon that was spent",
+        False,
     )
     latents_dir: str | None = option(
         "where the encoded images are kept, for all runs on the same images; default: "
@@ -243,8 +253,10 @@ class TrainingArguments(DrawingArguments):
                 "--train_batch_size, --checkpointing_steps and --checkpoints_total_limit must be "
                 "at least 1"
             )
-        if self.num_units is not None and not self.dry_run:
-            raise UsageError("--num_units is for --dry_run: a run counts the units itself")
+        if self.validation_steps is not None and self.validation_steps < 1:
+            raise UsageError(f"--validation_steps {self.validation_steps} must be at least 1")
+        if self.publish_now and self.resume_from_checkpoint is None:
+            raise UsageError("--publish_now needs --resume_from_checkpoint, such as latest")
         if self.num_units is not None and self.num_units < 1:
             raise UsageError(f"--num_units {self.num_units} must be at least 1")
         if self.num_validation_images < 0:

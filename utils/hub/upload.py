@@ -29,10 +29,10 @@ from utils.ledger.verification import find_problems, read_source
 from utils.models.drawing import read_settings
 
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
-SAMPLE = re.compile(r"(\d{4}|grid)\.png")
+SAMPLE = re.compile(r"(\d{4}|grid|film)\.png")
 # What an earlier upload may have left, of a model or a synthetic set.
 OURS = re.compile(
-    r"data/train-.*\.parquet|samples/(\d{4}|grid)\.png|(privacy|sampling)\.json|grid\.png|unet/.*|"
+    r"data/train-.*\.parquet|samples/(\d{4}|grid|film)\.png|(privacy|sampling)\.json|grid\.png|unet/.*|"
     r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
     r"pytorch_lora_weights\.safetensors"
 )

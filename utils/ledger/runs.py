@@ -36,6 +36,7 @@ from utils.ledger.charges import (
     WEIGHTS,
     count_charged_steps,
     find_smallest_delta,
+    is_live,
     list_charged_events,
 )
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
@@ -178,7 +179,8 @@ class Run:
     def publish(
         self, export: Callable[[Path], None], plan: PrivacyPlan, about: Circumstances
     ) -> dict:
-        """Export the weights, and write the statement that accounts for them; returns it.
+        """Export the weights after `plan.steps`, and write the statement that accounts for them;
+        returns it. If the run had reserved more steps, they are handed back.
 
         The weights appear in the output folder last, after their release is on record and
         privacy.json is there. Doing it again is safe.
@@ -196,6 +198,8 @@ class Run:
             files = {str(path.relative_to(staging)): hash_file(path) for path in paths}
             for path in paths:
                 sync_file(path)
+            if is_live(self.branch.ledger.records(), self.branch.run):
+                self.branch.give_up()
             entry = self.branch.wrote(plan.steps, WEIGHTS, files)
             statement = self._statement(plan, about, files, entry)
             write_statement(statement, self.output_dir)

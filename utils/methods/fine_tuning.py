@@ -5,10 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from utils.arguments.methods import StageArguments
@@ -21,7 +18,7 @@ from utils.arguments.training import (
 )
 from utils.data.images import describe_left_out
 from utils.data.latents import prepare_losses
-from utils.errors import Stopped, StopRequest, UsageError, on_main_process
+from utils.errors import UsageError, on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
@@ -36,6 +33,12 @@ from utils.methods.planning import (
     preview,
     reserve,
 )
+from utils.methods.private_run import (
+    build_training_state,
+    collect_adapter_tensors,
+    fine_tune,
+    stop_here,
+)
 from utils.methods.publishing import (
     check_repository,
     choose_license,
@@ -48,9 +51,7 @@ from utils.models.drawing import choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
-from utils.privacy.optimizers import build_optimizer
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.training import TrainingState, UnitLosses, private_steps
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def run_method(
         stage.pipeline, private_set, side, training, plan.noise_multiplicity, stage.randomness
     )
     state = build_training_state(engine, adapter, plan, run, training)
+    if training.publish_now:
+        plan = stop_here(stage.accelerator, plan, state)
     fine_tune(stage, state, unit_losses, plan, run, training)
 
     # Publish: the ledger, then the statement, then the weights that it accounts for.
@@ -183,13 +186,6 @@ def announce(plan: PrivacyPlan, run: Run, engine: PerUnitGradients, left_out: Ma
     )
 
 
-def collect_adapter_tensors(stage: Stage) -> dict[str, torch.Tensor]:
-    """By name, what is trained or is not the public model's: all that a checkpoint must hold."""
-    known = {id(parameter) for parameter in stage.public}
-    named = collect_trained_modules(stage.pipeline).named_parameters()
-    return {name: p for name, p in named if p.requires_grad or id(p) not in known}
-
-
 def publish(
     method: Method,
     stage: Stage,
@@ -221,64 +217,3 @@ def publish(
         write_durably(run.output_dir / CARD, build_model_card(facts, statement))
         write_settings(drawing, run.output_dir)
         save_samples(stage.pipeline, training, drawing)
-
-
-def build_training_state(
-    engine: PerUnitGradients,
-    adapter: dict[str, torch.Tensor],
-    plan: PrivacyPlan,
-    run: Run,
-    training: TrainingArguments,
-) -> TrainingState:
-    """Optimizer, schedule and moving average: at step 0, or as the run's checkpoint has them."""
-    optimizer = build_optimizer(training, engine.parameters, plan)
-    lr_scheduler = get_scheduler(
-        training.lr_scheduler,
-        optimizer,
-        num_warmup_steps=training.lr_warmup_steps,
-        num_training_steps=plan.steps,
-    )
-    average = None
-    if training.ema_decay:
-        average = EMAModel(engine.parameters, decay=training.ema_decay)
-    state = TrainingState(
-        engine, optimizer, lr_scheduler, average, adapter, recharged=run.recharged
-    )
-    if run.checkpoint is not None:
-        state.load_state_dict(run.saved_state())
-    return state
-
-
-def fine_tune(
-    stage: Stage,
-    state: TrainingState,
-    unit_losses: UnitLosses,
-    plan: PrivacyPlan,
-    run: Run,
-    training: TrainingArguments,
-) -> None:
-    """Take the private steps that are left, saving checkpoints; end with the weights to publish.
-
-    Raises:
-        Stopped: asked to by a signal, after a checkpoint.
-    """
-    accelerator, limit = stage.accelerator, training.checkpoints_total_limit
-    if training.report_to is not None:
-        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
-    if run.checkpoint is None:
-        run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed
-    with StopRequest() as request:
-        for step in private_steps(
-            accelerator, state, unit_losses, plan, stage.randomness, training.train_batch_size
-        ):
-            signal = request.find_signal(accelerator)
-            if signal or step % training.checkpointing_steps == 0 or step == plan.steps:
-                run.save(step, state.state_dict, limit)
-            if signal:
-                raise Stopped(
-                    f"stopped after step {step} of {plan.steps}, at a checkpoint: resume with "
-                    "--resume_from_checkpoint latest",
-                    signal,
-                )
-    if state.average is not None:
-        state.average.copy_to(state.engine.parameters)

@@ -105,7 +105,7 @@ def foresee(
     with measure_memory(device) as drawn:
         draw = _time_image(stage, drawing) if training.num_validation_images else 0.0
     share = math.ceil(plan.expected_batch_size / num_processes / size)
-    per_step = share * micro_batch + _time(lambda: stage.randomness.noise(engine.num_parameters))
+    per_step = share * micro_batch + _time(lambda: stage.randomness.noise((engine.num_parameters,)))
     rest = num_rows * encode / num_processes + training.num_validation_images * draw
     images = min(training.num_validation_images, DRAWN_AT_ONCE)
     return Forecast(

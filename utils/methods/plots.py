@@ -1,4 +1,5 @@
-"""Where in the U-Net the gradients of the private images are large: a picture of a selection."""
+"""Pictures of a selection (where in the U-Net the private gradients are large), and of a
+rehearsal."""
 
 from pathlib import Path
 
@@ -64,5 +65,30 @@ def plot_saliency(saliency: Saliency, path: Path) -> None:
         stamp = "" if saliency.private else "NOT PRIVATE: "
         axis.set_title(f"{stamp}{title}; dots: selected", fontsize=9)
         figure.colorbar(image, ax=axis, pad=0.01)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_rehearsal(
+    curves: list[tuple[str, list[float], list[float]]], base_loss: float, path: Path
+) -> None:
+    """The loss of every trial over its passes through the model; the first is the winner.
+
+    Args:
+        curves: of each trial, its name, passes and losses.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    axes.axhline(base_loss, color="0.6", linestyle=":", label="the base model")
+    for number, (name, passes, losses) in enumerate(curves):
+        last = {"color": "C3", "linewidth": 2.5, "label": f"best: {name}", "zorder": 3}
+        style = last if number == 0 else {"color": "0.75", "linewidth": 1}
+        axes.plot([0, *passes], [base_loss, *losses], marker="o", markersize=3, **style)
+    finished = [losses[-1] for _, _, losses in curves]
+    low, high = min([*finished, base_loss]), max(finished[0], base_loss)
+    room = max(high - low, 0.02 * base_loss)
+    axes.set(ylim=(low - 0.3 * room, high + 1.5 * room))  # what went up and away is cut off
+    axes.set(xlabel="passes through the model", ylabel="denoising loss, images held out")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,7 +1,6 @@
 """What a run publishes beside its weights: the card's settings, samples, and the repository."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from utils.files import (
     write_durably,
 )
 from utils.hub.upload import check_license, make_repo
+from utils.methods.film import list_sheets, save_film
 from utils.models.drawing import DrawingSettings
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.generation import generate
@@ -104,8 +104,9 @@ def save_samples(
     and note their digests, since only these may be published. Image i starts from the noise of a
     generator whose seed is i."""
     folder = Path(training.output_dir) / SAMPLES
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for path in set(folder.iterdir()) - set(list_sheets(folder)):  # of an earlier attempt
+        path.unlink()
     prompts, count = training.validation_prompt, training.num_validation_images
     settings.use_scheduler(pipeline)
     images = []
@@ -118,6 +119,7 @@ def save_samples(
     if images:
         columns = min(len(prompts), 10) if len(prompts) > 1 else 8
         tile_images(images, columns).save(folder / GRID)
+    save_film(folder)
     digests = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
     write_durably(private_folder(training.output_dir) / SAMPLE_DIGESTS, json.dumps(digests))
 

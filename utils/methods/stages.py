@@ -45,7 +45,7 @@ FREE_TO_CHANGE = {
     *("train_batch_size", "mixed_precision", "gradient_checkpointing", "strict_images", "seed"),
     *("negative_prompt", "guidance_scale", "num_inference_steps"),
     *("validation_prompt", "num_validation_images", "report_to", "latents_dir", "discard_latents"),
-    "dry_run",
+    *("dry_run", "num_units", "validation_steps", "publish_now"),
 }
 
 
@@ -92,8 +92,11 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
     Nobody else can claim the folder while what is returned lives.
 
     Raises:
-        UsageError: see `claim_output_dir`; or there is no such tracker.
+        UsageError: see `claim_output_dir`; or there is no such tracker; or a run was told how many
+            units there are.
     """
+    if training.num_units is not None and not training.dry_run:
+        raise UsageError("--num_units is for --dry_run: a run counts the units itself")
     try:
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision,

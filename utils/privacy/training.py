@@ -77,6 +77,7 @@ def private_steps(
     plan: PrivacyPlan,
     randomness: SecretRandomness,
     micro_batch_size: int,
+    show_progress: bool = True,
 ) -> Iterator[int]:
     """DP-SGD: Algorithm 1 of Abadi et al. 2016, with Poisson sampling and K draws per unit
     (noise multiplicity: Dockhorn et al. 2023, section 3.2).
@@ -95,7 +96,7 @@ def private_steps(
     engine, optimizer = state.engine, state.optimizer
     for tensor in state.adapter.values():  # every process starts where the main one does
         tensor.data.copy_(broadcast(tensor.data, from_process=0))
-    progress = _Progress(accelerator, plan, state)
+    progress = _Progress(accelerator, plan, state) if show_progress else None
     size = min(micro_batch_size, largest_share(plan, accelerator.num_processes))
     checked = False
     while state.step < plan.steps:
@@ -115,9 +116,11 @@ def private_steps(
         optimizer.zero_grad()
         state.step += 1
         _check_that_processes_agree(accelerator, state)
-        progress.step(rate)
+        if progress is not None:
+            progress.step(rate)
         yield state.step
-    progress.close()
+    if progress is not None:
+        progress.close()
 
 
 def largest_share(plan: PrivacyPlan, num_processes: int) -> int:

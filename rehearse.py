@@ -1,0 +1,95 @@
+"""Choose on public images, free of charge, what a private run would have to be lucky with.
+
+    # MNIST is private; typographic digits stand for it
+    python rehearse.py --config examples/mnist/dp_lora.yaml --num_units 60000 \\
+        --stand_in runs/digits/public --output_dir runs/rehearsal
+    python train_dp_lora.py --config runs/rehearsal/best.yaml
+
+    # no such images? the base draws them, from public prompts
+    python rehearse.py --pretrained_model_name_or_path BASE --train_data_dir scans \\
+        --caption_column text --target_epsilon 8 --target_delta 1e-5 \\
+        --validation_prompt "no finding" effusion --output_dir runs/rehearsal
+
+Trains on public images as the private run would, as noisily, from the same base: several learning
+rates, numbers of steps and draws, and for LoRA with and without its first matrix. The worse half of
+the trials ends after a quarter, and after a half of the steps; the rest is judged by the denoising
+loss on public images that were held out, and, where there are classes, by how well a classifier
+learns from the images that the best two draw. Fewer images suffice, since what they save in noise
+is added. Nothing private is read, but how many units there are (or --num_units says it), so losses
+and gradients are shown, and nothing is spent. In --output_dir: best.yaml, for --config of the
+training script; rehearsal.json, rehearsal.png.
+"""
+
+import argparse
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from utils.arguments.means import MeansArguments
+from utils.arguments.methods import (
+    SHARED,
+    BothStagesArguments,
+    LdmArguments,
+    LoDAArguments,
+    LoraArguments,
+    SaliencyArguments,
+    StageArguments,
+)
+from utils.arguments.parsing import parse
+from utils.arguments.rehearsal import RehearsalArguments
+from utils.errors import run_script
+
+# What each training script takes, the arguments of its method first.
+TAKES = {
+    "dp-lora": (LoraArguments, BothStagesArguments, SaliencyArguments, MeansArguments),
+    "dp-loda": (LoDAArguments, StageArguments),
+    "dp-ldm": (LdmArguments, StageArguments),
+}
+SCRIPTS = {name: f"train_{name.replace('-', '_')}.py" for name in TAKES}
+NOT_OF_A_RUN = {"output_dir", "num_units", "dry_run"}
+
+
+def write_config(path: Path, parsed: list, winner: dict) -> None:
+    """A YAML file of all arguments that are not the defaults, with those of the winner."""
+    import yaml
+
+    from utils.files import write_durably
+
+    values = {}
+    for arguments in parsed:
+        for field in fields(arguments):
+            value, usual = getattr(arguments, field.name), field.default
+            if field.default_factory is not MISSING:
+                usual = field.default_factory()
+            if value != usual and field.name not in NOT_OF_A_RUN:
+                values[field.name] = value
+    text = yaml.safe_dump(values | winner, sort_keys=False, default_flow_style=None)
+    write_durably(path, f"# The best of a rehearsal on public images.\n{text}")
+
+
+def find_method(words: list[str]) -> str:
+    """`--method`, which decides what else can be given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default="dp-lora", choices=list(TAKES))
+    return first.parse_known_args(words)[0].method
+
+
+def main():
+    taken = TAKES[find_method(sys.argv[1:])]
+    args, *parsed = parse(RehearsalArguments, *SHARED, *taken, description=__doc__)
+    model, data, privacy, training, _, settings, _, *more = parsed
+    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+    from utils.data.rows import fill_template
+    from utils.methods.rehearsal import run_rehearsal
+
+    prompts = training.validation_prompt
+    if more and more[-1].class_names is not None:
+        prompts = [fill_template(data.caption_template, name) for name in more[-1].class_names]
+    winner = run_rehearsal(model, data, privacy, training, settings, args, prompts)
+    path = Path(training.output_dir) / "best.yaml"
+    write_config(path, parsed, winner | {"output_dir": f"{training.output_dir}/run"})
+    print(f"see {path}, for --config of {SCRIPTS[args.method]}, and rehearsal.png beside it")
+
+
+if __name__ == "__main__":
+    run_script(main)

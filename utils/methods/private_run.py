@@ -1,0 +1,119 @@
+"""The private steps of a run: its state, as new or as a checkpoint has it; the steps, and between
+them images and checkpoints."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from utils.arguments.training import TrainingArguments
+from utils.errors import Stopped, StopRequest, UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.ledger.runs import Run
+from utils.methods.film import draw_sheet, is_due
+from utils.methods.stages import Stage
+from utils.models.drawing import choose_settings
+from utils.models.pipelines import collect_trained_modules
+from utils.privacy.accounting import account
+from utils.privacy.optimizers import build_optimizer
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.training import TrainingState, UnitLosses, private_steps
+
+
+def collect_adapter_tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    """By name, what is trained or is not the public model's: all that a checkpoint must hold."""
+    known = {id(parameter) for parameter in stage.public}
+    named = collect_trained_modules(stage.pipeline).named_parameters()
+    return {name: p for name, p in named if p.requires_grad or id(p) not in known}
+
+
+def build_training_state(
+    engine: PerUnitGradients,
+    adapter: dict[str, torch.Tensor],
+    plan: PrivacyPlan,
+    run: Run,
+    training: TrainingArguments,
+) -> TrainingState:
+    """The state of a run: at step 0, or as its checkpoint has it."""
+    state = build_state(engine, plan, training)
+    state.adapter, state.recharged = adapter, run.recharged
+    if run.checkpoint is not None:
+        state.load_state_dict(run.saved_state())
+    return state
+
+
+def build_state(
+    engine: PerUnitGradients, plan: PrivacyPlan, training: TrainingArguments
+) -> TrainingState:
+    """Optimizer, schedule and moving average, at step 0."""
+    optimizer = build_optimizer(training, engine.parameters, plan)
+    lr_scheduler = get_scheduler(
+        training.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=plan.steps,
+    )
+    average = None
+    if training.ema_decay:
+        average = EMAModel(engine.parameters, decay=training.ema_decay)
+    return TrainingState(engine, optimizer, lr_scheduler, average)
+
+
+def stop_here(accelerator: Accelerator, plan: PrivacyPlan, state: TrainingState) -> PrivacyPlan:
+    """`plan`, as if it had ended where the checkpoint is.
+
+    Raises:
+        UsageError: no private step was taken.
+    """
+    if state.step == 0:
+        raise UsageError("--publish_now: no private step was taken; there is nothing to publish")
+    shorter = replace(plan, steps=state.step)
+    spent = account(shorter.events(shorter.steps + state.recharged), plan.delta)
+    accelerator.print(
+        f"publishing the weights after step {state.step} of {plan.steps}: epsilon "
+        f"{spent.add_or_remove_one:.3f}"
+    )
+    return shorter
+
+
+def fine_tune(
+    stage: Stage,
+    state: TrainingState,
+    unit_losses: UnitLosses,
+    plan: PrivacyPlan,
+    run: Run,
+    training: TrainingArguments,
+) -> None:
+    """Take the private steps that are left, saving checkpoints; end with the weights to publish.
+
+    Raises:
+        Stopped: asked to by a signal, after a checkpoint.
+    """
+    accelerator, limit = stage.accelerator, training.checkpoints_total_limit
+    if training.report_to is not None:
+        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
+    drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
+    if run.checkpoint is None:
+        run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed
+        if is_due(0, training):
+            draw_sheet(accelerator, stage.pipeline, state, training, drawing)
+    with StopRequest() as request:
+        for step in private_steps(
+            accelerator, state, unit_losses, plan, stage.randomness, training.train_batch_size
+        ):
+            signal, draws = request.find_signal(accelerator), is_due(step, training)
+            due = step % training.checkpointing_steps == 0 or step == plan.steps
+            if signal or draws or due:
+                run.save(step, state.state_dict, limit)
+            if draws and not signal:
+                draw_sheet(accelerator, stage.pipeline, state, training, drawing)
+            if signal:
+                raise Stopped(
+                    f"stopped after step {step} of {plan.steps}, at a checkpoint: resume with "
+                    "--resume_from_checkpoint latest",
+                    signal,
+                )
+    if state.average is not None:
+        state.average.copy_to(state.engine.parameters)
