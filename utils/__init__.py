@@ -66,6 +66,7 @@
         latents             units to the losses of their draws
     models/         public pipelines and what trains in them
         pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
+        placement           where its parts are, and how precise, to train and to draw
         shapes              a pipeline to plan with, whose weights were not downloaded
         drawing             how images are drawn from a model: sampling.json
         processes           how a base was trained to see noise, from its scheduler's config

@@ -184,6 +184,12 @@ class TrainingArguments(DrawingArguments):
         "that of accelerate launch, or no",
         None,
     )
+    base_precision: str = option(
+        "of the frozen weights of the U-Net: bf16 halves their memory, and needs --mixed_precision "
+        "bf16; what trains stays in fp32, and images are drawn in fp32",
+        "fp32",
+        choices=["fp32", "bf16"],
+    )
     gradient_checkpointing: bool = option("recompute activations to save memory", False)
     validation_prompt: list[str] | None = option(
         "prompts of the images at the end in samples/, shown on the card; default: that of "
@@ -236,6 +242,8 @@ class TrainingArguments(DrawingArguments):
         super().__post_init__()
         check_seed(self.seed)
         self.mixed_precision = choose_precision(self.mixed_precision)
+        if self.base_precision == "bf16" and self.mixed_precision != "bf16":
+            raise UsageError("--base_precision bf16 needs --mixed_precision bf16")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             check_between(name, getattr(self, name), 0, 1)
         for name in ("adam_epsilon", "adam_weight_decay", "lr_warmup_steps"):

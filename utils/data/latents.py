@@ -3,7 +3,6 @@
 Text is encoded once too, unless there are many distinct captions or the text encoder trains.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +146,19 @@ def _encode_if_few(
     return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}, caption_rows
 
 
+@dataclass(frozen=True)
+class PrivateLosses:
+    """A function from the indices of units [U] to their losses [U]."""
+
+    pipeline: DiffusionPipeline
+    units: EncodedUnits
+    objective: Objective
+    randomness: SecretRandomness
+
+    def __call__(self, indices: torch.Tensor) -> torch.Tensor:
+        return unit_losses(self.pipeline, self.units, indices, self.objective, self.randomness)
+
+
 def prepare_losses(
     pipeline: DiffusionPipeline,
     private_set: PrivateSet,
@@ -154,11 +166,8 @@ def prepare_losses(
     training: TrainingArguments,
     num_draws: int,
     randomness: SecretRandomness,
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], Path]:
-    """Encode the private set.
-
-    Returns a function from the indices of units [U] to their losses [U], and the folder of the
-    encoded images.
+) -> tuple[PrivateLosses, Path]:
+    """Encode the private set; also returns the folder of the encoded images.
 
     Raises:
         UsageError: see `encode_units`.
@@ -168,11 +177,7 @@ def prepare_losses(
         pipeline, private_set, resolution, folder, training.random_flip
     )
     objective = Objective(num_draws, training.timestep_sampling, training.snr_gamma)
-
-    def compute_losses(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, objective, randomness)
-
-    return compute_losses, encoded_dir
+    return PrivateLosses(pipeline, units, objective, randomness), encoded_dir
 
 
 def group_rows_by_unit(

@@ -4,6 +4,7 @@ step, and at the end all of them under one another."""
 import re
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
@@ -12,12 +13,14 @@ from utils.arguments.training import TrainingArguments
 from utils.data.images import tile_images
 from utils.files import SAMPLES, explain_disk_errors
 from utils.models.drawing import DrawingSettings
+from utils.models.placement import ready_to_draw
 from utils.privacy.training import TrainingState
 from utils.sampling.generation import generate
 
 SHEET = re.compile(r"step_(\d{6})\.png")
 FILM = "film.png"
 WIDEST = 10  # images side by side
+SMALLEST = 64  # pixels: smaller images are enlarged
 MARGIN = 64  # pixels, for the number of the step
 
 
@@ -51,18 +54,24 @@ def draw_sheet(
         state.average.copy_to(parameters)
     drawing.use_scheduler(pipeline)
     try:
-        images = generate(pipeline, chosen, list(range(count)), 0, drawing)
+        with ready_to_draw(pipeline):
+            images = generate(pipeline, chosen, list(range(count)), 0, drawing)
     finally:
         pipeline.scheduler = before
         if state.average is not None:
             state.average.restore(parameters)
     folder = Path(training.output_dir) / SAMPLES
     sheet = tile_images(images, count)
+    larger = max(1, SMALLEST // images[0].width)
+    sheet = sheet.resize((larger * sheet.width, larger * sheet.height), Image.Resampling.NEAREST)
     with explain_disk_errors(folder.parent):
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"step_{state.step:06}.png")
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
+        if tracker.name == "tensorboard":
+            pixels = {"samples": np.asarray(sheet)[None]}
+            tracker.log_images(pixels, step=state.step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
             tracker.log_images({"samples": [sheet]}, step=state.step)
 
 

@@ -49,6 +49,7 @@ from utils.methods.stages import Stage, collect_settings, finish, load_stage, re
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
+from utils.models.placement import halve_frozen, park, ready_to_draw
 from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.plan import PrivacyPlan
@@ -105,6 +106,8 @@ def run_method(
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
+    if training.base_precision == "bf16":
+        halve_frozen(stage.pipeline, stage.public)
     stage = replay_if_asked(stage, engine, data, privacy, training)
 
     # Plan what will be spent: can it work? If it is meant, reserve it.
@@ -130,6 +133,7 @@ def run_method(
     unit_losses, encoded_dir = prepare_losses(
         stage.pipeline, private_set, side, training, plan.noise_multiplicity, stage.randomness
     )
+    park(stage.pipeline, text_too=unit_losses.units.text is not None)
     state = build_training_state(engine, adapter, plan, run, training)
     if training.publish_now:
         plan = stop_here(stage.accelerator, plan, state)
@@ -216,4 +220,5 @@ def publish(
     with explain_disk_errors(run.output_dir):
         write_durably(run.output_dir / CARD, build_model_card(facts, statement))
         write_settings(drawing, run.output_dir)
-        save_samples(stage.pipeline, training, drawing)
+        with ready_to_draw(stage.pipeline):
+            save_samples(stage.pipeline, training, drawing)

@@ -17,6 +17,7 @@ from utils.memory import Memory, measure_memory
 from utils.methods.stages import Stage
 from utils.models.drawing import DrawingSettings
 from utils.models.pipelines import list_parts
+from utils.models.placement import ready_to_draw
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.training import clipped_gradient_sum, largest_share
 from utils.sampling.generation import generate
@@ -138,7 +139,8 @@ def _time_image(stage: Stage, drawing: DrawingSettings) -> float:
             short = replace(drawing, num_inference_steps=steps)
             return _time(lambda: generate(pipeline, [""], [0], 0, short))
 
-        one, two = draw(1), draw(2)
+        with ready_to_draw(pipeline):
+            one, two = draw(1), draw(2)
     finally:
         pipeline.scheduler = before
     return one + max(two - one, 0.0) * (drawing.num_inference_steps - 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -39,10 +39,22 @@ from utils.privacy.training import checksum
 
 # Captions of two public units of unequal length.
 REHEARSED = ["", "a photo of a house by the sea, in the evening"]
+SHARDS_WEIGHTS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 # What may change when a run is resumed: where, how fast, and what is shown.
 FREE_TO_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
-    *("train_batch_size", "mixed_precision", "gradient_checkpointing", "strict_images", "seed"),
+    *(
+        "train_batch_size",
+        "mixed_precision",
+        "base_precision",
+        "gradient_checkpointing",
+        "strict_images",
+        "seed",
+    ),
     *("negative_prompt", "guidance_scale", "num_inference_steps"),
     *("validation_prompt", "num_validation_images", "report_to", "latents_dir", "discard_latents"),
     *("dry_run", "num_units", "validation_steps", "publish_now"),
@@ -93,10 +105,17 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
 
     Raises:
         UsageError: see `claim_output_dir`; or there is no such tracker; or a run was told how many
-            units there are.
+            units there are; or it was launched with DeepSpeed, FSDP or Megatron.
     """
     if training.num_units is not None and not training.dry_run:
         raise UsageError("--num_units is for --dry_run: a run counts the units itself")
+    sharing = [name for variable, name in SHARDS_WEIGHTS.items() if parse_flag_from_env(variable)]
+    if sharing:
+        raise UsageError(
+            f"{sharing[0]} shares the weights out among the processes, so that no process sees a "
+            "unit's whole gradient, whose norm must be bounded: start with MULTI_GPU, or plain "
+            "accelerate launch"
+        )
     try:
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision,

@@ -14,7 +14,7 @@ from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
 from utils.arguments.sampling import DrawingArguments
 from utils.arguments.training import TrainingArguments
 from utils.data.images import crop_to_pixels
-from utils.data.latents import EncodedUnits, Objective, encode_units, unit_losses
+from utils.data.latents import EncodedUnits, Objective, PrivateLosses, encode_units
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.private_run import build_state
@@ -22,7 +22,7 @@ from utils.methods.stand_in import StandIn, list_prompts, read_pixels
 from utils.models.drawing import choose_settings, read_base_settings
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.randomness import SecretRandomness, make_randomness
+from utils.privacy.randomness import make_randomness
 from utils.privacy.training import TrainingState, private_steps, reduce_micro_batches
 from utils.sampling.generation import generate
 
@@ -105,10 +105,7 @@ def advance(stand_in: StandIn, trial: Trial, until: int, seed: int) -> Outcome:
     plan = scale_down(trial.plan, engine.num_parameters, stand_in.trained_on.num_units)
     randomness = make_randomness(False, seed + state.step)
     objective = describe_objective(training, plan.noise_multiplicity)
-
-    def compute_losses(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, objective, randomness)
-
+    compute_losses = PrivateLosses(pipeline, units, objective, randomness)
     steps = private_steps(
         accelerator,
         state,
@@ -192,10 +189,7 @@ def measure_gradients(
     engine = PerUnitGradients(collect_trained_modules(pipeline), num_draws)
     units, objective = encode_judges(pipeline, stand_in), describe_objective(training, num_draws)
     chosen, norms, total = torch.arange(min(MEASURED, len(units.count))), [], 0.0
-    randomness = make_randomness(False, 0)
-
-    def compute_losses(indices: torch.Tensor) -> torch.Tensor:
-        return unit_losses(pipeline, units, indices, objective, randomness)
+    compute_losses = PrivateLosses(pipeline, units, objective, make_randomness(False, 0))
 
     def point(record) -> torch.Tensor:
         squared = record.squared_norms().sum(1)
@@ -215,11 +209,7 @@ def measure_gradients(
 def judge(pipeline: DiffusionPipeline, judges: EncodedUnits, training: TrainingArguments) -> float:
     """The mean denoising loss of the images that judge, at noise and timesteps that are the same
     for every trial."""
-    fixed: SecretRandomness = make_randomness(False, 0)
     objective = describe_objective(replace(training, snr_gamma=None), JUDGED_AT)
-    count = len(judges.count)
-    losses = [
-        unit_losses(pipeline, judges, part, objective, fixed)
-        for part in torch.arange(count).split(64)
-    ]
-    return torch.cat(losses).mean().item()
+    compute_losses = PrivateLosses(pipeline, judges, objective, make_randomness(False, 0))
+    parts = torch.arange(len(judges.count)).split(64)
+    return torch.cat([compute_losses(part) for part in parts]).mean().item()
