@@ -11,12 +11,11 @@ where it runs and K is 1. Same model, micro-batch, K and precision. Medians of t
 that does not count; peak memory of each kind is that of a process of its own.
 
 Shapes: `tiny` is the digits model of examples/digits; `sd15` the U-Net of Stable Diffusion 1.5 with
-random weights, on 32 x 32 latents.
+random weights, on 32 x 32 latents; `sdxl` that of XL, on 128 x 128 ones, for a GPU.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from peft import LoraConfig
 from utils.arguments.methods import ALL_TARGETS, DEFAULT_TARGETS
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.memory import peak_of_process
 from utils.methods.saliency import Scoring
 from utils.models.denoising import denoising_loss
 from utils.models.loda.loda import LoDAConfig
@@ -52,6 +52,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
     "tiny": {"units": 32, "draws": 4, "side": 8},
     "sd15": {"units": 4, "draws": 1, "side": 32},
+    "sdxl": {"units": 4, "draws": 1, "side": 128},
+}
+XL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 PROCESS = read_process(DDPMScheduler())
 KINDS = ["nonprivate", "private", "private_secure_noise", "scoring"]
@@ -62,6 +76,8 @@ def build_unet(shape: str) -> UNet2DConditionModel:
     """Laid out as `load_pipeline` does it, for every kind of step."""
     if shape == "tiny":
         unet = UNet2DConditionModel.from_pretrained(ROOT / "examples" / "digits" / "base" / "unet")
+    elif shape == "sdxl":
+        unet = UNet2DConditionModel(**XL)
     else:
         unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults: Stable Diffusion 1's
     use_fast_linear(unet)
@@ -85,6 +101,9 @@ class Bench:
     def __init__(self, args):
         torch.manual_seed(0)
         self.units, self.draws = args.units, args.draws
+        on_cpu = args.device == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=args.mixed_precision)
+        device = self.accelerator.device
         self.unet = build_unet(args.shape).float().train()  # Opacus ignores layers in eval mode
         self.unet.requires_grad_(args.method == "all")
         if args.method == "lora":
@@ -98,21 +117,25 @@ class Bench:
                 parameter.requires_grad_("attentions." in name)
         if args.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+        self.unet.to(device)
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
         self.engine = PerUnitGradients(self.unet, self.draws)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
-        self.accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
         self.plan = plan_one_step(10**5, self.units, noise_multiplicity=self.draws)
         self.randomness = SecretRandomness()
         rows, side, width = args.units * args.draws, args.side, self.unet.config.cross_attention_dim
-        self.latents, self.noise = torch.randn(2, rows, 4, side, side)
-        self.words = torch.randn(rows, 77 if args.shape == "sd15" else 8, width)
-        self.timesteps = torch.randint(1000, (rows,))
+        self.latents, self.noise = torch.randn(2, rows, 4, side, side).to(device)
+        words = torch.randn(rows, 8 if args.shape == "tiny" else 77, width).to(device)
+        self.text = {"encoder_hidden_states": words}
+        if args.shape == "sdxl":
+            self.text["text_embeds"] = torch.randn(rows, 1280).to(device)
+            self.text["time_ids"] = torch.full((rows, 6), 8.0 * side).to(device)
+        self.timesteps = torch.randint(1000, (rows,)).to(device)
 
     def losses(self, model) -> torch.Tensor:
         """[rows]."""
         with self.accelerator.autocast():
-            inputs = (self.latents, self.words, self.noise, self.timesteps)
+            inputs = (self.latents, self.text, self.noise, self.timesteps)
             return denoising_loss(model, PROCESS, *inputs)
 
     def nonprivate(self):
@@ -208,6 +231,8 @@ def timed(args) -> dict[str, float]:
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
             start = time.perf_counter()
             getattr(bench, kind)()
+            if args.device != "cpu":
+                torch.accelerator.synchronize()
             seconds[kind].append(time.perf_counter() - start)
     return {kind: median(values) for kind, values in seconds.items()}
 
@@ -234,6 +259,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--peak_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -244,7 +270,9 @@ def main():
         bench = Bench(args)
         for _ in range(2):
             getattr(bench, args.peak_of)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        on_gpu = args.device != "cpu"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
+        print(peak)
         return
 
     peaks = {kind: peak_bytes(args, kind) for kind in KINDS}

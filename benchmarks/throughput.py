@@ -21,7 +21,6 @@ without noise and with a bound that clips nothing: their losses must be the same
 
 import argparse
 import json
-import resource
 import runpy
 import subprocess
 import sys
@@ -49,6 +48,7 @@ from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.gradients import fast_linear, per_unit_gradients
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.memory import peak_of_process
 from utils.models.denoising import denoising_loss
 from utils.models.pipelines import load_pipeline
 from utils.models.processes import read_process
@@ -253,7 +253,7 @@ def main():
         steps = getattr(Throughput(args, args.peak_of), args.peak_of)()
         for _ in range(2):
             next(steps)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_of_process())
         return
     peaks = {kind: peak_bytes(kind) for kind in KINDS}  # while this process is small
     ordinary, ours = (Throughput(args, kind).loss_after(kind == "ours") for kind in KINDS[1::-1])

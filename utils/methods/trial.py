@@ -28,7 +28,7 @@ from utils.sampling.generation import generate
 
 MEASURED = 64  # public units whose gradients are looked at
 JUDGED_AT = 4  # noise levels an image
-DRAWN_PER_CLASS, CLASSIFIER_STEPS = 60, 200
+DRAWN_PER_CLASS, CLASSIFIER_STEPS = 30, 200
 STATE = "state.pt"
 MethodArguments = LoraArguments | LoDAArguments | LdmArguments
 
