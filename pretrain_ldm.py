@@ -79,7 +79,8 @@ def main():
             vae, trained.text_encoder, tokenizer, trained.unet, trained.scheduler
         )
         pipeline.set_progress_bar_config(disable=True)
-        pretraining.save_grids(pipeline, pixels, captions, output_dir, args.seed)
+        template = None if data.label_column is None else data.template
+        pretraining.save_grids(pipeline, pixels, captions, output_dir, args.seed, template)
         save_in_fp16(pipeline, output_dir)
         print(f"saved the pipeline, reconstructions.png and samples.png in {output_dir}")
     accelerator.end_training()

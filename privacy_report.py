@@ -162,7 +162,11 @@ def rehearse_run(args: PlanArguments, config: dict) -> dict:
     given = {name: getattr(args, name) for name in ("num_units", *NUMBERS)}
     if given["noise_multiplier"] is not None:  # the config has a target: the command line wins
         raise UsageError("--noise_multiplier: a config that names a model has its own budget")
-    words = [w for name, v in given.items() if v is not None for w in (f"--{name}", f"{v:g}")]
+    whole = ("num_units", "max_train_steps")
+    words = []
+    for name, value in given.items():
+        if value is not None:
+            words += [f"--{name}", str(int(value) if name in whole else value)]
     for stage in ("release_means", "select_saliency"):
         if config.get(stage) is not None:
             words += [f"--{stage}", "false"]
@@ -190,6 +194,9 @@ def fill_in(args: PlanArguments, config: dict) -> None:
     for name in [*needed, *unset]:
         if getattr(args, name) is None and config.get(name) is not None:
             setattr(args, name, float(config[name]))
+    if args.config is not None and (args.expected_batch_size or 0) > args.num_units:
+        print(f"--expected_batch_size {args.num_units}: all that there are", file=sys.stderr)
+        args.expected_batch_size = args.num_units  # as the script does
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         raise UsageError(f"give {', '.join(missing)}, or a --config that does")
@@ -198,8 +205,13 @@ def fill_in(args: PlanArguments, config: dict) -> None:
 def plan(args: PlanArguments) -> None:
     config, run = {} if args.config is None else read_yaml(args.config), None
     if config.get("pretrained_model_name_or_path") is not None:
-        run = rehearse_run(args, config)
-        args.expected_batch_size, args.max_train_steps = run["expected_batch_size"], run["steps"]
+        try:
+            run = rehearse_run(args, config)
+        except UsageError as error:
+            print(f"not timed here: {error}", file=sys.stderr)
+        else:
+            args.expected_batch_size = run["expected_batch_size"]
+            args.max_train_steps = run["steps"]
     fill_in(args, config)
     from utils.privacy.accounting import account
     from utils.privacy.plan import calibrate_table, make_plan

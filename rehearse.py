@@ -79,13 +79,10 @@ def main():
     args, *parsed = parse(RehearsalArguments, *SHARED, *taken, description=__doc__)
     model, data, privacy, training, _, settings, _, *more = parsed
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
-    from utils.data.rows import fill_template
     from utils.methods.rehearsal import run_rehearsal
 
-    prompts = training.validation_prompt
-    if more and more[-1].class_names is not None:
-        prompts = [fill_template(data.caption_template, name) for name in more[-1].class_names]
-    winner = run_rehearsal(model, data, privacy, training, settings, args, prompts)
+    names = more[-1].class_names if more else None
+    winner = run_rehearsal(model, data, privacy, training, settings, args, names)
     path = Path(training.output_dir) / "best.yaml"
     write_config(path, parsed, winner | {"output_dir": f"{training.output_dir}/run"})
     print(f"see {path}, for --config of {SCRIPTS[args.method]}, and rehearsal.png beside it")

@@ -15,10 +15,12 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_tiny_pipeline
 from tests.layouts import build_layout
 from utils.arguments.parsing import read_yaml
 from utils.errors import UsageError
+from utils.methods import stages
+from utils.models import shapes
 
 RECIPES = sorted(
     path.relative_to(ROOT)
@@ -69,6 +71,7 @@ def test_its_script_understands_it(recipe, monkeypatch):
 )
 def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     """The two commands in its head: they name this very file, and the second plans it."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # recipes differ in precision
     train, plan = read_commands(recipe)
     assert str(recipe) in train and str(recipe) in plan
     assert find_main(train)[1][0] == f"train_{recipe.stem}.py"
@@ -78,10 +81,14 @@ def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, *plot, "--json"])
     monkeypatch.setattr("utils.privacy.plan.calibrate_table", lambda *a: [])  # of other epsilons
     monkeypatch.setattr("utils.privacy.plots.plot_noise_trade_off", lambda *a: None)
+    # The layers of Stable Diffusion take minutes on a CPU.
+    monkeypatch.setattr(shapes, "build_stable_diffusion", lambda *a: build_tiny_pipeline())
+    monkeypatch.setattr(stages, "choose_resolution", lambda *a: 16)
     module.main()
     shown = capsys.readouterr().out
     target = float(re.search(r"target_epsilon: (\S+)", (ROOT / recipe).read_text())[1])
     epsilon = float(re.search(r"is epsilon ([\d.]+)", shown)[1])
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert target - 0.01 < epsilon <= target
 
 

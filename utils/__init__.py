@@ -44,6 +44,7 @@
         plots               the pictures of report.html
     sampling/       synthetic images
         generation          prompts to images, over processes, into folders
+        prompts             the prompts of a set, from what the command line gives
         sources             what images are made from, and the statement that covers them
         shards              the files of a set: one PNG an image, or parquet shards
         rejection           more images than were asked for, of which the most typical stay

@@ -1,6 +1,7 @@
 """How images are drawn belongs to the model: sampling.json, and what reads it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from PIL import Image
 from tests.conftest import build_tiny_pipeline, read_json, train_arguments, train_here
 from tests.layouts import build_layout
 from utils.arguments.sampling import DrawingArguments
+from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError
 from utils.models.drawing import (
     DEFAULT_STEPS,
     SCHEDULER,
+    adopt_template,
     choose_settings,
     read_settings,
     write_settings,
@@ -103,3 +106,37 @@ def test_a_run_says_how_its_samples_were_drawn_and_sample_py_draws_so(
     (output / "sampling.json").write_text(json.dumps(settings | {"guidance_scale": 1.0}))
     other = run_script("sample.py", *drawn, "--output_dir", tmp_path / "drawn")
     assert other.returncode == 2 and "images of other settings" in other.stderr
+
+
+def test_captions_are_made_as_the_base_was_trained_and_prompts_as_the_adapter_was(
+    tiny_base, image_folder, tmp_path, run_script, capsys
+):
+    base, output = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_base, base)
+    known = json.loads((base / "sampling.json").read_text())
+    known["caption_template"] = "the digit {label}"
+    (base / "sampling.json").write_text(json.dumps(known))
+    arguments = train_arguments(base, image_folder, output)
+    at = arguments.index("--caption_template")
+    without = [*arguments[:at], *arguments[at + 2 :]]
+    assert "saved the weights" in train_here(without)
+    assert "captions as the base model was trained: 'the digit {label}'" in capsys.readouterr().err
+    assert read_json(output / "sampling.json")["caption_template"] == "the digit {label}"
+    drawn = ["--adapter", output, "--class_names", 3, 1, "--num_images", 2]
+    drawn += ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "drawn"]
+    assert run_script("sample.py", *drawn).returncode == 0
+    lines = (tmp_path / "drawn" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["the digit 3", "the digit 1"]
+    # What the command line says wins; nothing is said where there are captions already.
+    model = ModelArguments(pretrained_model_name_or_path=str(base))
+    for asked in ({"caption_template": "a {label}"}, {"label_column": None}):
+        data = DataArguments(**({"label_column": "label"} | asked))
+        assert adopt_template(data, model) == data
+    assert adopt_template(DataArguments(), model).template == "a photo of a {label}"
+
+
+@pytest.mark.parametrize("template", ["a photo", 7])
+def test_a_template_without_a_place_for_the_class_is_refused(tmp_path, template):
+    (tmp_path / "sampling.json").write_text(json.dumps({"caption_template": template}))
+    with pytest.raises(UsageError, match="does not say how to draw images"):
+        read_settings(tmp_path)

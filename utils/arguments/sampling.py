@@ -6,6 +6,8 @@ from utils.arguments.parsing import option
 from utils.arguments.values import check_between, check_seed, choose_precision
 from utils.errors import UsageError
 
+USUAL_TEMPLATE = "a photo of a {label}"
+
 
 @dataclass
 class DrawingArguments:
@@ -37,7 +39,11 @@ class SamplingArguments(DrawingArguments):
     prompts: list[str] | None = option("prompts, one or more; '' is one", None)
     prompts_file: str | None = option("text file with a prompt a line", None)
     class_names: list[str] | None = option("class names that fill --caption_template", None)
-    caption_template: str = option("prompt for a class name", "a photo of a {label}")
+    caption_template: str | None = option(
+        "prompt for a class name; default: as the adapter or the model was trained, if its "
+        f"sampling.json says so, or '{USUAL_TEMPLATE}'",
+        None,
+    )
     num_images: int = option("how many images in all", 100)
     resolution: int | None = option("side in pixels; default: that of the model", None)
     batch_size: int = option("images per batch", 32)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
-from utils.arguments.sampling import DrawingArguments
+from utils.arguments.sampling import USUAL_TEMPLATE, DrawingArguments
 from utils.arguments.values import (
     INTENSITY_HELP,
     check_between,
@@ -38,7 +38,11 @@ class DataArguments:
     )
     caption_column: str | None = option("column that holds the captions", None)
     label_column: str | None = option("column that holds class labels, instead of captions", None)
-    caption_template: str = option("caption of a label", "a photo of a {label}")
+    caption_template: str | None = option(
+        "caption of a label; default: as the base model was trained, if its sampling.json says so, "
+        f"or '{USUAL_TEMPLATE}'",
+        None,
+    )
     privacy_unit_column: str | None = option(
         "rows with the same value here are one privacy unit: a patient, a user; default: each row",
         None,
@@ -51,6 +55,10 @@ class DataArguments:
     strict_images: bool = option(
         "refuse a set with an image that cannot be used, rather than leave it out", False
     )
+
+    @property
+    def template(self) -> str:
+        return USUAL_TEMPLATE if self.caption_template is None else self.caption_template
 
     @property
     def window(self) -> tuple[float, float] | None:

@@ -155,7 +155,7 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
             "one caption for all images ('' for none). "
             f"The columns are {', '.join(rows.column_names)}"
         )
-    labels, template = read_labels(rows, data.label_column), data.caption_template
+    labels, template = read_labels(rows, data.label_column), data.template
     fill_template(template, "")  # refused now, not at the first row
     return Column(rows, labels.column, lambda value: fill_template(template, labels.to_text(value)))
 

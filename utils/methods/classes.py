@@ -66,7 +66,7 @@ def find_classes(
         )
     if class_names is not None and not set(labels) <= set(names):
         raise UsageError("a row has a class that --class_names does not name: add it")
-    return Classes(names, [fill_template(data.caption_template, name) for name in names])
+    return Classes(names, [fill_template(data.template, name) for name in names])
 
 
 # A caption -> the number of the prompt that it is nearest to.

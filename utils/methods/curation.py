@@ -41,6 +41,7 @@ from utils.methods.planning import load_private_rows, preview, print_plan, reser
 from utils.methods.publishing import refuse_reproducible, report_set
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import count_votes, keep_best, resample
+from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan, make_plan
@@ -70,7 +71,7 @@ def run_curation(
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     privacy = join_ledger(privacy, args)
-    found = load_private_rows(accelerator, data, training)
+    found = load_private_rows(accelerator, adopt_template(data, model), training)
     election = call_election(args, extracting, model, found, privacy, training)
 
     def plan_for(num_units: int) -> PrivacyPlan:
@@ -85,12 +86,12 @@ def run_curation(
         refuse_reproducible(privacy)
         on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
-    agreed = collect_settings("curation", args, data, training) | about
+    agreed = collect_settings("curation", args, found.data, training) | about
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(election.candidates.images)))
 
     # Count the votes of every unit, and release the counts with noise; once a round.
-    numbers = number_rows(private_set, data, election.classes, election.nearest)
+    numbers = number_rows(private_set, found.data, election.classes, election.nearest)
 
     def count(candidates: Candidates) -> torch.Tensor:
         units = read_units(private_set, numbers, side, accelerator)

@@ -47,7 +47,7 @@ from utils.methods.publishing import (
 )
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
-from utils.models.drawing import choose_settings, write_settings
+from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import halve_frozen, park, ready_to_draw
 from utils.privacy.accounting import account
@@ -101,6 +101,7 @@ def run_method(
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)
     modules = collect_trained_modules(stage.pipeline)
+    data = adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
     facts = collect_facts(method, modules, found)
     privacy, training, reasons = choose_missing(privacy, training, facts)
@@ -140,7 +141,8 @@ def run_method(
     fine_tune(stage, state, unit_losses, plan, run, training)
 
     # Publish: the ledger, then the statement, then the weights that it accounts for.
-    on_main_process(lambda: publish(method, stage, plan, run, training, hub))
+    template = None if data.label_column is None else data.template
+    on_main_process(lambda: publish(method, stage, plan, run, training, hub, template))
     sentence = f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
     finish(stage, data, training, encoded_dir, sentence)
     accelerator.end_training()
@@ -197,6 +199,7 @@ def publish(
     run: Run,
     training: TrainingArguments,
     hub: PublishArguments,
+    caption_template: str | None,
 ) -> None:
     """Write the weights with their statement, then the card and the samples.
 
@@ -206,6 +209,7 @@ def publish(
     about = stage.describe_circumstances()
     statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, about)
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
+    drawing = replace(drawing, caption_template=caption_template)
     facts = Facts(
         method=method.name,
         usage=method.usage,

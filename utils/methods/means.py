@@ -44,6 +44,7 @@ from utils.methods.planning import (
 )
 from utils.methods.publishing import report_set
 from utils.methods.stages import collect_settings, start
+from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan, make_plan
@@ -81,23 +82,26 @@ def run_release(
             plan_later_training(privacy, training.max_train_steps, plan)
         return plan
 
-    found = load_private_rows(accelerator, data, training)
+    found = load_private_rows(accelerator, adopt_template(data, model), training)
     if found.rows is None:  # only to plan
         print_plan(accelerator, plan_for(found.num_units))
         return
-    classes = find_classes(found.rows, data, args.class_names, args.class_prompts)
+    classes = find_classes(found.rows, found.data, args.class_names, args.class_prompts)
     nearest = None if args.class_prompts is None else build_nearest(model, classes.prompts)
     if training.dry_run:
         plan, _ = preview(found, privacy, training, SIDE, plan_for)
         print_plan(accelerator, plan)
         return
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
-    agreed = collect_settings("means", args, data, training) | {"told": told}
+    agreed = collect_settings("means", args, found.data, training) | {"told": told}
     private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, plan_for)
     accelerator.print(announce(plan, classes.count))
 
     # Sum over the units of each batch, and release the sums with noise.
-    numbers, is_sampled = number_rows(private_set, data, classes, nearest), plan.sampling_rate < 1
+    numbers, is_sampled = (
+        number_rows(private_set, found.data, classes, nearest),
+        plan.sampling_rate < 1,
+    )
 
     def release_sum() -> torch.Tensor:
         batch = sample_poisson_batch(plan, randomness, accelerator) if is_sampled else None

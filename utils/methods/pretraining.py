@@ -172,16 +172,20 @@ def train_denoiser(accelerator, latents, captions, tokenizer, args) -> DenoiserO
     )
 
 
-def save_grids(pipeline, pixels, captions, output_dir: Path, seed: int) -> None:
+def save_grids(
+    pipeline, pixels, captions, output_dir: Path, seed: int, template: str | None
+) -> None:
     """Save reconstructions.png (originals above their reconstructions), samples.png, and how those
-    were drawn."""
+    were drawn; `template` made the captions of class names, if there are any."""
     originals = scale_to_unit_range(pixels[:16].to(pipeline.device))
     with torch.no_grad():
         rebuilt = pipeline.vae(originals).sample.clamp(-1, 1)
     both = torch.cat([originals, rebuilt]).add(1).div(2).permute(0, 2, 3, 1).cpu().numpy()
     tile_images(pipeline.numpy_to_pil(both), 16).save(output_dir / "reconstructions.png")
     prompts, scheduler = sorted(set(captions))[:16], pipeline.scheduler
-    drawing = choose_settings(pipeline, DrawingArguments(), None, SMALL)
+    drawing = choose_settings(
+        pipeline, DrawingArguments(), None, SMALL, {"caption_template": template}
+    )
     drawing.use_scheduler(pipeline)
     images = generate(
         pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed, drawing

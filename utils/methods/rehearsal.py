@@ -27,6 +27,7 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.data.latents import encode_units
+from utils.data.rows import fill_template
 from utils.files import write_durably
 from utils.methods.planning import load_private_rows, plan_training
 from utils.methods.plots import plot_rehearsal
@@ -42,6 +43,7 @@ from utils.methods.trial import (
     measure_accuracy,
     measure_gradients,
 )
+from utils.models.drawing import adopt_template
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
 from utils.privacy.defaults import (
     ADAPTER_RATE,
@@ -99,12 +101,13 @@ def run_rehearsal(
     training: TrainingArguments,
     settings: MethodArguments,
     args: RehearsalArguments,
-    prompts: list[str] | None,
+    class_names: list[str] | None = None,
 ) -> dict:
     """Rehearse in `training.output_dir`; returns what the winner changes in the arguments.
 
     Args:
-        settings: of the method. prompts: public ones, which the base draws if there is no stand-in.
+        settings: of the method.
+        class_names: if there is no stand-in, the base draws these, or --validation_prompt.
 
     Raises:
         UsageError: bad input of any kind; nothing private is read or spent.
@@ -112,7 +115,11 @@ def run_rehearsal(
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    data = adopt_template(data, model)
     num_units = load_private_rows(accelerator, data, training).num_units
+    prompts = training.validation_prompt
+    if class_names is not None:
+        prompts = [fill_template(data.template, name) for name in class_names]
     stand_in = load_stand_in(model, data, args, output_dir, prompts, num_units)
     print(
         f"{num_units} private units, rehearsed on {stand_in.trained_on.num_units} public images; "

@@ -39,6 +39,7 @@ from utils.methods.planning import (
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
 from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
@@ -68,6 +69,7 @@ def run_selection(
         return
 
     # Plan the one release, and reserve it.
+    data = adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
     width = median_width([module.weight.shape for module in candidates.values()])
     facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)

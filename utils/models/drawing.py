@@ -6,15 +6,17 @@ its base does. What the command line says wins; then come the adapter, its base,
 
 import inspect
 import json
-from dataclasses import asdict, dataclass, fields
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import diffusers
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from utils.arguments.sampling import DrawingArguments
-from utils.arguments.training import ModelArguments
-from utils.errors import UsageError
+from utils.arguments.sampling import USUAL_TEMPLATE, DrawingArguments
+from utils.arguments.training import DataArguments, ModelArguments
+from utils.errors import UsageError, on_main_process
 from utils.fetching import fetch_file
 from utils.files import SAMPLING_SETTINGS, read_text, write_durably
 from utils.models.pipelines import choose_resolution
@@ -38,6 +40,7 @@ class DrawingSettings:
             what differs from the model's own scheduler config.
         num_inference_steps: of the scheduler. guidance_scale: classifier-free; 1 is none.
         negative_prompt: None is the pipeline's own way of having none.
+        caption_template: what makes a prompt of a class name; None if there are no classes.
     """
 
     resolution: int
@@ -45,6 +48,7 @@ class DrawingSettings:
     num_inference_steps: int
     guidance_scale: float
     negative_prompt: str | None
+    caption_template: str | None = None
 
     def use_scheduler(self, pipeline: DiffusionPipeline) -> None:
         """Give `pipeline` the scheduler, on the noise schedule that it has."""
@@ -94,11 +98,26 @@ def choose_settings(
         num_inference_steps=find("num_inference_steps"),
         guidance_scale=find("guidance_scale"),
         negative_prompt=find("negative_prompt"),
+        caption_template=find("caption_template"),
     )
 
 
 def write_settings(settings: DrawingSettings, folder: Path) -> None:
     write_durably(folder / SAMPLING_SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def adopt_template(data: DataArguments, model: ModelArguments) -> DataArguments:
+    """`data` with the caption template of the base model, unless it has one itself, or needs none;
+    says so. On every process."""
+    needs_one = data.label_column is not None and data.caption_template is None
+    if not needs_one or model.pretrained_model_name_or_path is None:
+        return data
+    found = on_main_process(lambda: read_base_settings(model)).get("caption_template")
+    if found is None:
+        return data
+    if PartialState().is_main_process:
+        print(f"captions as the base model was trained: '{found}'", file=sys.stderr)
+    return replace(data, caption_template=found)
 
 
 def read_base_settings(model: ModelArguments) -> dict:
@@ -123,6 +142,7 @@ def read_settings(folder: Path) -> dict:
         negative = found.get("negative_prompt") or ""
         valid = type(steps) is int and type(side) is int and min(steps, side) > 0
         valid &= isinstance(guidance, int | float) and isinstance(negative, str)
+        valid &= "{label}" in (found.get("caption_template") or USUAL_TEMPLATE)
         valid &= scheduler["_class_name"] in SAMPLERS
         valid &= set(found) <= {field.name for field in fields(DrawingSettings)}
     except (ValueError, AttributeError, TypeError, KeyError):

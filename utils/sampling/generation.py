@@ -17,7 +17,6 @@ from tqdm import tqdm
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.data.images import tile_images
-from utils.data.rows import fill_template
 from utils.errors import UsageError, on_main_process
 from utils.files import (
     GRID,
@@ -25,7 +24,6 @@ from utils.files import (
     SAMPLING_SETTINGS,
     STATEMENT,
     hash_file,
-    read_text,
     write_durably,
 )
 from utils.ledger.statement import write_statement
@@ -37,6 +35,7 @@ from utils.models.drawing import (
     read_settings,
 )
 from utils.models.pipelines import get_device, load_pipeline
+from utils.sampling.prompts import choose_template, read_prompts
 from utils.sampling.shards import (
     Piece,
     hash_set,
@@ -76,31 +75,6 @@ def generate(
         call["negative_prompt"] = [settings.negative_prompt] * len(prompts)
     latents = torch.stack(noise).to(get_device(pipeline), pipeline.unet.dtype)
     return pipeline(prompts, latents=latents, **call).images
-
-
-def read_prompts(args: SamplingArguments) -> list[dict]:
-    """One entry a prompt: its text, and its label where class names were given.
-
-    Raises:
-        UsageError: not exactly one source of prompts, a missing or empty file, a bad template.
-    """
-    given = [args.prompts is not None, args.prompts_file is not None, args.class_names is not None]
-    if sum(given) != 1:
-        raise UsageError("give exactly one of --prompts, --prompts_file and --class_names")
-    if args.class_names is not None:
-        return [
-            {"text": fill_template(args.caption_template, name), "label": name}
-            for name in args.class_names
-        ]
-    texts = args.prompts
-    if args.prompts_file is not None:
-        path = Path(args.prompts_file)
-        if not path.is_file():
-            raise UsageError(f"--prompts_file {path}: there is no such file")
-        texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not texts:
-        raise UsageError("there are no prompts")
-    return [{"text": text} for text in texts]
 
 
 def hash_adapter(adapter: Path) -> dict[str, str]:
@@ -160,12 +134,20 @@ def prepare_generation(
             the folder holds something else, or images of other settings or of an adapter that has
             changed.
     """
+    recorded = on_main_process(lambda: read_recorded(model, source))
+    sampling = choose_template(sampling, recorded)
     prompts = read_prompts(sampling)
     pipeline, drawing, files = load_drawing(model, sampling, source, state)
     settings = asdict(sampling) | asdict(model) | asdict(drawing) | files
     del settings["batch_size"]  # it changes no image
     on_main_process(lambda: claim_folder(folder, settings, source))
     return Generation(pipeline, prompts, drawing)
+
+
+def read_recorded(model: ModelArguments, source: ImageSource) -> list[dict]:
+    """What sampling.json of the adapter, then of the base model says."""
+    adapter = [] if source.adapter is None else [read_settings(source.adapter)]
+    return [*adapter, read_base_settings(model)]
 
 
 def load_drawing(
@@ -179,9 +161,7 @@ def load_drawing(
             changed.
     """
     pipeline, files = load_pipeline(*model.source), {}
-    recorded = [on_main_process(lambda: read_base_settings(model))]
-    if source.adapter is not None:
-        recorded.insert(0, read_settings(source.adapter))
+    recorded = on_main_process(lambda: read_recorded(model, source))
     drawing = choose_settings(pipeline, sampling, sampling.resolution, *recorded)
     if source.adapter is not None:
         load_adapter(pipeline, source.adapter)
