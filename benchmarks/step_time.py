@@ -101,8 +101,8 @@ class Bench:
     def __init__(self, args):
         torch.manual_seed(0)
         self.units, self.draws = args.units, args.draws
-        on_cpu = args.device == "cpu"
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=args.mixed_precision)
+        precision = args.mixed_precision
+        self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision)
         device = self.accelerator.device
         self.unet = build_unet(args.shape).float().train()  # Opacus ignores layers in eval mode
         self.unet.requires_grad_(args.method == "all")
@@ -231,8 +231,7 @@ def timed(args) -> dict[str, float]:
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
             start = time.perf_counter()
             getattr(bench, kind)()
-            if args.device != "cpu":
-                torch.accelerator.synchronize()
+            torch.cuda.synchronize() if args.device == "cuda" else None
             seconds[kind].append(time.perf_counter() - start)
     return {kind: median(values) for kind, values in seconds.items()}
 
@@ -270,9 +269,7 @@ def main():
         bench = Bench(args)
         for _ in range(2):
             getattr(bench, args.peak_of)()
-        on_gpu = args.device != "cpu"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
-        print(peak)
+        print(peak_of_process() if args.device == "cpu" else torch.cuda.max_memory_allocated())
         return
 
     peaks = {kind: peak_bytes(args, kind) for kind in KINDS}

@@ -1,7 +1,7 @@
 """The private steps of a run: its state, as new or as a checkpoint has it; the steps, and between
 them images and checkpoints."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
@@ -78,6 +78,20 @@ def stop_here(accelerator: Accelerator, plan: PrivacyPlan, state: TrainingState)
     return shorter
 
 
+def describe_for_trackers(plan: PrivacyPlan, training: TrainingArguments) -> dict:
+    """The public plan, as trackers take it: nothing else of a run is public before its end."""
+    spent = account(plan.events(), plan.delta)
+    facts = asdict(plan) | {
+        "sampling_rate": plan.sampling_rate,
+        "epsilon": spent.add_or_remove_one,
+        "epsilon_replace_one": spent.replace_one,
+        "optimizer": training.optimizer,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler": training.lr_scheduler,
+    }
+    return {k: v for k, v in facts.items() if isinstance(v, int | float | str)}
+
+
 def fine_tune(
     stage: Stage,
     state: TrainingState,
@@ -93,7 +107,7 @@ def fine_tune(
     """
     accelerator, limit = stage.accelerator, training.checkpoints_total_limit
     if training.report_to is not None:
-        accelerator.init_trackers("private-adapter", {"noise_multiplier": plan.noise_multiplier})
+        accelerator.init_trackers("private-adapter", describe_for_trackers(plan, training))
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     if run.checkpoint is None:
         run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed

@@ -1,0 +1,163 @@
+"""Rehearsals on public images: as noisy as the private run, and read nothing private."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from tests.conftest import BUDGET, CAPTION, read_json, train_here
+from tests.worlds import build_plan
+from utils.arguments.methods import LdmArguments, LoraArguments
+from utils.arguments.rehearsal import RehearsalArguments
+from utils.arguments.training import (
+    DataArguments,
+    ModelArguments,
+    PrivacyArguments,
+    TrainingArguments,
+)
+from utils.errors import UsageError
+from utils.methods import rehearsal, stand_in
+from utils.methods.rehearsal import list_trials
+from utils.methods.trial import Outcome, scale_down
+from utils.privacy.defaults import ADAPTER_RATE, PublicFacts
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.3, 20.0])
+@pytest.mark.parametrize("batch, units", [(1400, 1437), (3000, 60_000), (64, 10**6)])
+def test_fewer_public_units_are_as_noisy(noise, batch, units):
+    plan = build_plan(num_units=units, expected_batch_size=batch, noise_multiplier=noise)
+    weights = 60_000
+
+    def off(plan) -> float:
+        each = plan.noise_multiplier / plan.expected_batch_size
+        return 1 / plan.expected_batch_size + weights * each**2
+
+    fewer = scale_down(plan, weights, available=5000)
+    assert fewer.expected_batch_size <= min(batch, 5000) and fewer.num_units == 5000
+    assert math.isclose(off(fewer), off(plan), rel_tol=1e-9)
+    assert fewer.sampling_rate <= 1
+    # With too few public units the mean is noisier than it will be, never less so.
+    scarce = scale_down(plan, weights, available=20)
+    assert scarce.expected_batch_size <= 20 and off(scarce) >= off(plan) * (1 - 1e-9)
+
+
+def build_trials(settings=None, tmp_path="x", **asked):
+    privacy = PrivacyArguments(target_epsilon=10.0, target_delta=1e-4)
+    training = TrainingArguments(output_dir=str(tmp_path))
+    facts = PublicFacts(1437, 60_000, 64, ADAPTER_RATE)
+    args = RehearsalArguments(**asked)
+    return list_trials(facts, privacy, training, settings or LoraArguments(), args)
+
+
+def test_what_is_tried(tmp_path):
+    trials = build_trials(tmp_path=tmp_path)
+    tried = {(t.plan.steps, t.training.learning_rate, t.settings.freeze_lora_a) for t in trials}
+    assert len(tried) == len(trials) == 3 * 3 * 2
+    passes = {t.plan.steps * t.plan.noise_multiplicity for t in trials}
+    assert len(passes) == 1  # steps against draws
+    assert len({t.plan.noise_multiplier for t in trials}) == 3
+    assert len({t.folder for t in trials}) == len(trials)
+    asked = build_trials(LdmArguments(), tmp_path, tried_rates=[0.1, 0.2], tried_steps=[4])
+    assert [t.training.learning_rate for t in asked] == [0.1, 0.2]
+
+
+def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch):
+    """Losses that only the rate decides: the ranking is known."""
+    trials, seen = build_trials(tmp_path=tmp_path, tried_steps=[8]), []
+
+    class Now:
+        def submit(self, work, *args):
+            seen.append((work.__name__, args))
+            return self.__class__.Done(work(*args))
+
+        class Done:
+            def __init__(self, value):
+                self.value = value
+
+            def result(self):
+                return self.value
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def advance(_, trial, until, seed):
+        return Outcome(until, abs(math.log(trial.training.learning_rate / 0.01)), 0.0)
+
+    monkeypatch.setattr(rehearsal, "open_pool", lambda _: Now())
+    monkeypatch.setattr(rehearsal, "advance", advance)
+    monkeypatch.setattr(rehearsal, "list_prompts", lambda _: [""])  # no classes
+    tried, accuracy = rehearsal.halve(None, trials, None, 0)
+    assert accuracy is None and len(tried) == len(trials)
+    assert [len(t.outcomes) for t in tried] == [3, 3, 2, 1, 1, 1]
+    assert [t.outcomes[-1].step for t in tried] == [8, 8, 4, 2, 2, 2]
+    assert tried[0].loss == min(t.loss for t in tried)
+    assert len(seen) == 6 + 3 + 2
+
+
+REHEARSAL = ["--tried_rates", 0.003, 0.02, "--tried_steps", 4, "--num_held_out", 16]
+
+
+def test_a_rehearsal_leaves_a_plan_that_trains(
+    run_script, tiny_base, image_folder, tmp_path, capsys
+):
+    """The private folder does not exist: nothing of it is read."""
+    output, private = tmp_path / "rehearsal", ["--train_data_dir", tmp_path / "nowhere"]
+    about = ["--pretrained_model_name_or_path", tiny_base, *CAPTION, *BUDGET, "--rank", 2]
+    more = ["--num_units", 40, "--stand_in", image_folder, "--workers", 1, *REHEARSAL]
+    run = run_script("rehearse.py", *about, *private, *more, "--output_dir", output)
+    assert run.returncode == 0, run.stderr
+    assert "40 private units, rehearsed on 24 public images; 16 more judge" in run.stdout
+    assert "gradients of public units" in run.stdout and "accuracy" in run.stdout
+    found = read_json(output / "rehearsal.json")
+    assert len(found["tried"]) == 4 and found["accuracy"][0] is not None
+    assert (output / "rehearsal.png").stat().st_size > 10_000
+    best = yaml.safe_load((output / "best.yaml").read_text())
+    assert best["learning_rate"] in (0.003, 0.02) and best["max_train_steps"] == 4
+    assert best["rank"] == 2 and best["target_epsilon"] == 8
+    said = train_here(
+        ["--config", output / "best.yaml", "--train_data_dir", image_folder]
+        + ["--output_dir", tmp_path / "run", "--dry_run"]
+    )
+    assert '"steps": 4' in said, said
+
+
+def load(base, folder, tmp_path, prompts=None, **asked):
+    model = ModelArguments(pretrained_model_name_or_path=str(base))
+    data = DataArguments(label_column="label", caption_template="the digit {label}")
+    args = RehearsalArguments(**({"num_held_out": 16} | asked))
+    args = replace(args, stand_in=None if folder is None else str(folder))
+    return stand_in.load_stand_in(model, data, args, tmp_path, prompts, 40)
+
+
+def test_a_stand_in_is_split_and_its_captions_found(tiny_base, image_folder, tmp_path):
+    found = load(tiny_base, image_folder, tmp_path)
+    assert (found.trained_on.num_units, found.judged_on.num_units) == (24, 16)
+    assert set(found.judged_on.captions) <= {f"the digit {i}" for i in range(4)}
+    both = [tuple(row) for part in (found.trained_on, found.judged_on) for row in part.digests]
+    assert len(set(both)) == 40  # no image is on both sides
+
+
+def test_the_base_draws_a_stand_in_from_public_prompts(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(stand_in, "DRAWN", 36)
+    found = load(tiny_base, None, tmp_path, ["the digit 1", "the digit 2"])
+    assert set(found.judged_on.captions) == {"the digit 1", "the digit 2"}
+
+
+@pytest.mark.parametrize(
+    "folder, asked, sentence",
+    [
+        (None, {}, "give --stand_in"),
+        ("images", {"num_held_out": 21}, "has 40 images, of which"),
+        ("images", {"stand_in_caption_column": "words"}, "words"),
+    ],
+)
+def test_mistakes_get_a_sentence(tiny_base, image_folder, tmp_path, folder, asked, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        load(tiny_base, folder and image_folder, tmp_path, **asked)
+    for wrong in ({"tried_rates": [0.0]}, {"tried_steps": [0]}, {"num_held_out": 2}):
+        with pytest.raises(UsageError):
+            RehearsalArguments(**wrong)
