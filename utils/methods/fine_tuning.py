@@ -1,7 +1,7 @@
 """The story of every private training script: load, adapt, plan, fine-tune, publish."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.data.images import describe_left_out
-from utils.data.latents import prepare_losses
 from utils.errors import UsageError, on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -36,6 +35,7 @@ from utils.methods.planning import (
 from utils.methods.private_run import (
     build_training_state,
     collect_adapter_tensors,
+    describe_weights,
     fine_tune,
     stop_here,
 )
@@ -49,7 +49,7 @@ from utils.methods.stages import Stage, collect_settings, finish, load_stage, re
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
-from utils.models.placement import halve_frozen, park, ready_to_draw
+from utils.models.placement import halve_frozen, ready_to_draw
 from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.plan import PrivacyPlan
@@ -100,8 +100,7 @@ def run_method(
     # Adapt the public model, and choose what was not asked for.
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)
-    modules = collect_trained_modules(stage.pipeline)
-    data = adopt_template(data, model)
+    modules, data = collect_trained_modules(stage.pipeline), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
     facts = collect_facts(method, modules, found)
     privacy, training, reasons = choose_missing(privacy, training, facts)
@@ -113,36 +112,27 @@ def run_method(
 
     # Plan what will be spent: can it work? If it is meant, reserve it.
     plan_for = make_plan_for(method, stage, data, privacy, training)
-    side, verdict = stage.resolution, show_verdict(plan_for(found.num_units), facts, reasons)
+    side, about = stage.resolution, show_verdict(plan_for(found.num_units), facts, reasons)
     if training.dry_run:
         previewed = preview(found, privacy, training, side, plan_for)
-        about = {"chosen": reasons, "verdict": asdict(verdict)}
         show_plan(stage, engine, unit_bytes, training, found, previewed, about)
         return
     adapter = collect_adapter_tensors(stage)
-    agreed = collect_settings(method.name, method.settings, data, training) | {
-        "base_model_checksum": stage.base_checksum,
-        "trained": engine.names,
-        "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
-    }
+    settings = collect_settings(method.name, method.settings, data, training)
+    agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
         warm_up(stage, engine, method.stages, training.seed)
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, run, engine, private_set.left_out))
 
     # Train by DP-SGD.
-    unit_losses, encoded_dir = prepare_losses(
-        stage.pipeline, private_set, side, training, plan.noise_multiplicity, stage.randomness
-    )
-    park(stage.pipeline, text_too=unit_losses.units.text is not None)
     state = build_training_state(engine, adapter, plan, run, training)
     if training.publish_now:
         plan = stop_here(stage.accelerator, plan, state)
-    fine_tune(stage, state, unit_losses, plan, run, training)
+    encoded_dir = fine_tune(stage, state, private_set, plan, run, training)
 
     # Publish: the ledger, then the statement, then the weights that it accounts for.
-    template = None if data.label_column is None else data.template
-    on_main_process(lambda: publish(method, stage, plan, run, training, hub, template))
+    on_main_process(lambda: publish(method, stage, plan, run, training, hub, data))
     sentence = f"saved the weights, privacy.json, README.md and samples/ in {run.output_dir}"
     finish(stage, data, training, encoded_dir, sentence)
     accelerator.end_training()
@@ -199,7 +189,7 @@ def publish(
     run: Run,
     training: TrainingArguments,
     hub: PublishArguments,
-    caption_template: str | None,
+    data: DataArguments,
 ) -> None:
     """Write the weights with their statement, then the card and the samples.
 
@@ -209,7 +199,8 @@ def publish(
     about = stage.describe_circumstances()
     statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, about)
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
-    drawing = replace(drawing, caption_template=caption_template)
+    template = None if data.label_column is None else data.template
+    drawing = replace(drawing, caption_template=template)
     facts = Facts(
         method=method.name,
         usage=method.usage,

@@ -18,18 +18,19 @@ from utils.models.drawing import choose_settings
 from utils.privacy.accounting import account
 from utils.privacy.defaults import PublicFacts
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.verdict import Verdict, judge
+from utils.privacy.verdict import judge
 
 
-def show_verdict(plan: PrivacyPlan, facts: PublicFacts, reasons: list[str]) -> Verdict:
-    """Say what was chosen, and whether the plan can work, on stderr of the main process."""
+def show_verdict(plan: PrivacyPlan, facts: PublicFacts, reasons: list[str]) -> dict:
+    """Say what was chosen, and whether the plan can work, on stderr of the main process; returns
+    both, for the report of `--dry_run`."""
     epsilon = account(plan.events(), plan.delta).add_or_remove_one
     verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)
     if PartialState().is_main_process:
         for reason in reasons:
             print(f"chosen: {reason}", file=sys.stderr)
         print(f"verdict: {verdict}", file=sys.stderr)
-    return verdict
+    return {"chosen": reasons, "verdict": asdict(verdict)}
 
 
 def show_plan(

@@ -2,6 +2,7 @@
 them images and checkpoints."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +10,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from utils.arguments.training import TrainingArguments
+from utils.data.latents import prepare_losses
+from utils.data.private_set import PrivateSet
 from utils.errors import Stopped, StopRequest, UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import Run
@@ -16,10 +19,11 @@ from utils.methods.film import draw_sheet, is_due
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
 from utils.models.pipelines import collect_trained_modules
+from utils.models.placement import park
 from utils.privacy.accounting import account
 from utils.privacy.optimizers import build_optimizer
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.training import TrainingState, UnitLosses, private_steps
+from utils.privacy.training import TrainingState, private_steps
 
 
 def collect_adapter_tensors(stage: Stage) -> dict[str, torch.Tensor]:
@@ -27,6 +31,17 @@ def collect_adapter_tensors(stage: Stage) -> dict[str, torch.Tensor]:
     known = {id(parameter) for parameter in stage.public}
     named = collect_trained_modules(stage.pipeline).named_parameters()
     return {name: p for name, p in named if p.requires_grad or id(p) not in known}
+
+
+def describe_weights(
+    stage: Stage, engine: PerUnitGradients, adapter: dict[str, torch.Tensor]
+) -> dict:
+    """What a checkpoint must agree with, of the weights."""
+    return {
+        "base_model_checksum": stage.base_checksum,
+        "trained": engine.names,
+        "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},
+    }
 
 
 def build_training_state(
@@ -95,17 +110,23 @@ def describe_for_trackers(plan: PrivacyPlan, training: TrainingArguments) -> dic
 def fine_tune(
     stage: Stage,
     state: TrainingState,
-    unit_losses: UnitLosses,
+    private_set: PrivateSet,
     plan: PrivacyPlan,
     run: Run,
     training: TrainingArguments,
-) -> None:
-    """Take the private steps that are left, saving checkpoints; end with the weights to publish.
+) -> Path:
+    """Encode the private set; take the private steps that are left, saving checkpoints; end with
+    the weights to publish. Returns the folder of the encoded images.
 
     Raises:
         Stopped: asked to by a signal, after a checkpoint.
     """
     accelerator, limit = stage.accelerator, training.checkpoints_total_limit
+    randomness, draws = stage.randomness, plan.noise_multiplicity
+    unit_losses, encoded_dir = prepare_losses(
+        stage.pipeline, private_set, stage.resolution, training, draws, randomness
+    )
+    park(stage.pipeline, text_too=unit_losses.units.text is not None)
     if training.report_to is not None:
         accelerator.init_trackers("private-adapter", describe_for_trackers(plan, training))
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
@@ -115,7 +136,7 @@ def fine_tune(
             draw_sheet(accelerator, stage.pipeline, state, training, drawing)
     with StopRequest() as request:
         for step in private_steps(
-            accelerator, state, unit_losses, plan, stage.randomness, training.train_batch_size
+            accelerator, state, unit_losses, plan, randomness, training.train_batch_size
         ):
             signal, draws = request.find_signal(accelerator), is_due(step, training)
             due = step % training.checkpointing_steps == 0 or step == plan.steps
@@ -131,3 +152,4 @@ def fine_tune(
                 )
     if state.average is not None:
         state.average.copy_to(state.engine.parameters)
+    return encoded_dir
