@@ -12,7 +12,7 @@ ignored.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -104,6 +104,11 @@ def main():
     pipeline.to(accelerator.device)
     add_lora(pipeline, lora)
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
+    training = replace(
+        training,
+        learning_rate=training.learning_rate or 1e-3,
+        max_train_steps=training.max_train_steps or 900,
+    )
     optimizer = torch.optim.AdamW(trained, training.learning_rate)
     schedule = get_scheduler(
         training.lr_scheduler,

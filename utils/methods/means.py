@@ -7,7 +7,7 @@ sees the noisy means only, and costs nothing.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan, make_plan
-from utils.privacy.randomness import make_randomness
+from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.sampling.generation import encode_png
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import write_set
@@ -83,34 +83,29 @@ def run_release(
         return plan
 
     found = load_private_rows(accelerator, adopt_template(data, model), training)
-    if found.rows is None:  # only to plan
-        print_plan(accelerator, plan_for(found.num_units))
-        return
+    if found.rows is None:
+        return print_plan(accelerator, plan_for(found.num_units))
     classes = find_classes(found.rows, found.data, args.class_names, args.class_prompts)
     nearest = None if args.class_prompts is None else build_nearest(model, classes.prompts)
     if training.dry_run:
         plan, _ = preview(found, privacy, training, SIDE, plan_for)
-        print_plan(accelerator, plan)
-        return
+        return print_plan(accelerator, plan)
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
     private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, plan_for)
     accelerator.print(announce(plan, classes.count))
 
     # Sum over the units of each batch, and release the sums with noise.
-    numbers, is_sampled = (
-        number_rows(private_set, found.data, classes, nearest),
-        plan.sampling_rate < 1,
-    )
+    numbers = number_rows(private_set, found.data, classes, nearest)
 
-    def release_sum() -> torch.Tensor:
-        batch = sample_poisson_batch(plan, randomness, accelerator) if is_sampled else None
-        images = read_images(private_set, numbers, accelerator, batch)
-        total = sum_features(images, features, classes.count, plan.sensitivity)
-        flat = total.flatten().to(accelerator.device)
-        return add_noise_once(flat, plan, randomness, accelerator).view(total.shape).cpu()
+    def release_sum(_) -> torch.Tensor:
+        def sum_units(batch: torch.Tensor | None) -> torch.Tensor:
+            images = read_images(private_set, numbers, accelerator, batch)
+            return sum_features(images, features, classes.count, plan.sensitivity)
 
-    means = torch.stack(run.repeat("means", plan.steps, lambda _: release_sum()))
+        return release(sum_units, plan, randomness, accelerator)
+
+    means = torch.stack(run.repeat("means", plan.steps, release_sum))
 
     # Everything from here on sees the noisy means only.
     about = Circumstances(randomness.is_private, randomness.source)
@@ -119,6 +114,19 @@ def run_release(
     if training.discard_latents:
         discard_copies(run.output_dir, None)
     accelerator.print(f"{args.num_synthetic_images} images, grid.png, report.html in {made}")
+
+
+def release(
+    sum_units: Callable[[torch.Tensor | None], torch.Tensor],
+    plan: PrivacyPlan,
+    randomness: SecretRandomness,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """The noisy mean over all units, or over a Poisson batch of them, in the shape of its sum."""
+    is_sampled = plan.sampling_rate < 1
+    total = sum_units(sample_poisson_batch(plan, randomness, accelerator) if is_sampled else None)
+    flat = total.flatten().to(accelerator.device)
+    return add_noise_once(flat, plan, randomness, accelerator).view(total.shape).cpu()
 
 
 def read_images(
