@@ -36,9 +36,10 @@ from utils.data.latents import Objective, PrivateLosses, encode_units
 from utils.data.private_set import load_private_set
 from utils.data.rows import load_rows
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.methods.rehearsal import open_pool, prepare_trials
+from utils.methods.rehearsal import prepare_trials
 from utils.methods.stand_in import load_stand_in
 from utils.methods.trial import advance
+from utils.methods.workers import open_pool
 from utils.models.pipelines import load_pipeline
 from utils.privacy.dp_sgd import clip_scales
 from utils.privacy.randomness import SecretRandomness

@@ -25,6 +25,7 @@
         publishing          a run's card, samples and repository; the report of a stage's set
         rehearsal           the story of a rehearsal: trials on public images, the better half kept
         trial               one of them, in a process of its own
+        workers             processes for them, one thread each
         stand_in            public images that stand for the private ones
         pretraining         the public stage: autoencoder, text encoder and U-Net from scratch
         plots               a map of the U-Net with its noisy scores; the curves of a rehearsal

@@ -147,6 +147,14 @@ def test_the_base_draws_a_stand_in_from_public_prompts(tiny_base, tmp_path, monk
     assert set(found.judged_on.captions) == {"the digit 1", "the digit 2"}
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "privacy.json").write_text("{}")
+    with pytest.raises(UsageError, match="already holds other files"):
+        rehearsal.claim_folder(tmp_path)
+    again = rehearsal.claim_folder(rehearsal.claim_folder(tmp_path / "new"))
+    assert (again / "private").stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize(
     "folder, asked, sentence",
     [

@@ -5,16 +5,11 @@ Nothing private is read, so everything may be looked at: losses, gradients, imag
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -28,7 +23,8 @@ from utils.arguments.training import (
 )
 from utils.data.latents import encode_units
 from utils.data.rows import fill_template
-from utils.files import write_durably
+from utils.errors import UsageError
+from utils.files import make_private, private_folder, write_durably
 from utils.methods.planning import load_private_rows, plan_training
 from utils.methods.plots import plot_rehearsal
 from utils.methods.stand_in import StandIn, list_prompts, load_stand_in
@@ -43,6 +39,7 @@ from utils.methods.trial import (
     measure_accuracy,
     measure_gradients,
 )
+from utils.methods.workers import open_pool
 from utils.models.drawing import adopt_template
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
 from utils.privacy.defaults import (
@@ -57,7 +54,7 @@ ROUNDS = (0.25, 0.5, 1.0)  # of its steps, that a trial has taken when the bette
 FINALISTS = 2
 THIRD = 3.0  # between one learning rate and the next
 MOST_CLASSES = 50
-REPORT, PLOT = "rehearsal.json", "rehearsal.png"
+REPORT, PLOT, MARK = "rehearsal.json", "rehearsal.png", ".rehearsal"
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,7 @@ def run_rehearsal(
     Raises:
         UsageError: bad input of any kind; nothing private is read or spent.
     """
-    output_dir = Path(training.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = claim_folder(Path(training.output_dir))
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     data = adopt_template(data, model)
     num_units = load_private_rows(accelerator, data, training).num_units
@@ -137,6 +133,20 @@ def run_rehearsal(
     plot_rehearsal([t.curve() for t in tried], base["loss"], output_dir / PLOT)
     print_table(tried, report["base"])
     return tried[0].describe()
+
+
+def claim_folder(output_dir: Path) -> Path:
+    """A new folder, or that of an earlier rehearsal, which is done anew. Whatever `datasets` caches
+    of the private images while their rows are counted is in its private folder.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARK).exists():
+        raise UsageError(f"--output_dir {output_dir} already holds other files; name a new folder")
+    make_private(private_folder(output_dir))
+    (output_dir / MARK).touch()
+    return output_dir
 
 
 def prepare_trials(
@@ -232,23 +242,6 @@ def halve(
     if base is not None:
         finals.sort(key=lambda t: -t.accuracy)
     return [*finals, *alive[len(finals) :], *ended], base
-
-
-@contextmanager
-def open_pool(workers: int | None) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; a single one where there is a GPU to share."""
-    gpu = torch.accelerator.is_available()
-    count = workers or (1 if gpu else os.cpu_count() or 1)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(count, mp_context=context) as pool:
-            yield pool
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 def print_table(tried: Sequence[Tried], base: dict) -> None:
