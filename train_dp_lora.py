@@ -6,10 +6,9 @@
     accelerate launch train_dp_lora.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --train_data_dir scans --caption_column text --resolution 512 \\
-        --target_epsilon 8 --target_delta 1e-6 --expected_batch_size 1024 --max_train_steps 300 \\
-        --noise_multiplicity 4 --mixed_precision bf16 --output_dir runs/scans
+        --target_epsilon 8 --target_delta 1e-6 --mixed_precision bf16 --output_dir runs/scans
 
-    # what would it cost? prints the plan and stops
+    # what would it cost, how long would it take, and can it work? says so and stops
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --dry_run
 
     # DP-SAPF: spend a twentieth of the budget to learn which matrices to train
