@@ -9,6 +9,7 @@ from PIL import Image
 
 import train_dp_lora
 import utils.methods.fine_tuning
+import utils.methods.private_run
 from tests.conftest import train_arguments
 
 
@@ -42,7 +43,7 @@ def choices(monkeypatch, base, images, output) -> list:
         settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         kept.extend([engine.names, weights.tolist(), rates, settings, plan, micro])
 
-    monkeypatch.setattr(utils.methods.fine_tuning, "private_steps", spy)
+    monkeypatch.setattr(utils.methods.private_run, "private_steps", spy)
     arguments = train_arguments(base, images, output, "--seed", 3, "--lr_scheduler", "cosine")
     monkeypatch.setattr(sys, "argv", ["train_dp_lora.py", *map(str, arguments)])
     train_dp_lora.main()

@@ -82,7 +82,7 @@ def test_a_unit_without_a_gradient_gives_no_vote(accelerator):
 
 def test_the_noise_is_that_of_the_sensitivity():
     """sigma times sqrt(k) for k votes, sigma otherwise."""
-    privacy = PrivacyArguments(target_epsilon=8.0, target_delta=1e-4)
+    privacy = PrivacyArguments(target_epsilon=8.0, target_delta=1e-4, noise_multiplicity=1)
     args = SaliencyArguments(selection_noise_multiplier=5.0, sampling_rate=0.5)
     for mechanism, std in [("squared_norm", 5.0), ("layer", 5.0), ("voting", 5.0 * 3**0.5)]:
         scoring = scoring_for(["a", "b", "c", "d"], mechanism, votes=3)

@@ -29,7 +29,7 @@ MISTAKES = [
     (["--target_delta", "0.025"], "below 1/N"),
     (["--target_epsilon", "0"], "no finite noise"),
     (["--target_epsilon", "1e-6", "--target_delta", "1e-12"], "larger epsilon"),
-    (["--expected_batch_size", "41"], "number of units"),
+    (["--expected_batch_size", "0"], "number of units"),
     (["--target_modules", "to_out"], "did you mean to_out.0"),
     (["--target_modules", "to_qq"], "did you mean to_q"),
     (["--rank", "0"], "at least 1"),

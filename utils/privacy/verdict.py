@@ -5,7 +5,7 @@ The grades were calibrated on this project's own runs; docs/tuning.md has them.
 
 from dataclasses import dataclass
 
-from utils.privacy.accounting import calibrate_noise_multiplier
+from utils.privacy.accounting import LARGEST_EPSILON, calibrate_noise_multiplier
 from utils.privacy.defaults import noise_to_signal
 from utils.privacy.plan import PrivacyPlan
 
@@ -69,7 +69,7 @@ def _advise(
             "images, if classes or a few prompts tell them apart"
         )
     everyone = plan.num_units
-    if plan.expected_batch_size < everyone:
+    if plan.expected_batch_size < everyone and epsilon <= LARGEST_EPSILON:
         sigma = calibrate_noise_multiplier(epsilon, plan.delta, 1.0, plan.steps, plan.prior)
         least = noise_to_signal(num_parameters, sigma, everyone, plan.steps)
         if least < 0.9 * in_all:
