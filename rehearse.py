@@ -16,9 +16,8 @@ the trials ends after a quarter, and after a half of the steps; the rest is judg
 loss on public images that were held out, and, where there are classes, by how well a classifier
 learns from the images that the best two draw. Fewer images suffice, since what they save in noise
 is added. Nothing private is read, but how many units there are (or --num_units says it), so losses
-and gradients are shown, and nothing is spent. Training only is rehearsed, from the base: no stage
-before it. In --output_dir: best.yaml, for --config of the
-training script; rehearsal.json, rehearsal.png.
+and gradients are shown, and nothing is spent. Stages before training are not rehearsed. In
+--output_dir: best.yaml, for --config of the training script; rehearsal.json, rehearsal.png.
 """
 
 import argparse
