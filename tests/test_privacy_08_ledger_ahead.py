@@ -116,7 +116,7 @@ CHANGES = [
     (["--max_grad_norm", 0.5], "max_grad_norm was 1.0, is 0.5"),
     (["--rank", 3], "rank was 2, is 3"),
     (["--lora_alpha", 7], "lora_alpha was None, is 7"),
-    (["--learning_rate", 5e-2], "learning_rate was 0.046, is 0.05"),
+    (["--learning_rate", 5e-2], "learning_rate was 0.065, is 0.05"),
     (["--caption_template", "a {label}"], "caption_template was"),
     (["--optimizer", "sgd"], "optimizer was adamw, is sgd"),
 ]

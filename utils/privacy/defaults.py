@@ -23,7 +23,7 @@ STEPS_WITHOUT_BUDGET = 100  # if sigma is given, and not epsilon
 ALIGNED = 0.15  # of the largest signal, what units that are scaled alike have in common
 NOISE_PER_DRAW, MOST_DRAWS = 0.018, 16
 ADAPTER_RATE, WEIGHTS_RATE = 0.04, 0.014  # over all steps, where layers are `WIDTH` wide
-WIDTH = 64
+WIDTH = 128
 AFTER_WARM_START = 0.2
 
 
