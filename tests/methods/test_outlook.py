@@ -36,7 +36,8 @@ def test_a_plan_needs_no_images(tiny_base, tmp_path):
     arguments = train_arguments(tiny_base, tmp_path / "nowhere", tmp_path / "run")
     at = arguments.index("--expected_batch_size")
     arguments[at + 1] = 3000  # more than there are
-    plan = read_plan(train_here([*arguments, "--dry_run", "--num_units", 500]))
+    only = ["--dry_run", "--num_units", 500, "--secure_noise"]
+    plan = read_plan(train_here([*arguments, *only]))
     assert (plan["num_units"], plan["expected_batch_size"]) == (500, 500)
     assert "--num_units is for --dry_run" in train_here([*arguments, "--num_units", 500])
     assert "at least 1" in train_here([*arguments, "--dry_run", "--num_units", 0])
