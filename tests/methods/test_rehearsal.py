@@ -54,7 +54,7 @@ def test_what_is_tried(tmp_path):
     trials = build_trials(tmp_path=tmp_path)
     tried = {(t.plan.steps, t.training.learning_rate, t.settings.freeze_lora_a) for t in trials}
     assert len(tried) == len(trials) == 3 * 3 * 2
-    passes = {t.plan.steps * t.plan.noise_multiplicity for t in trials}
+    passes = {t.plan.steps * t.plan.noise_multiplicity * t.plan.expected_batch_size for t in trials}
     assert len(passes) == 1  # steps against draws
     assert len({t.plan.noise_multiplier for t in trials}) == 3
     assert len({t.folder for t in trials}) == len(trials)

@@ -196,7 +196,7 @@ def list_trials(
     for steps in dict.fromkeys(lengths):
         fewer = max(1, round(draws * middle / steps))
         longer = replace(training, max_train_steps=steps)
-        asked = replace(privacy, noise_multiplicity=fewer)
+        asked = replace(usual, noise_multiplicity=fewer)
         asked, longer, _ = choose_missing(asked, longer, facts)
         plan = plan_training(facts.num_units, asked, steps=steps)
         usual_rate = longer.learning_rate
