@@ -31,7 +31,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from utils.arguments.parsing import option, parse_command, read_yaml
-from utils.errors import UsageError, run_script
+from utils.errors import CannotLoad, UsageError, run_script
 
 NUMBERS = ["expected_batch_size", "max_train_steps", "target_delta", "target_epsilon"]
 NUMBERS += ["noise_multiplier"]
@@ -154,14 +154,13 @@ def rehearse_run(args: PlanArguments, config: dict) -> dict:
     """What the training script of `--config` says of its plan, in a dry run without the images.
 
     Raises:
+        CannotLoad: its model cannot be reached.
         UsageError: see the script.
     """
     named = [m for m in OWN_OPTIONS if OWN_OPTIONS[m] & set(config)]
     named += [m for m in OWN_OPTIONS if m.replace("-", "_") in Path(args.config).name]
     script = SCRIPTS[args.method or (named or ["dp-lora"])[0]]
-    given = {name: getattr(args, name) for name in ("num_units", *NUMBERS)}
-    if given["noise_multiplier"] is not None:  # the config has a target: the command line wins
-        raise UsageError("--noise_multiplier: a config that names a model has its own budget")
+    given = {name: getattr(args, name) for name in ("num_units", *NUMBERS[:-1])}
     whole = ("num_units", "max_train_steps")
     words = []
     for name, value in given.items():
@@ -204,10 +203,11 @@ def fill_in(args: PlanArguments, config: dict) -> None:
 
 def plan(args: PlanArguments) -> None:
     config, run = {} if args.config is None else read_yaml(args.config), None
-    if config.get("pretrained_model_name_or_path") is not None:
+    names_model = config.get("pretrained_model_name_or_path") is not None
+    if names_model and args.noise_multiplier is None:  # of another budget than the file's
         try:
             run = rehearse_run(args, config)
-        except UsageError as error:
+        except CannotLoad as error:
             print(f"not timed here: {error}", file=sys.stderr)
         else:
             args.expected_batch_size = run["expected_batch_size"]

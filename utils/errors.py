@@ -23,6 +23,10 @@ class UsageError(ValueError):
     """A bad argument or bad data: its message says what was wrong and what to do."""
 
 
+class CannotLoad(UsageError):
+    """A public model that is not there, or cannot be reached."""
+
+
 class Stopped(Exception):
     """Training was asked to stop, and did, after a checkpoint."""
 

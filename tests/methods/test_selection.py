@@ -159,6 +159,8 @@ def test_nothing_is_selected_where_training_could_not_follow(tiny_base, image_fo
         (["--total_epsilon", 7.9], "both stages would bring"),
         (["--selection_epsilon", 9], "is spent already"),
         (["--expected_batch_size", -1], "number of units"),
+        (["--expected_batch_size", 0], "number of units"),
+        (["--max_train_steps", 0], "at least 1"),
         (["--resume_from_checkpoint", "latest"], "holds no run to resume"),
     ]:
         output = tmp_path / sentence.split()[0]

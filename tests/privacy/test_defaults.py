@@ -84,6 +84,23 @@ def test_no_plan_has_less_noise_than_one_with_everyone_in_every_step(epsilon):
         assert noise_to_signal(60_000, sampled, 500, steps) > 1.01 * least
 
 
+@pytest.mark.parametrize(
+    "budget, steps",
+    [
+        ({}, None),  # of a selection alone, or forgotten
+        ({"noise_multiplier": 0.0}, None),
+        ({"noise_multiplier": math.nan}, None),
+        ({"noise_multiplier": math.inf}, None),
+        ({"noise_multiplier": 1.0}, 0),
+        ({"noise_multiplier": 1.0, "expected_batch_size": -3.0}, None),
+    ],
+)
+def test_what_the_plan_will_refuse_is_left_to_it(budget, steps):
+    privacy = PrivacyArguments(target_delta=1e-4, **budget)
+    chosen, training, _ = choose(1437, privacy, replace(TRAINING, max_train_steps=steps))
+    assert chosen.noise_multiplicity == 1 and training.learning_rate > 0
+
+
 def test_the_width_is_that_of_matrices():
     assert median_width([(4, 64), (128, 4), (4, 32, 3, 3), (999,)]) == 64
     assert median_width([(7,)]) == 7

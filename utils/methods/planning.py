@@ -84,13 +84,15 @@ def plan_later_training(
     """
     if privacy.target_epsilon is None and privacy.noise_multiplier is None:
         return None
+    batch, draws = privacy.expected_batch_size, privacy.noise_multiplicity
     privacy = replace(
         privacy,
-        expected_batch_size=privacy.expected_batch_size or earlier.num_units,
-        noise_multiplicity=privacy.noise_multiplicity or 1,
+        expected_batch_size=earlier.num_units if batch is None else batch,
+        noise_multiplicity=1 if draws is None else draws,
     )
     terms = {"unit_column": earlier.unit_column, "prior": (earlier.event(),)}
-    return plan_training(earlier.num_units, privacy, steps=steps or 1, **terms)
+    steps = 1 if steps is None else steps
+    return plan_training(earlier.num_units, privacy, steps=steps, **terms)
 
 
 def preview(

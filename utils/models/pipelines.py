@@ -13,7 +13,7 @@ from diffusers import (
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from utils.errors import UsageError
+from utils.errors import CannotLoad, UsageError
 from utils.gradients.fast_linear import use_fast_linear
 from utils.models.processes import find_distillation, read_process
 
@@ -40,7 +40,8 @@ def load_pipeline(
         allow_distilled: accept a model that was distilled to a few steps.
 
     Raises:
-        UsageError: there is no such folder or Hub id, it is not a Stable Diffusion pipeline, was
+        CannotLoad: there is no such folder or Hub id, or it cannot be read.
+        UsageError: it is not a Stable Diffusion pipeline, was
             not trained as one (`read_process`), or has parts that cannot be trained with.
     """
     try:
@@ -50,7 +51,7 @@ def load_pipeline(
             pipeline = _load_folder(name_or_path, revision, variant)
     except UNREADABLE as error:
         reason = _explain(error, name_or_path, variant)
-        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
+        raise CannotLoad(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
     return prepare_pipeline(pipeline, name_or_path, allow_distilled)
 
 

@@ -97,7 +97,7 @@ def choose_missing(
         reasons.append(f"--expected_batch_size {units}: all that there are, not {batch:g}")
         batch = units
     if draws is None:
-        if noise is None:
+        if noise is None and min(privacy.noise_multiplier or 0, batch, steps) > 0:
             noise = noise_to_signal(facts.num_parameters, privacy.noise_multiplier, batch, steps)
         draws = _choose_draws(noise)
         why = "more draws steady a unit's gradient" if draws > 1 else "other units do the averaging"
@@ -127,6 +127,9 @@ def _choose_steps(noise: float | None) -> int:
     return round(min(max((ALIGNED / noise) ** 2, FEWEST_STEPS), MOST_STEPS))
 
 
-def _choose_draws(noise: float) -> int:
-    """A power of two: with little noise, draws are better spent on other units."""
+def _choose_draws(noise: float | None) -> int:
+    """A power of two: with little noise, draws are better spent on other units. One if nobody can
+    tell: no budget was named, or one that the plan will refuse."""
+    if noise is None or not 0 < noise < math.inf:
+        return 1
     return min(max(1, 2 ** round(math.log2(noise / NOISE_PER_DRAW))), MOST_DRAWS)
