@@ -1,6 +1,7 @@
 """What is said of a run before it spends anything: its verdict, hours, memory and disk."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,17 @@ def test_a_plan_needs_no_images(tiny_base, tmp_path):
     assert (plan["num_units"], plan["expected_batch_size"]) == (500, 500)
     assert "--num_units is for --dry_run" in train_here([*arguments, "--num_units", 500])
     assert "at least 1" in train_here([*arguments, "--dry_run", "--num_units", 0])
+
+
+def test_a_unit_lost_with_its_image_leaves_a_plan_for_the_others(tiny_base, image_folder, tmp_path):
+    """Everyone is in every step: then everyone is one less."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "0" / "0.png").write_bytes(b"this is no image")
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", images]
+    arguments += [*CAPTION, *BUDGET, "--output_dir", tmp_path / "run", "--dry_run"]
+    plan = read_plan(train_here([*arguments, "--num_validation_images", 0]))
+    assert (plan["num_units"], plan["expected_batch_size"]) == (39, 39)
 
 
 def test_plan_of_a_config_times_the_run(tiny_base, tmp_path, run_script):

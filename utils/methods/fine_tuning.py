@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from utils.arguments.methods import StageArguments
 from utils.arguments.publishing import PublishArguments
@@ -17,16 +16,15 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.data.images import describe_left_out
-from utils.errors import UsageError, on_main_process
+from utils.errors import on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
-from utils.methods.outlook import replay_if_asked, show_plan, show_verdict
+from utils.methods.outlook import collect_facts, replay_if_asked, show_plan, show_verdict
 from utils.methods.planning import (
     PlanFor,
-    PrivateRows,
     load_private_rows,
     plan_training,
     preview,
@@ -51,7 +49,7 @@ from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import halve_frozen, ready_to_draw
 from utils.privacy.accounting import account
-from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
+from utils.privacy.defaults import ADAPTER_RATE, choose_missing
 from utils.privacy.plan import PrivacyPlan
 
 
@@ -102,7 +100,7 @@ def run_method(
     method.adapt(stage.pipeline)
     modules, data = collect_trained_modules(stage.pipeline), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
-    facts = collect_facts(method, modules, found)
+    facts = collect_facts(modules, found.num_units, method.rate, method.stages.warm_start)
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
@@ -138,17 +136,6 @@ def run_method(
     accelerator.end_training()
     if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
         print(f"published {publish_model(run.output_dir, hub)}")
-
-
-def collect_facts(method: Method, modules: nn.Module, found: PrivateRows) -> PublicFacts:
-    """What the choice of a plan depends on; all of it is public."""
-    trained = [p.shape for p in modules.parameters() if p.requires_grad]
-    if not trained:
-        raise UsageError("no parameter is trainable, so there is nothing to train privately")
-    has_warm_start = method.stages.warm_start is not None
-    num_parameters = sum(shape.numel() for shape in trained)
-    width = median_width(trained)
-    return PublicFacts(found.num_units, num_parameters, width, method.rate, has_warm_start)
 
 
 def make_plan_for(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from accelerate import PartialState
+from torch import nn
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
 from utils.audit.replay import SetUp, replay
@@ -16,9 +17,27 @@ from utils.methods.planning import PrivateRows, describe
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
 from utils.privacy.accounting import account
-from utils.privacy.defaults import PublicFacts
+from utils.privacy.defaults import PublicFacts, median_width
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.verdict import judge
+
+
+def collect_facts(
+    modules: nn.Module, num_units: int, rate: float, warm_start: list[str] | None = None
+) -> PublicFacts:
+    """What the choice of a plan depends on; all is public.
+
+    Args:
+        modules: they hold what trains. warm_start: the sets to start from, if any.
+
+    Raises:
+        UsageError: nothing trains.
+    """
+    trained = [p.shape for p in modules.parameters() if p.requires_grad]
+    if not trained:
+        raise UsageError("no parameter is trainable, so there is nothing to train privately")
+    num_parameters = sum(shape.numel() for shape in trained)
+    return PublicFacts(num_units, num_parameters, median_width(trained), rate, bool(warm_start))
 
 
 def show_verdict(plan: PrivacyPlan, facts: PublicFacts, reasons: list[str]) -> dict:

@@ -25,6 +25,7 @@ from utils.data.latents import encode_units
 from utils.data.rows import fill_template
 from utils.errors import UsageError
 from utils.files import make_private, private_folder, write_durably
+from utils.methods.outlook import collect_facts
 from utils.methods.planning import load_private_rows, plan_training
 from utils.methods.plots import plot_rehearsal
 from utils.methods.stand_in import StandIn, list_prompts, load_stand_in
@@ -47,7 +48,6 @@ from utils.privacy.defaults import (
     WEIGHTS_RATE,
     PublicFacts,
     choose_missing,
-    median_width,
 )
 
 ROUNDS = (0.25, 0.5, 1.0)  # of its steps, that a trial has taken when the better half is kept
@@ -169,10 +169,8 @@ def prepare_trials(
     encode_units(pipeline, stand_in.trained_on, side, stand_in.folder, training.random_flip)
     base = {"loss": judge(pipeline, encode_judges(pipeline, stand_in), training)}
     adapt(pipeline, settings)
-    shapes = [p.shape for p in collect_trained_modules(pipeline).parameters() if p.requires_grad]
-    num_parameters = sum(shape.numel() for shape in shapes)
     rate = WEIGHTS_RATE if isinstance(settings, LdmArguments) else ADAPTER_RATE
-    facts = PublicFacts(num_units, num_parameters, median_width(shapes), rate)
+    facts = collect_facts(collect_trained_modules(pipeline), num_units, rate)
     trials = list_trials(facts, privacy, training, settings, args)
     draws = trials[0].plan.noise_multiplicity
     return trials, base | measure_gradients(pipeline, stand_in, training, draws)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import DataArguments, ModelArguments
+from utils.data.images import read_pixel_batches
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows
 from utils.errors import UsageError
@@ -122,6 +123,4 @@ def list_prompts(stand_in: StandIn) -> list[str]:
 
 def read_pixels(private_set: PrivateSet, side: int) -> torch.Tensor:
     """All images of a set: uint8 [rows, 3, side, side]."""
-    from utils.data.images import read_pixel_batches
-
     return torch.cat(list(read_pixel_batches(private_set.images, side, 64)))
