@@ -32,7 +32,7 @@ def main():
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.fine_tuning import Method, run_method
     from utils.methods.saliency_file import read_saliency
-    from utils.models.own_weights import save_unet, unfreeze
+    from utils.models.own_weights import save_denoiser, unfreeze
     from utils.privacy.defaults import WEIGHTS_RATE
 
     selected = None
@@ -41,7 +41,7 @@ def main():
     method = Method(
         NAMES[args.trainable],
         lambda pipeline: unfreeze(pipeline, args, selected),
-        save_unet,
+        save_denoiser,
         USAGE + (LORA_USAGE if args.train_text_encoder else ""),
         args,
         stages,

@@ -23,12 +23,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from common import plan_one_step
 
-from utils.arguments.methods import ALL_TARGETS, LdmArguments, LoDAArguments, LoraArguments
+from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.trial import adapt
-from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
+from utils.models.families.stable_diffusion import ALL_TARGETS
 from utils.models.pipelines import collect_trained_modules, load_pipeline
 from utils.models.processes import read_process
+from utils.models.text import embed_captions
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import clipped_gradient_sum
@@ -69,17 +72,16 @@ def sum_clipped(settings, device: str, precision: str) -> tuple[torch.Tensor, fl
     pipeline.to(accelerator.device)
     engine = PerUnitGradients(collect_trained_modules(pipeline), DRAWS)
     latents, noise = torch.randn(2, UNITS, DRAWS, 4, SIDE, SIDE)
-    timesteps = torch.randint(1000, (UNITS, DRAWS))
+    quantiles = torch.rand(UNITS, DRAWS)
     captions = [f"the digit {u % 10}" for u in range(UNITS)]
-    with torch.no_grad():
-        text = encode_text(pipeline, tokenize(pipeline, captions), 32)["encoder_hidden_states"]
-    process = read_process(pipeline.scheduler)
+    text = embed_captions(pipeline, captions, 32)
+    family, process = find_family(pipeline), read_process(pipeline.scheduler)
 
     def losses(indices: torch.Tensor) -> torch.Tensor:
         inputs = [t[indices].flatten(0, 1).to(accelerator.device) for t in (latents, noise)]
-        words = text[indices.to(text.device)].repeat_interleave(DRAWS, 0)
-        times = timesteps[indices].flatten().to(accelerator.device)
-        each = denoising_loss(pipeline.unet, process, inputs[0], words, inputs[1], times)
+        words = {k: v[indices].repeat_interleave(DRAWS, 0) for k, v in text.items()}
+        times = quantiles[indices].flatten().to(accelerator.device)
+        each = denoising_loss(family.predictor, process, inputs[0], words, inputs[1], times)
         return each.view(len(indices), DRAWS).mean(1)
 
     plan = plan_one_step(UNITS, UNITS, noise_multiplicity=DRAWS, clipping="automatic")

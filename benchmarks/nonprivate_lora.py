@@ -43,7 +43,7 @@ from utils.data.images import (
 )
 from utils.data.rows import load_rows, read_captions
 from utils.errors import UsageError, run_script
-from utils.models.denoising import tokenize_captions
+from utils.models.families.stable_diffusion import tokenize_captions
 from utils.models.lora import add_lora, save_lora
 from utils.models.pipelines import choose_resolution, load_pipeline
 

@@ -124,7 +124,7 @@ def mapped_units(count: int, config) -> EncodedUnits:
     text = {"encoder_hidden_states": torch.randn(10, 16, config.cross_attention_dim)}
     captions = torch.arange(count, dtype=torch.int32) % 10
     units = group_rows_by_unit(torch.arange(count))
-    return EncodedUnits(32, latents, torch.empty(0), text, captions, *units)
+    return EncodedUnits(32, latents, [], text, captions, *units)
 
 
 def collect_settings(axis: str) -> list[dict]:

@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -34,12 +35,12 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
 )
 from peft import LoraConfig
 
-from utils.arguments.methods import ALL_TARGETS, DEFAULT_TARGETS
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import peak_of_process
 from utils.methods.saliency import Scoring
 from utils.models.denoising import denoising_loss
+from utils.models.families.stable_diffusion import ALL_TARGETS, DEFAULT_TARGETS, StableDiffusion
 from utils.models.loda.loda import LoDAConfig
 from utils.models.processes import read_process
 from utils.models.targets import resolve_targets
@@ -68,8 +69,7 @@ XL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 PROCESS = read_process(DDPMScheduler())
-KINDS = ["nonprivate", "private", "private_secure_noise", "scoring"]
-KINDS += ["opacus_hooks", "opacus_ghost"]
+KINDS = ["nonprivate", "private", "private_secure_noise", "scoring", "opacus_hooks", "opacus_ghost"]
 
 
 def build_unet(shape: str) -> UNet2DConditionModel:
@@ -125,18 +125,18 @@ class Bench:
         self.randomness = SecretRandomness()
         rows, side, width = args.units * args.draws, args.side, self.unet.config.cross_attention_dim
         self.latents, self.noise = torch.randn(2, rows, 4, side, side).to(device)
-        words = torch.randn(rows, 8 if args.shape == "tiny" else 77, width).to(device)
-        self.text = {"encoder_hidden_states": words}
+        words = torch.randn(rows, 8 if args.shape == "tiny" else 77, width)
+        self.text = {"encoder_hidden_states": words.to(device)}
         if args.shape == "sdxl":
             self.text["text_embeds"] = torch.randn(rows, 1280).to(device)
             self.text["time_ids"] = torch.full((rows, 6), 8.0 * side).to(device)
-        self.timesteps = torch.randint(1000, (rows,)).to(device)
+        self.quantiles = torch.rand(rows).to(device)
 
     def losses(self, model) -> torch.Tensor:
         """[rows]."""
         with self.accelerator.autocast():
-            inputs = (self.latents, self.text, self.noise, self.timesteps)
-            return denoising_loss(model, PROCESS, *inputs)
+            inputs = (self.latents, self.text, self.noise, self.quantiles)
+            return denoising_loss(partial(StableDiffusion.predict, model), PROCESS, *inputs)
 
     def nonprivate(self):
         self.losses(self.unet).mean().backward()

@@ -50,6 +50,7 @@ from utils.gradients import fast_linear, per_unit_gradients
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import peak_of_process
 from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 from utils.models.processes import read_process
 from utils.privacy.dp_sgd import add_noise_once
@@ -179,17 +180,19 @@ class Throughput:
         """The loss after `steps` steps on the same draws: an ordinary loop's, or ours without
         noise or clipping."""
         generator = torch.Generator().manual_seed(0)
-        unet, process = self.pipeline.unet, read_process(self.pipeline.scheduler)
+        family, process = find_family(self.pipeline), read_process(self.pipeline.scheduler)
         side = self.args.resolution // self.pipeline.vae_scale_factor
-        width = unet.config.cross_attention_dim
+        width = family.denoiser.config.cross_attention_dim
         latents, noise = torch.randn(2, self.size, 4, side, side, generator=generator)
         words = torch.randn(self.size, 8, width, generator=generator)
-        timesteps = torch.randint(1000, (self.size,), generator=generator)
+        quantiles = torch.rand(self.size, generator=generator)
         plan = replace(self.plan, noise_multiplier=0.0, max_grad_norm=1e9)
 
         def losses(units: torch.Tensor) -> torch.Tensor:
-            inputs = (latents[units], words[units], noise[units], timesteps[units])
-            return denoising_loss(unet, process, *(x.to(self.device) for x in inputs))
+            parts = (x[units].to(self.device) for x in (latents, words, noise, quantiles))
+            clean, hidden, more, levels = parts
+            text = {"encoder_hidden_states": hidden}
+            return denoising_loss(family.predictor, process, clean, text, more, levels)
 
         def ordinary() -> None:
             with self.accelerator.autocast():

@@ -25,6 +25,7 @@ from utils.data.rows import load_split, number_units
 from utils.errors import UsageError
 from utils.ledger.statement import Circumstances, build_statement
 from utils.methods.planning import load_private_rows, preview, reserve
+from utils.models.families import find_family
 from utils.privacy.accounting import REPLACE_ONE, account, pld_epsilon
 from utils.privacy.randomness import SecretRandomness
 
@@ -34,8 +35,8 @@ def encoded(sizes: list[int], shuffle_seed: int = 0) -> EncodedUnits:
     unit_of_row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     generator = torch.Generator().manual_seed(shuffle_seed)
     unit_of_row = unit_of_row[torch.randperm(len(unit_of_row), generator=generator)]
-    latents, nothing = unit_of_row.float()[:, None, None, None, None], torch.zeros(1)
-    return EncodedUnits(16, latents, nothing, None, None, *group_rows_by_unit(unit_of_row))
+    latents, captions = unit_of_row.float()[:, None, None, None, None], [""] * len(unit_of_row)
+    return EncodedUnits(16, latents, captions, None, None, *group_rows_by_unit(unit_of_row))
 
 
 def test_rows_are_units_unless_a_column_says_otherwise():
@@ -97,7 +98,7 @@ def spoilt_units(image_folder, tmp_path, what: str = "images") -> list[int]:
         words = units.text["encoder_hidden_states"]
         words[units.caption_rows[unit_of_row == 2].long()] = float("nan")
     else:  # spoil the one word that only unit 2 uses
-        own, others = units.tokens[[1, 0], 0]
+        own, others = find_family(pipeline).tokenize(["the digit 8", "the digit 1"])[0]
         word = own[own != others]
         assert len(word) == 1
         words.data[word.long()] = float("nan")

@@ -1,5 +1,7 @@
 """Small worlds of privacy units, some hostile, for the tests of the privacy contract."""
 
+from functools import partial
+
 import torch
 from peft import LoraConfig
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from tests.conftest import build_tiny_pipeline
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.denoising import denoising_loss
+from utils.models.families.stable_diffusion import StableDiffusion
 from utils.models.processes import read_process
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
@@ -67,6 +70,13 @@ class LinearWorld:
         return max((whole - self.total(accelerator, r, micro, **plan)).norm().item() for r in rest)
 
 
+def unet_losses(unet, scheduler, latents, words, noise, timesteps) -> torch.Tensor:
+    """The denoising loss of each row of a bare U-Net, at whole timesteps of a thousand."""
+    predict, text = partial(StableDiffusion.predict, unet), {"encoder_hidden_states": words}
+    quantiles = (timesteps + 0.5) / 1000
+    return denoising_loss(predict, read_process(scheduler), latents, text, noise, quantiles)
+
+
 class UNetWorld:
     """The real loss on a tiny U-Net; each unit owns its latents, noise and timesteps.
 
@@ -93,7 +103,7 @@ class UNetWorld:
 
     def losses(self, indices):
         parts = [tensor[indices].flatten(0, 1) for tensor in self.tensors]
-        values = denoising_loss(self.unet, read_process(self.scheduler), *parts)
+        values = unet_losses(self.unet, self.scheduler, *parts)
         return values.view(len(indices), self.draws).mean(1)
 
     def total(self, accelerator, units, micro: int, **plan):

@@ -64,17 +64,20 @@
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units
         diagnostics         what the owner of a private set should look at first
-        latent_files        latents and token ids on disk, encoded once
+        encoded_files       folders of large arrays: whole or absent, mapped
+        latent_files        latents and conditioning on disk, encoded once
         latents             units to the losses of their draws
     models/         public pipelines and what trains in them
-        pipelines           loading Stable Diffusion (1, 2, XL), frozen; its parts and resolution
+        pipelines           loading a public pipeline, frozen; its parts and resolution
         placement           where its parts are, and how precise, to train and to draw
         shapes              a pipeline to plan with, whose weights were not downloaded
         drawing             how images are drawn from a model: sampling.json
+        families/           what differs between models: an object a family
         processes           how a base was trained to see noise, from its scheduler's config
-        denoising           the denoising loss, and the text that conditions it
+        denoising           the denoising loss
+        text                captions to what conditions a denoiser
         targets             which layers a target pattern names
-        lora                LoRA on the U-Net (DP-LoRA, DP-SAPF)
+        lora                LoRA on the denoiser (DP-LoRA, DP-SAPF)
         loda/               LoDA (DP-LoDA): loda.py and pipeline.py travel with each adapter
         own_weights         weights of the model itself (DP-LDM, DP-Diffusion)
         adapters            loading what a training script published
@@ -117,7 +120,7 @@
     errors          how a script ends: a mistake in one sentence, or a clean stop
 
 The way of one image: a row (`data.rows`) is checked and decoded (`data.images`), becomes a latent
-and token ids, once (`data.latent_files`), is sampled into a step (`privacy.dp_sgd`), becomes K
+and conditioning, once (`data.latent_files`), is sampled into a step (`privacy.dp_sgd`), becomes K
 noised draws and their loss (`data.latents`, `models.denoising`), then one gradient
 (`gradients`), is clipped, summed and noised (`privacy.dp_sgd`), moves an adapter
 (`privacy.training`), which becomes a file and a statement (`ledger.runs`) and a card (`hub.cards`).

@@ -54,8 +54,8 @@ def test_a_units_loss_depends_on_its_own_image_only(image_folder, tmp_path):
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "high_noise"])
 def test_timesteps_follow_their_distribution(sampling):
     """Ten equal cells, each within 6.5 standard deviations: false alarms below 1e-8."""
-    timesteps = Objective(3, sampling).timesteps(20_000, 1000, SecretRandomness()).flatten()
-    assert 0 <= timesteps.min() and timesteps.max() <= 999
+    quantiles = Objective(3, sampling).quantiles(20_000, SecretRandomness()).flatten()
+    assert 0 <= quantiles.min() and quantiles.max() <= 1
     edges = torch.linspace(0, 1, 11, dtype=torch.float64)
     cumulative = {
         "uniform": edges,
@@ -63,7 +63,7 @@ def test_timesteps_follow_their_distribution(sampling):
         "high_noise": edges.square(),
     }[sampling]
     share = cumulative.diff()
-    counts = (timesteps // 100).bincount(minlength=10).double()
+    counts = (quantiles * 10).long().clamp_max(9).bincount(minlength=10).double()
     deviation = (60_000 * share * (1 - share)).sqrt()
     assert ((counts - 60_000 * share).abs() < 6.5 * deviation + 1).all()
 
@@ -75,7 +75,9 @@ def test_min_snr_weights_of_both_predictions():
         alphas = scheduler.alphas_cumprod[steps]
         snr = alphas / (1 - alphas)
         expected = snr.clamp(max=5) / (snr + divisor)
-        torch.testing.assert_close(read_process(scheduler).snr_weights(steps, 5.0), expected)
+        process, blank = read_process(scheduler, 5.0), torch.zeros(3, 4, 8, 8)
+        weights = process.corrupt(blank, blank, (steps + 0.5) / 1000).weight
+        torch.testing.assert_close(weights, expected)
 
 
 def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
@@ -84,9 +86,9 @@ def test_timesteps_are_stratified_within_a_unit_and_uniform_over_units(
     pipeline, units = encoded(image_folder, tmp_path, flip=False)
     seen = []
 
-    def keep(unet, scheduler, latents, embeddings, noise, timesteps):
-        seen.append(timesteps.view(-1, 4))
-        return torch.zeros(len(timesteps))
+    def keep(predict, process, latents, text, noise, quantiles):
+        seen.append((quantiles * 1000).long().view(-1, 4))
+        return torch.zeros(len(quantiles))
 
     monkeypatch.setattr("utils.data.latents.denoising_loss", keep)
     for _ in range(100):

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from tests.conftest import build_tiny_pipeline, train_arguments, train_here
-from utils.data import latent_files, latents
+from utils.data import latent_files
 from utils.data.images import ImageRows, find_readable_rows
-from utils.data.latent_files import encode_images
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.data.rows import load_split
 from utils.errors import UsageError
+from utils.models.families import find_family
+from utils.models.families.stable_diffusion import StableDiffusion
+from utils.models.text import embed_captions
 from utils.privacy.randomness import SecretRandomness
 
 
@@ -69,14 +71,18 @@ def test_latents_are_the_autoencoders_as_they_are_and_mirrored(pipeline, image_f
     images = latent_files.scale_to_unit_range(pixels)
     with torch.no_grad():
         for flip, view in enumerate((images, images.flip(-1))):
-            expected = encode_images(pipeline, view)
+            expected = find_family(pipeline).encode_images(view)
             torch.testing.assert_close(units.latents[:, flip], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_files_are_readable_by_their_owner_only(pipeline, image_folder, tmp_path):
     encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, tmp_path / "latents")
     made = made_in(tmp_path / "latents")[0]
-    assert {path.name for path in made.iterdir()} == {"latents.f32", "tokens.i32", "about.json"}
+    assert {path.name for path in made.iterdir()} == {
+        "latents.f32",
+        "text-encoder_hidden_states.f32",
+        "about.json",
+    }
     for folder in (tmp_path / "latents", made):
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
 
@@ -86,7 +92,8 @@ CHANGES = {
     "an image": {"first": 1},
     "a caption": {"captions": ["the digit 9"] + ["the digit 1"] * 39},
     "flips": {"random_flip": True},
-    "the autoencoder": {"spoil": True},
+    "the autoencoder": {"spoil": "vae"},
+    "the text encoder": {"spoil": "text_encoder"},
 }
 
 
@@ -96,9 +103,9 @@ def test_they_are_made_again_only_if_something_changed(
 ):
     changes = dict(CHANGES[change])
     encode_units(pipeline, tiny_set(image_folder, tmp_path), 16, tmp_path / "latents")
-    flip, spoil = changes.pop("random_flip", False), changes.pop("spoil", False)
+    flip, spoil = changes.pop("random_flip", False), changes.pop("spoil", None)
     if spoil:
-        next(pipeline.vae.parameters()).data[0] += 1
+        next(getattr(pipeline, spoil).parameters()).data[0] += 1
     calls = []
     whole = latent_files.read_pixel_batches
     monkeypatch.setattr(latent_files, "read_pixel_batches", lambda *a: calls.append(a) or whole(*a))
@@ -106,7 +113,8 @@ def test_they_are_made_again_only_if_something_changed(
     again, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents", flip)
     assert len(calls) == (change != "nothing")
     fresh, _ = encode_units(pipeline, private_set, 16, tmp_path / "fresh", flip)
-    assert torch.equal(again.latents, fresh.latents) and torch.equal(again.tokens, fresh.tokens)
+    assert torch.equal(again.latents, fresh.latents)
+    assert all(torch.equal(values, fresh.text[name]) for name, values in again.text.items())
 
 
 def test_what_a_killed_run_left_half_made_is_not_used(
@@ -118,7 +126,7 @@ def test_what_a_killed_run_left_half_made_is_not_used(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_files, "encode_images", killed)
+        patch.setattr(StableDiffusion, "encode_images", killed)
         with pytest.raises(KeyboardInterrupt):
             encode_units(pipeline, private_set, 16, folder)
     half = made_in(folder)
@@ -133,14 +141,14 @@ def test_many_captions_are_embedded_when_sampled_and_give_the_same_losses(
 ):
     private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
     few, _ = encode_units(pipeline, private_set, 16, folder)
-    monkeypatch.setattr(latents, "FEW_CAPTIONS", 3)
+    monkeypatch.setattr(latent_files, "TEXT_LIMIT", 3 * few.text["encoder_hidden_states"][0].nbytes)
     many, _ = encode_units(pipeline, private_set, 16, folder)
     assert few.text is not None and many.text is None
     both = [
         unit_losses(pipeline, u, torch.arange(40), Objective(2), SecretRandomness(3))
         for u in (few, many)
     ]
-    torch.testing.assert_close(*both)
+    assert torch.equal(*both)
 
 
 def test_one_more_distinct_caption_changes_nobodys_loss_under_bf16(
@@ -149,16 +157,22 @@ def test_one_more_distinct_caption_changes_nobodys_loss_under_bf16(
     """Embedded once or when drawn, captions give the same numbers: else the unit whose caption
     crosses the threshold would move every other unit's gradient."""
     private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
-    texts = []
+    texts, size = [], embed_captions(pipeline, [""], 16)["encoder_hidden_states"].nbytes
     for limit in (4, 3):
-        monkeypatch.setattr(latents, "FEW_CAPTIONS", limit)
+        monkeypatch.setattr(latent_files, "TEXT_LIMIT", limit * size)
         units, _ = encode_units(pipeline, private_set, 16, folder)
         assert (units.text is None) == (limit == 3)
         with torch.autocast("cpu", torch.bfloat16):
             text = units.encode_captions(pipeline, torch.arange(40))
             texts.append(text["encoder_hidden_states"])
     assert texts[0].dtype == texts[1].dtype == torch.float32
-    torch.testing.assert_close(*texts, rtol=1e-5, atol=1e-6)
+    assert torch.equal(*texts)
+
+
+def test_what_a_caption_becomes_does_not_depend_on_how_many_others_there_are(pipeline):
+    many = [f"the digit {i} and {i}" for i in range(40)]
+    alone = torch.cat([embed_captions(pipeline, [c], 16)["encoder_hidden_states"] for c in many])
+    assert torch.equal(embed_captions(pipeline, many, 16)["encoder_hidden_states"], alone)
 
 
 @pytest.mark.parametrize("change", ["another image", "no image"])

@@ -11,11 +11,10 @@ from tests.gradients.test_leaves import (
     consistent_rows,
     engine_rows,
 )
+from tests.worlds import unet_losses
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.models.denoising import denoising_loss
 from utils.models.pipelines import load_pipeline
-from utils.models.processes import read_process
 
 
 def build_unet_and_engine(
@@ -51,7 +50,7 @@ def unet_engine_rows(unet, scheduler, units, draws, autocast=False):
     inputs = unet_inputs(units * draws)
     with engine.recording(units) as record:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses = denoising_loss(unet, read_process(scheduler), *inputs)
+            losses = unet_losses(unet, scheduler, *inputs)
         losses.view(units, draws).mean(1).sum().backward()
     return consistent_rows(record)
 
@@ -62,7 +61,7 @@ def unet_reference_rows(unet, scheduler, units, draws):
     rows = []
     for unit in range(units):
         part = [tensor[unit * draws : (unit + 1) * draws] for tensor in inputs]
-        loss = denoising_loss(unet, read_process(scheduler), *part).mean()
+        loss = unet_losses(unet, scheduler, *part).mean()
         grads = torch.autograd.grad(loss, parameters)
         rows.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(rows)
@@ -133,7 +132,7 @@ def test_a_unet_equals_opacus(trainable):
     unet, scheduler = build_unet_and_engine(trainable)
     ours = unet_engine_rows(unet, scheduler, 3, 1)
     wrapped = GradSampleModule(unet, loss_reduction="sum", strict=False)
-    denoising_loss(wrapped, read_process(scheduler), *unet_inputs(3)).sum().backward()
+    unet_losses(wrapped, scheduler, *unet_inputs(3)).sum().backward()
     samples = [p.grad_sample.flatten(1) for p in unet.parameters() if p.requires_grad]
     torch.testing.assert_close(ours, torch.cat(samples, 1), rtol=1e-3, atol=1e-5)
 

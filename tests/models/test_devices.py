@@ -17,8 +17,8 @@ from utils.data.latents import EncodedUnits, Objective, PrivateLosses, group_row
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.trial import adapt
 from utils.models import processes
-from utils.models.denoising import encode_text, tokenize
 from utils.models.pipelines import collect_trained_modules, freeze, list_parts
+from utils.models.text import embed_captions
 from utils.privacy.dp_sgd import clip_scales
 from utils.privacy.optimizers import build_optimizer
 from utils.privacy.randomness import SecretRandomness
@@ -60,13 +60,10 @@ def move_to_gpu(pipeline):
 
 def encode_on_cpu(pipeline, cached: bool) -> EncodedUnits:
     """As `encode_units` leaves them: on the CPU, whatever the device of the model."""
-    tokens = tokenize(pipeline, CAPTIONS)
-    text = None
-    if cached:
-        text = {k: torch.zeros(v.shape) for k, v in encode_text(pipeline, tokens, 16).items()}
+    text = embed_captions(pipeline, CAPTIONS, 16) if cached else None
     order = group_rows_by_unit(torch.arange(6))
     rows = torch.zeros(6, 2, 4, 8, 8)
-    return EncodedUnits(16, rows, tokens, text, torch.arange(6, dtype=torch.int32), *order)
+    return EncodedUnits(16, rows, CAPTIONS, text, torch.arange(6, dtype=torch.int32), *order)
 
 
 def take_a_step(pipeline, units: EncodedUnits) -> torch.Tensor:
@@ -101,6 +98,8 @@ def step_on_gpu(settings, cached: bool = True) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_private_step_stays_on_its_device(monkeypatch, method, cached):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # not for this device
+    # Which rows were drawn cannot be read from a pretended tensor.
+    monkeypatch.setattr(EncodedUnits, "read_captions", lambda _, rows: CAPTIONS[:1] * len(rows))
     total = step_on_gpu(METHODS[method], cached)
     assert total.device.type == GPU and total.dtype == torch.float32
 
@@ -109,8 +108,8 @@ def test_the_test_finds_a_tensor_on_the_wrong_device(monkeypatch):
     """The latents left where they were read."""
     whole = latents.denoising_loss
 
-    def elsewhere(unet, process, x, *rest):
-        return whole(unet, process, x.cpu(), *rest)
+    def elsewhere(predict, process, x, *rest):
+        return whole(predict, process, x.cpu(), *rest)
 
     monkeypatch.setattr(latents, "denoising_loss", elsewhere)
     with pytest.raises(RuntimeError, match="device"):

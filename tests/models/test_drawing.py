@@ -13,13 +13,12 @@ from utils.arguments.sampling import DrawingArguments
 from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError
 from utils.models.drawing import (
-    DEFAULT_STEPS,
-    SCHEDULER,
     adopt_template,
     choose_settings,
     read_settings,
     write_settings,
 )
+from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 
 SIDE = 16
@@ -36,7 +35,8 @@ def test_what_is_asked_wins_then_the_adapter_then_its_base(pipeline):
     base["negative_prompt"] = "blurred"
     chosen = choose_settings(pipeline, DrawingArguments(guidance_scale=1.0), None, adapter, base)
     assert (chosen.resolution, chosen.guidance_scale, chosen.num_inference_steps) == (32, 1.0, 9)
-    assert chosen.negative_prompt == "blurred" and chosen.scheduler == SCHEDULER
+    assert chosen.negative_prompt == "blurred"
+    assert chosen.scheduler == find_family(pipeline).scheduler
     asked = DrawingArguments(negative_prompt="", num_inference_steps=2)
     chosen = choose_settings(pipeline, asked, 48, adapter, base)
     assert (chosen.resolution, chosen.num_inference_steps, chosen.negative_prompt) == (48, 2, "")
@@ -46,7 +46,7 @@ def test_what_is_asked_wins_then_the_adapter_then_its_base(pipeline):
 def test_by_default_guidance_is_that_of_the_pipeline(tmp_path, name, guidance):
     base = load_pipeline(str(build_layout(name, tmp_path / "base")))
     chosen = choose_settings(base, DrawingArguments(), None)
-    assert (chosen.guidance_scale, chosen.num_inference_steps) == (guidance, DEFAULT_STEPS)
+    assert (chosen.guidance_scale, chosen.num_inference_steps) == (guidance, 25)
     chosen.use_scheduler(base)
     kept = base.scheduler.config
     assert (kept.beta_start, kept.beta_schedule) == (0.00085, "scaled_linear")

@@ -14,7 +14,6 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from tests.conftest import read_json, train_arguments, train_here
 from tests.hub_stand_in import hub_stand_in
 from utils.arguments.methods import LoraArguments
-from utils.models.denoising import encode_text, tokenize
 from utils.models.lora import add_lora, save_lora
 from utils.models.pipelines import load_pipeline
 from utils.models.public_models import (
@@ -25,6 +24,7 @@ from utils.models.public_models import (
     build_text_encoder,
     build_tokenizer,
 )
+from utils.models.text import embed_captions
 
 WORDS = [f"the digit {d}" for d in range(10)]
 
@@ -72,7 +72,7 @@ def xl_base(tmp_path_factory):
 
 def test_the_u_net_of_xl_is_conditioned_as_the_pipeline_does(xl_base):
     pipeline = load_pipeline(str(xl_base))
-    told = encode_text(pipeline, tokenize(pipeline, ["the digit 3", ""]), 16)
+    told = embed_captions(pipeline, ["the digit 3", ""], 16)
     for row, prompt in enumerate(("the digit 3", "")):
         words, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
         torch.testing.assert_close(told["encoder_hidden_states"][[row]], words)

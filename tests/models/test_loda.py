@@ -13,16 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from tests.conftest import build_tiny_pipeline
+from tests.worlds import unet_losses
 from utils.arguments.methods import LoDAArguments
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.adapters import load_adapter
-from utils.models.denoising import denoising_loss
 from utils.models.loda import loda
 from utils.models.loda.adapter import add_loda, save_loda
 from utils.models.loda.loda import LoDAConfig, LoDALayer, load_loda
 from utils.models.pipelines import load_pipeline
-from utils.models.processes import read_process
 
 TARGETS = ["to_q", "to_k", "to_out.0", "ff.net.2", "conv1", "conv_shortcut"]
 
@@ -195,7 +194,7 @@ def test_with_identity_it_equals_a_lora_in_outputs_and_per_unit_gradients():
     for unet in paired_unets():
         engine = PerUnitGradients(unet, num_draws=2)
         with engine.recording(3) as record:
-            losses = denoising_loss(unet, read_process(scheduler), latents, words, noise, steps)
+            losses = unet_losses(unet, scheduler, latents, words, noise, steps)
             losses.view(3, 2).mean(1).sum().backward()
         named = [name.replace("lora_", "loda_") for name in engine.names]
         found.append((losses.detach(), record.rows(), named))

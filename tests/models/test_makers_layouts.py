@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from tests.conftest import train_arguments, train_here
 from tests.layouts import LAYOUTS, SIDE, build_layout
-from utils.data.latent_files import encode_images
 from utils.errors import UsageError
+from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution, load_pipeline
 
 DISTILLED = ("sdxl_turbo", "lcm")
@@ -132,7 +132,7 @@ def test_latents_are_scaled_as_the_pipeline_of_xl_undoes_it(tmp_path):
     change_json(folder / "vae" / "config.json", latents_mean=mean, latents_std=std)
     pipeline = load_pipeline(str(folder))
     images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
-    latents = encode_images(pipeline, images)
+    latents = find_family(pipeline).encode_images(images)
     undone = latents * torch.tensor(std).view(1, 4, 1, 1) / 0.13025
     undone += torch.tensor(mean).view(1, 4, 1, 1)
     torch.testing.assert_close(undone, pipeline.vae.encode(images).latent_dist.mode())

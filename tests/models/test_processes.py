@@ -1,6 +1,7 @@
 """The training process is DDPM's, whichever scheduler a base ships."""
 
 import inspect
+from functools import partial
 
 import diffusers
 import pytest
@@ -9,12 +10,14 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from utils.errors import UsageError
 from utils.models.denoising import denoising_loss
+from utils.models.families.stable_diffusion import StableDiffusionXL
 from utils.models.pipelines import load_pipeline
 from utils.models.processes import DISTILLED, SAMPLERS, read_process
 
 # The betas of Stable Diffusion 1, 2 and XL, as their makers' scheduler configs give them.
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TIMESTEPS = torch.tensor([0, 1, 500, 998, 999])
+LEVELS = (TIMESTEPS + 0.5) / 1000  # quantiles of a thousand
 # What Stable Diffusion XL ships: its scheduler_config.json.
 SDXL = {
     **BETAS,
@@ -48,7 +51,9 @@ def draw(rows: int = len(TIMESTEPS), side: int = 8) -> torch.Tensor:
 def test_every_sampler_trains_as_ddpm_does(name, predicts):
     latents, noise = draw()
     config = {**BETAS, "prediction_type": predicts}
-    noisy, target = read_process(build(name, **config)).corrupt(latents, noise, TIMESTEPS)
+    process = read_process(build(name, **config))
+    noisy, time, target, weight = process.corrupt(latents, noise, LEVELS)
+    assert torch.equal(time, TIMESTEPS) and weight is None
     ddpm = DDPMScheduler(**config)
     assert torch.equal(noisy, ddpm.add_noise(latents, noise, TIMESTEPS))
     velocity = ddpm.get_velocity(latents, noise, TIMESTEPS)
@@ -79,7 +84,7 @@ def test_a_schedule_that_ends_in_pure_noise_is_kept(name):
     latents, noise = draw()
     config = {**BETAS, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     process = read_process(build(name, **config, timestep_spacing="trailing"))
-    noisy, target = process.corrupt(latents, noise, TIMESTEPS)
+    noisy, _, target, _ = process.corrupt(latents, noise, LEVELS)
     torch.testing.assert_close(noisy[-1], noise[-1])
     torch.testing.assert_close(target[-1], -latents[-1])
 
@@ -100,21 +105,21 @@ def test_other_betas_are_kept(config):
     ddpm = DDPMScheduler(**config)
     assert process.num_timesteps == ddpm.config.num_train_timesteps
     last = torch.full((len(latents),), process.num_timesteps - 1)
-    noisy, _ = process.corrupt(latents, noise, last)
+    noisy, time, *_ = process.corrupt(latents, noise, torch.ones(len(latents)))
+    assert torch.equal(time, last)
     assert torch.equal(noisy, ddpm.add_noise(latents, noise, last))
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
 def test_min_snr_weights_are_finite_where_nothing_is_left_of_the_image(predicts):
     config = {**BETAS, "prediction_type": predicts, "rescale_betas_zero_snr": True}
-    weights = read_process(DDPMScheduler(**config)).snr_weights(TIMESTEPS, 5.0)
+    weights = read_process(DDPMScheduler(**config), 5.0).corrupt(*draw(), LEVELS).weight
     assert weights.isfinite().all() and (weights >= 0).all() and (weights <= 1).all()
 
 
 @pytest.mark.parametrize(
     "name, config, reason",
     [
-        ("FlowMatchEulerDiscreteScheduler", {}, "DDPM"),
         ("EDMEulerScheduler", {}, "DDPM"),
         ("EDMDPMSolverMultistepScheduler", {}, "DDPM"),
         ("CogVideoXDDIMScheduler", {}, "DDPM"),
@@ -171,7 +176,8 @@ def test_the_loss_of_stable_diffusion_xl_is_that_of_its_training_script():
         "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(rows, 6),
     }
     process = read_process(build("EulerDiscreteScheduler", **SDXL))
-    losses = denoising_loss(unet, process, latents, text, noise, TIMESTEPS)
+    predict = partial(StableDiffusionXL.predict, unet)
+    losses = denoising_loss(predict, process, latents, text, noise, LEVELS)
     ddpm = DDPMScheduler.from_config(SDXL)  # as train_text_to_image_lora_sdxl.py does
     added = {"text_embeds": text["text_embeds"], "time_ids": text["time_ids"]}
     predicted = unet(

@@ -134,7 +134,7 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     from utils.arguments.methods import LdmArguments
     from utils.gradients.per_unit_gradients import PerUnitGradients
     from utils.models.adapters import load_adapter
-    from utils.models.own_weights import save_unet, unfreeze
+    from utils.models.own_weights import save_denoiser, unfreeze
     from utils.models.pipelines import load_pipeline
 
     pipeline = load_pipeline(str(tiny_base))
@@ -172,7 +172,7 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
         return pipeline("the digit 3", latents=latents, num_inference_steps=2, output_type="np")
 
     (tmp_path / "saved").mkdir()
-    save_unet(pipeline, tmp_path / "saved")
+    save_denoiser(pipeline, tmp_path / "saved")
     again = load_pipeline(str(tiny_base))
     plain = draw(again).images
     load_adapter(again, tmp_path / "saved")

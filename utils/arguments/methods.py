@@ -18,11 +18,6 @@ from utils.errors import UsageError
 # What every private stage takes; then come the options of its method.
 SHARED = (ModelArguments, DataArguments, PrivacyArguments, TrainingArguments, PublishArguments)
 
-# peft matches by suffix: "to_out.0" is the Linear inside the ModuleList `to_out`.
-ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-PROJECTION_TARGETS = ["proj_in", "proj_out"]
-DEFAULT_TARGETS = ATTENTION_TARGETS + PROJECTION_TARGETS
-ALL_TARGETS = [*DEFAULT_TARGETS, "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 MECHANISMS = ["squared_norm", "voting", "layer", "random"]
 SCOPES = ["attention", "convolution", "all"]
 
@@ -33,7 +28,9 @@ class LoraArguments:
 
     rank: int = option("rank of the adapter", 8)
     lora_alpha: int | None = option("scale of the adapter times its rank; default: the rank", None)
-    target_modules: list[str] = option("layers to adapt, by suffix of their name", DEFAULT_TARGETS)
+    target_modules: list[str] | None = option(
+        "layers to adapt, by suffix of their name; default: attention and projections", None
+    )
     freeze_lora_a: bool = option(
         "train B only, and leave A at its random start: fewer weights, so less noise in all "
         "(FFA-LoRA, Sun et al. 2024)",
@@ -46,7 +43,11 @@ class LoDAArguments:
     """The adapter."""
 
     rank: int = option("r, the channels between A and B", 4)
-    target_modules: list[str] = option("layers to adapt, by suffix of their name", ALL_TARGETS)
+    target_modules: list[str] | None = option(
+        "layers to adapt, by suffix of their name; default: attention, projections, feed-forward "
+        "and convolutions",
+        None,
+    )
     activation: str = option(
         "between A and B; identity makes it a LoRA",
         "leaky_relu",

@@ -174,12 +174,21 @@ class TrainingArguments(DrawingArguments):
         "publish a moving average of the weights, which costs no privacy; 0: the last weights",
         0.0,
     )
-    timestep_sampling: str = option(
-        "which noise levels to train on: all alike, the middle, or the noisy end",
-        "uniform",
+    timestep_sampling: str | None = option(
+        "which noise levels a DDPM trains on: all alike (default), the middle, or the noisy end",
+        None,
         choices=["uniform", "logit_normal", "high_noise"],
     )
-    snr_gamma: float | None = option("min-SNR weighting of the loss, such as 5", None)
+    snr_gamma: float | None = option("min-SNR weighting of a DDPM's loss, such as 5", None)
+    weighting_scheme: str | None = option(
+        "which noise levels a flow-matching model trains on, or how it weighs them; default: as "
+        "the diffusers example for it",
+        None,
+        choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"],
+    )
+    logit_mean: float = option("of logit_normal; larger is less noise", 0.0)
+    logit_std: float = option("of logit_normal", 1.0)
+    mode_scale: float = option("of mode", 1.29)
     max_train_steps: int | None = option(
         "private steps, empty batches included; default: chosen", None
     )
@@ -277,5 +286,9 @@ class TrainingArguments(DrawingArguments):
             raise UsageError(f"--num_units {self.num_units} must be at least 1")
         if self.num_validation_images < 0:
             raise UsageError("--num_validation_images must be at least 0")
+        if not (math.isfinite(self.logit_mean) and 0 < self.logit_std < math.inf):
+            raise UsageError("--logit_mean must be finite, and --logit_std positive and finite")
+        if not 0 <= self.mode_scale <= 1.75:  # beyond, levels would come twice: Esser et al. 2024
+            raise UsageError(f"--mode_scale {self.mode_scale} must be between 0 and 1.75")
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
             raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive and finite")

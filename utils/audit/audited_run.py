@@ -27,6 +27,7 @@ from utils.files import CACHE, LATENTS, make_private, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import find_ledger
+from utils.models.families import find_family
 from utils.models.lora import add_lora
 from utils.models.pipelines import choose_resolution, load_pipeline
 from utils.privacy.accounting import calibrate_noise_multiplier, pld_epsilon
@@ -58,7 +59,7 @@ def build_adapted_pipeline(args: AuditArguments, device: torch.device) -> Stable
     pipeline = load_pipeline(args.pretrained_model_name_or_path)
     pipeline.to(device)
     add_lora(pipeline, LoraArguments(rank=4))
-    for name, parameter in pipeline.unet.named_parameters():
+    for name, parameter in find_family(pipeline).denoiser.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=1e-3)
     return pipeline
@@ -124,7 +125,7 @@ def audit_by_replay(args: AuditArguments, data: DataArguments, mutant: str | Non
     """Replay some steps of the loop, or of a mutant, with a LoRA (`replay.replay`)."""
     accelerator = Accelerator()
     pipeline = build_adapted_pipeline(args, accelerator.device)
-    engine = PerUnitGradients(pipeline.unet, args.noise_multiplicity)
+    engine = PerUnitGradients(find_family(pipeline).denoiser, args.noise_multiplicity)
     privacy = PrivacyArguments(
         max_grad_norm=args.max_grad_norm,
         clipping=args.clipping,

@@ -19,7 +19,8 @@ from utils.audit.auditing import log_likelihood_ratio, spread
 from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
-from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
 from utils.models.processes import read_process
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
@@ -49,7 +50,7 @@ class GradientCanaries:
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
         self.bank = nn.Linear(len(included), 1, bias=False, device=pipeline.device)
-        self.trained = nn.ModuleList([self.pipeline.unet, self.bank])
+        self.trained = nn.ModuleList([find_family(pipeline).denoiser, self.bank])
         self.seen: list[torch.Tensor] = []
 
     def losses(self, indices: torch.Tensor, objective: Objective, randomness: SecretRandomness):
@@ -67,14 +68,13 @@ class GradientCanaries:
         return torch.where(ordinary.to(losses.device), losses, 0.0 * losses) + loud
 
     def _blank_losses(self, count: int) -> torch.Tensor:
-        """Losses on the smallest blank images that the U-Net takes: only that it runs matters."""
-        unet, device = self.pipeline.unet, self.pipeline.device
-        side = 2 ** (len(unet.config.block_out_channels) - 1)
-        latents = torch.zeros(count, unet.config.in_channels, side, side, device=device)
-        text = encode_text(self.pipeline, tokenize(self.pipeline, [""] * count), 8 * side)
-        steps = torch.zeros(count, dtype=torch.long, device=device)
-        process = read_process(self.pipeline.scheduler)
-        return denoising_loss(unet, process, latents, text, latents, steps)
+        """Losses on the smallest blank images that the model takes: only that it runs matters."""
+        family, process = find_family(self.pipeline), read_process(self.pipeline.scheduler)
+        side = family.smallest_side * self.pipeline.vae_scale_factor
+        latents = torch.zeros(count, *family.latent_shape(side), device=family.device)
+        quantiles = torch.zeros(count, device=family.device)
+        text = family.encode_text([""] * count, side)
+        return denoising_loss(family.predictor, process, latents, text, latents, quantiles)
 
     def watch(self, plan: PrivacyPlan) -> None:
         """What the attacker sees at a step: the noisy sum, along each canary's direction."""
@@ -106,7 +106,7 @@ class ImageCanaries:
         self.num_ordinary = len(self.units.count) - len(included)
         self.present = included.nonzero().flatten()
         self.num_units = self.num_ordinary + len(self.present)
-        self.trained = pipeline.unet
+        self.trained = find_family(pipeline).denoiser
         self.before = self._canary_losses()
 
     def losses(self, indices: torch.Tensor, objective: Objective, randomness: SecretRandomness):

@@ -1,24 +1,25 @@
 """Units -> the losses of their draws, from latents that were encoded once.
 
-Text is encoded once too, unless there are many distinct captions or the text encoder trains.
+Text is encoded once too, unless it would fill the disk or the text encoder trains.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
 from utils.arguments.training import TrainingArguments
 from utils.data.latent_files import choose_latents_folder, encode_rows
 from utils.data.private_set import PrivateSet
-from utils.models.denoising import denoising_loss, encode_text
-from utils.models.pipelines import get_device, trains_text
+from utils.errors import UsageError
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
+from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
+from utils.models.text import embed_captions
 from utils.privacy.randomness import SecretRandomness
-
-FEW_CAPTIONS = 1000  # distinct ones; so many are embedded once, more are embedded when sampled
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,24 @@ class Objective:
 
     Attributes:
         num_draws: K, noise multiplicity.
-        timestep_sampling: `uniform`; `logit_normal`, which favours the middle (Esser et al. 2024,
-            section 3.1); or `high_noise`, proportional to the timestep (large noise decides an
-            image's layout).
-        snr_gamma: of min-SNR weighting; None for none.
+        timestep_sampling: `uniform`; `logit_normal` and `mode`, which favour the middle (Esser et
+            al. 2024, section 3.1); or `high_noise`, proportional to the timestep (large noise
+            decides an image's layout).
+        logit_mean, logit_std, mode_scale: of these; as in the diffusers examples, a positive mean
+            is less noise.
+        snr_gamma, weighting: of the loss; see `Ddpm` and `Flow`.
     """
 
     num_draws: int = 1
     timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
     snr_gamma: float | None = None
+    weighting: str = "none"
 
-    def timesteps(self, units: int, total: int, randomness: SecretRandomness) -> torch.Tensor:
-        """K timesteps for each unit, stratified: [units, K], integers below `total`.
+    def quantiles(self, units: int, randomness: SecretRandomness) -> torch.Tensor:
+        """K noise levels for each unit, stratified: [units, K], quantiles in [0, 1].
 
         The distribution's quantiles are cut in K equal parts, and each draw has one of them, so
         that a unit's average varies less; which draw gets which part is random.
@@ -47,29 +54,61 @@ class Objective:
         part = (torch.arange(self.num_draws) + turn) % self.num_draws
         quantile = (part + randomness.uniform(part.shape)) / self.num_draws
         if self.timestep_sampling == "logit_normal":
-            quantile = torch.special.ndtri(quantile).sigmoid()
+            normal = torch.special.ndtri(quantile)
+            quantile = (normal * self.logit_std - self.logit_mean).sigmoid()
+        elif self.timestep_sampling == "mode":
+            bend = torch.cos(torch.pi / 2 * quantile).square() - 1 + quantile
+            quantile = quantile + self.mode_scale * bend
         elif self.timestep_sampling == "high_noise":
             quantile = quantile.sqrt()
-        return (quantile * total).long().clamp_max(total - 1)
+        return quantile
+
+
+def choose_objective(
+    pipeline: DiffusionPipeline, training: TrainingArguments, num_draws: int
+) -> Objective:
+    """As asked for, or as models of the pipeline's family are usually trained.
+
+    Raises:
+        UsageError: an option is for models that are trained otherwise.
+    """
+    family = find_family(pipeline)
+    is_flow = family.process == "Flow"
+    for name in ("timestep_sampling", "snr_gamma") if is_flow else ("weighting_scheme",):
+        if getattr(training, name) is not None:
+            other = "DDPM" if is_flow else "flow-matching"
+            raise UsageError(f"--{name} is for {other} models, and {family.title} is none")
+    if not is_flow:
+        sampling = training.timestep_sampling or "uniform"
+        return Objective(num_draws, sampling, snr_gamma=training.snr_gamma)
+    scheme = training.weighting_scheme or family.weighting_scheme
+    return Objective(
+        num_draws,
+        scheme if scheme in ("logit_normal", "mode") else "uniform",
+        training.logit_mean,
+        training.logit_std,
+        training.mode_scale,
+        weighting=scheme if scheme in ("sigma_sqrt", "cosmap") else "none",
+    )
 
 
 @dataclass(frozen=True)
 class EncodedUnits:
-    """The private set, encoded. `latents` and `tokens` are files: only sampled rows are read.
+    """The private set, encoded. `latents` and `text` are files: only sampled rows are read.
 
     Attributes:
         resolution: of the images, in pixels.
         latents: [rows, F, channels, r, r], scaled; F is 2 with flips (as is, mirrored), else 1.
-        tokens: [rows, E, T], the token ids of each row's caption for each of E text encoders.
-        text: the conditioning of each distinct caption (`encode_text`), and `caption_rows` [rows],
-            which of them each row has; None if there are more than `FEW_CAPTIONS`, or the
-            text encoder trains.
+        captions: [rows].
+        text: the conditioning of each distinct caption (`embed_captions`), and `caption_rows`
+            [rows], which of them each row has; None if it would take too much disk, or the text
+            encoder trains.
         order, first, count: unit u owns the rows order[first[u] : first[u] + count[u]].
     """
 
     resolution: int
     latents: torch.Tensor
-    tokens: torch.Tensor
+    captions: Sequence[str]
     text: dict[str, torch.Tensor] | None
     caption_rows: torch.Tensor | None
     order: torch.Tensor
@@ -88,21 +127,22 @@ class EncodedUnits:
         places = places.long().minimum(self.count[units, None] - 1)
         return self.order[self.first[units, None] + places]
 
+    def read_captions(self, rows: torch.Tensor) -> list[str]:
+        return [self.captions[row] for row in rows.tolist()]
+
     def encode_captions(
         self, pipeline: DiffusionPipeline, rows: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The conditioning by the captions of `rows` [n], by name (`encode_text`).
-
-        A frozen encoder works in fp32 also under autocast, as it does where captions are embedded
-        once: else one more distinct caption would change everyone's loss by its rounding.
-        """
+        """The conditioning by the captions of `rows` [n], by name (`embed_captions`)."""
         if self.text is not None:
             return {name: values[self.caption_rows[rows]] for name, values in self.text.items()}
-        ids = self.tokens[rows].long()
+        captions = self.read_captions(rows)
         if trains_text(pipeline):
-            return encode_text(pipeline, ids, self.resolution)
-        with torch.autocast(get_device(pipeline).type, enabled=False):
-            return encode_text(pipeline, ids, self.resolution)
+            return find_family(pipeline).encode_text(captions, self.resolution)
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}  # draws share
+        text = embed_captions(pipeline, list(number), self.resolution)
+        which = torch.tensor([number[caption] for caption in captions])
+        return {name: values[which.to(values.device)] for name, values in text.items()}
 
 
 @torch.no_grad()
@@ -120,30 +160,11 @@ def encode_units(
         UsageError: see `latent_files.encode_rows`.
     """
     files = encode_rows(pipeline, private_set, resolution, folder, random_flip)
-    latents, tokens, encoded_dir = files
-    text, caption_rows = None, None
-    if not trains_text(pipeline):
-        text, caption_rows = _encode_if_few(pipeline, tokens, resolution)
     units = group_rows_by_unit(private_set.unit_of_row)
-    return EncodedUnits(resolution, latents, tokens, text, caption_rows, *units), encoded_dir
-
-
-def _encode_if_few(
-    pipeline: DiffusionPipeline, tokens: torch.Tensor, resolution: int
-) -> tuple[dict | None, torch.Tensor | None]:
-    """`text` and `caption_rows` of `EncodedUnits`, if few captions are distinct."""
-    number: dict[bytes, int] = {}
-    caption_rows = torch.empty(len(tokens), dtype=torch.int32)
-    for start in range(0, len(tokens), 10_000):
-        part = tokens[start : start + 10_000].numpy()
-        rows = [number.setdefault(row.tobytes(), len(number)) for row in part]
-        caption_rows[start : start + len(rows)] = torch.tensor(rows)
-        if len(number) > FEW_CAPTIONS:
-            return None, None
-    distinct = np.stack([np.frombuffer(row, np.int32) for row in number])
-    ids = torch.from_numpy(distinct).long().view(-1, *tokens.shape[1:])
-    parts = [encode_text(pipeline, part, resolution) for part in ids.split(64)]
-    return {name: torch.cat([p[name].cpu() for p in parts]) for name in parts[0]}, caption_rows
+    encoded = EncodedUnits(
+        resolution, files.latents, private_set.captions, files.text, files.caption_rows, *units
+    )
+    return encoded, files.folder
 
 
 @dataclass(frozen=True)
@@ -176,7 +197,7 @@ def prepare_losses(
     units, encoded_dir = encode_units(
         pipeline, private_set, resolution, folder, training.random_flip
     )
-    objective = Objective(num_draws, training.timestep_sampling, training.snr_gamma)
+    objective = choose_objective(pipeline, training, num_draws)
     return PrivateLosses(pipeline, units, objective, randomness), encoded_dir
 
 
@@ -200,17 +221,15 @@ def unit_losses(
     A draw is one of the unit's images, noise, a timestep and a flip. A unit's draws are contiguous
     in the batch, as the engine requires.
     """
-    process = read_process(pipeline.scheduler)
+    family = find_family(pipeline)
+    process = read_process(pipeline.scheduler, objective.snr_gamma, objective.weighting)
     rows = units.sample_rows(indices, objective.num_draws, randomness).flatten()
     flips = (randomness.uniform(rows.shape) * units.latents.shape[1]).long()
-    timesteps = objective.timesteps(len(indices), process.num_timesteps, randomness).flatten()
+    quantiles = objective.quantiles(len(indices), randomness).flatten()
     latents = units.latents[rows, flips]
     noise = randomness.normal(latents.shape)
     text = units.encode_captions(pipeline, rows)
-    device = get_device(pipeline)
-    latents, noise, timesteps = (t.to(device) for t in (latents, noise, timesteps))
-    text = {name: values.to(device) for name, values in text.items()}
-    losses = denoising_loss(pipeline.unet, process, latents, text, noise, timesteps)
-    if objective.snr_gamma is not None:
-        losses = losses * process.snr_weights(timesteps, objective.snr_gamma)
+    latents, noise, quantiles = (t.to(family.device) for t in (latents, noise, quantiles))
+    text = {name: values.to(family.device) for name, values in text.items()}
+    losses = denoising_loss(family.predictor, process, latents, text, noise, quantiles)
     return losses.view(len(indices), objective.num_draws).mean(1)

@@ -9,6 +9,7 @@ positions of a unit, over all its draws.
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -17,14 +18,14 @@ from utils.gradients.fast_linear import linear
 from utils.gradients.products import by_unit, conv2d_unit_gradient, product_is_smaller
 from utils.gradients.recording import Recording
 
-LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+LEAVES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RMSNorm, nn.Embedding)
 
 
 def check_leaf(name: str, module: nn.Module) -> None:
     """Raises: UsageError if the per-unit gradients of this module are not known."""
     kind = type(module)
     if kind not in LEAVES:
-        known = ", ".join(leaf.__name__ for leaf in LEAVES)
+        known = ", ".join(dict.fromkeys(leaf.__name__ for leaf in LEAVES))
         raise UsageError(
             f"{name} ({kind.__name__}) has trainable parameters; only plain {known} may"
         )
@@ -60,8 +61,15 @@ def run_leaf(leaf: nn.Module, record: Recording, x: torch.Tensor) -> torch.Tenso
         return _UnitScale.apply(
             normalised.transpose(1, -1), leaf.weight, leaf.bias, leaf, record
         ).transpose(1, -1)
-    normalised = F.layer_norm(x, leaf.normalized_shape, None, None, leaf.eps)
-    return _UnitScale.apply(normalised, leaf.weight, leaf.bias, leaf, record)
+    if type(leaf) is RMSNorm:  # of diffusers, which works in fp32
+        variance = x.float().square().mean(-1, keepdim=True)
+        normalised = x * torch.rsqrt(variance + leaf.eps)
+    elif type(leaf) is nn.RMSNorm:
+        normalised = F.rms_norm(x, leaf.normalized_shape, None, leaf.eps)
+    else:
+        normalised = F.layer_norm(x, leaf.normalized_shape, None, None, leaf.eps)
+    bias = getattr(leaf, "bias", None)
+    return _UnitScale.apply(normalised, leaf.weight, bias, leaf, record)
 
 
 class _UnitLinear(torch.autograd.Function):
@@ -135,7 +143,7 @@ class _UnitScale(torch.autograd.Function):
         # Not the saved weight: under checkpointing that is a copy.
         for parameter, gradient in (
             (ctx.leaf.weight, grad_output * x),
-            (ctx.leaf.bias, grad_output),
+            (getattr(ctx.leaf, "bias", None), grad_output),
         ):
             if parameter is not None and parameter.requires_grad:
                 summands = gradient.flatten(-parameter.dim())

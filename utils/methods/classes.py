@@ -16,8 +16,8 @@ from utils.data.private_set import PrivateSet
 from utils.data.rows import fill_template, read_captions, read_labels
 from utils.errors import UsageError
 from utils.ledger.verification import read_base_statement
-from utils.models.denoising import tokenize
-from utils.models.pipelines import get_device, load_pipeline
+from utils.models.families import find_family
+from utils.models.pipelines import load_pipeline
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ def build_nearest(model: ModelArguments, prompts: list[str]) -> Nearest:
 
 @torch.no_grad()
 def embed_text(pipeline: DiffusionPipeline, text: str) -> torch.Tensor:
-    """What the (first) text encoder makes of a text alone, pooled, of length one: [1, W]."""
-    ids = tokenize(pipeline, [text])[:, 0].to(get_device(pipeline))
-    return F.normalize(pipeline.text_encoder(ids).pooler_output.float(), dim=1)
+    """What the text encoder makes of a text alone, of length one: [1, W]."""
+    return F.normalize(find_family(pipeline).summarise(text).float(), dim=1)
 
 
 def number_rows(

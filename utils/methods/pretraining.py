@@ -5,6 +5,7 @@ Nothing here is private.
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from utils.arguments.sampling import DrawingArguments
 from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
-from utils.models.denoising import denoising_loss, tokenize_captions
+from utils.models.denoising import denoising_loss
 from utils.models.drawing import choose_settings, write_settings
+from utils.models.families.stable_diffusion import StableDiffusion, tokenize_captions
 from utils.models.processes import read_process
 from utils.models.public_models import (
     build_autoencoder,
@@ -57,11 +59,11 @@ class DenoiserObjective(nn.Module):
         self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
 
     def forward(self, latents, token_ids):
-        embeddings = self.text_encoder(token_ids).last_hidden_state
+        text = {"encoder_hidden_states": self.text_encoder(token_ids).last_hidden_state}
         noise, process = torch.randn_like(latents), read_process(self.scheduler)
-        timesteps = torch.randint(process.num_timesteps, (len(latents),), device=latents.device)
-        losses = denoising_loss(self.unet, process, latents, embeddings, noise, timesteps)
-        return losses.mean()
+        quantiles = torch.rand(len(latents), device=latents.device)
+        predict = partial(StableDiffusion.predict, self.unet)
+        return denoising_loss(predict, process, latents, text, noise, quantiles).mean()
 
 
 def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) -> nn.Module:

@@ -82,7 +82,7 @@ def describe_setup(
         "noise multiplicity, K": f"{plan.noise_multiplicity} draws a unit",
         "clipping bound, C": f"{plan.max_grad_norm:g} ({plan.clipping})",
         "optimizer": f"{training.optimizer}, learning rate {rate}, {schedule} schedule",
-        "timesteps": training.timestep_sampling,
+        "noise levels": training.weighting_scheme or training.timestep_sampling or "as usual",
         "resolution": f"{resolution} pixels",
         "precision": "fp32" if training.mixed_precision == "no" else training.mixed_precision,
     }

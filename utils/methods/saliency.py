@@ -14,28 +14,29 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm import tqdm
 
 from utils.arguments.methods import SaliencyArguments
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.families import find_family
 from utils.privacy.training import UnitLosses, reduce_micro_batches, split_units
 
 # A squared norm that stands for none: the engine adds at most this much for rounding.
 NO_GRADIENT = 1e-20
 
 
-def find_candidates(unet: UNet2DConditionModel, scope: str) -> dict[str, nn.Module]:
+def find_candidates(pipeline: DiffusionPipeline, scope: str) -> dict[str, nn.Module]:
     """The Linear and Conv2d layers whose weights are ranked, by name, from input to output.
 
     Attention: everything inside the attention blocks, projections and feed-forward included.
     Convolution: all of Conv2d outside them.
     """
-    found = {}
-    for name, module in unet.named_modules():
-        inside = ".attentions." in name
+    family, found = find_family(pipeline), {}
+    for name, module in family.denoiser.named_modules():
+        inside = family.is_attention(name)
         if type(module) not in (nn.Linear, nn.Conv2d):
             continue
         if scope == "all" or (inside if scope == "attention" else type(module) is nn.Conv2d):

@@ -40,6 +40,7 @@ from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_
 from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.models.drawing import adopt_template
+from utils.models.families import find_family
 from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
@@ -61,7 +62,7 @@ def run_selection(
     """
     accelerator, _lock = start(training)
     stage = load_stage(accelerator, model, data, privacy, training)
-    candidates, side = find_candidates(stage.pipeline.unet, args.scope), stage.resolution
+    candidates, side = find_candidates(stage.pipeline, args.scope), stage.resolution
     scoring = build_scoring(list(candidates), args)
     keep = build_keep(candidates, scoring, lora)
     if args.mechanism == "random":  # reads nothing, costs nothing
@@ -112,7 +113,7 @@ def make_engine(stage: Stage, candidates: dict[str, nn.Module], num_draws: int) 
     """An engine that measures the gradients of the candidates, and of nothing else."""
     for module in candidates.values():
         module.weight.requires_grad_(True)
-    return PerUnitGradients(stage.pipeline.unet, num_draws)
+    return PerUnitGradients(find_family(stage.pipeline).denoiser, num_draws)
 
 
 def choose_at_random(

@@ -22,15 +22,17 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.data.latent_files import discard_copies
+from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
 from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
-from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.denoising import denoising_loss
 from utils.models.drawing import read_base_settings
-from utils.models.pipelines import choose_resolution, get_device, list_parts, load_pipeline
+from utils.models.families import find_family
+from utils.models.pipelines import choose_resolution, list_parts, load_pipeline, trains_text
 from utils.models.processes import read_process
 from utils.models.shapes import load_shape
 from utils.privacy.plan import name_unit
@@ -149,8 +151,8 @@ def load_stage(
     """Load the public model, and make the secret random numbers.
 
     Raises:
-        UsageError: see `make_randomness`, `load_pipeline`, `choose_resolution` and
-            `find_base_statement`.
+        UsageError: see `make_randomness`, `load_pipeline`, `choose_resolution`,
+            `choose_objective` and `find_base_statement`.
     """
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     base_statement, base_settings = on_main_process(
@@ -159,9 +161,10 @@ def load_stage(
     load = load_pipeline if training.num_units is None else load_shape
     pipeline = load(*model.source)
     resolution = choose_resolution(pipeline, data.resolution)
+    choose_objective(pipeline, training, num_draws=1)  # refuses options that do not fit the model
     pipeline.to(accelerator.device)
     if training.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        find_family(pipeline).denoiser.enable_gradient_checkpointing()
     public = [parameter for part in list_parts(pipeline) for parameter in part.parameters()]
     return Stage(
         accelerator=accelerator,
@@ -236,14 +239,15 @@ def _public_losses(
     pipeline: DiffusionPipeline, resolution: int, captions: list[str]
 ) -> torch.Tensor:
     """The loss of one row a caption, on noise that depends on the caption alone: [U]."""
-    unet, side = pipeline.unet, resolution // pipeline.vae_scale_factor
-    device, shape = get_device(pipeline), (2, unet.config.in_channels, side, side)
+    family, process = find_family(pipeline), read_process(pipeline.scheduler)
+    shape = (2, *family.latent_shape(resolution))
     seeds = (torch.Generator().manual_seed(len(caption)) for caption in captions)
-    rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(device)
-    timesteps = torch.tensor([500 + len(caption) for caption in captions], device=device)
-    text = encode_text(pipeline, tokenize(pipeline, captions), resolution)
-    process = read_process(pipeline.scheduler)
-    return denoising_loss(unet, process, rows[:, 0], text, rows[:, 1], timesteps)
+    rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(family.device)
+    quantiles = torch.tensor([(500.5 + len(caption)) / 1000 for caption in captions])
+    with torch.set_grad_enabled(trains_text(pipeline)):
+        text = family.encode_text(captions, resolution)
+    parts = (process, rows[:, 0], text, rows[:, 1], quantiles.to(family.device))
+    return denoising_loss(family.predictor, *parts)
 
 
 def collect_settings(

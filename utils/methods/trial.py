@@ -14,7 +14,12 @@ from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
 from utils.arguments.sampling import DrawingArguments
 from utils.arguments.training import TrainingArguments
 from utils.data.images import crop_to_pixels
-from utils.data.latents import EncodedUnits, Objective, PrivateLosses, encode_units
+from utils.data.latents import (
+    EncodedUnits,
+    PrivateLosses,
+    choose_objective,
+    encode_units,
+)
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.private_run import build_state
@@ -104,7 +109,7 @@ def advance(stand_in: StandIn, trial: Trial, until: int, seed: int) -> Outcome:
     )
     plan = scale_down(trial.plan, engine.num_parameters, stand_in.trained_on.num_units)
     randomness = make_randomness(False, seed + state.step)
-    objective = describe_objective(training, plan.noise_multiplicity)
+    objective = choose_objective(pipeline, training, plan.noise_multiplicity)
     compute_losses = PrivateLosses(pipeline, units, objective, randomness)
     steps = private_steps(
         accelerator,
@@ -177,17 +182,14 @@ def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float
     return measure_downstream_accuracy(drawn, real, ["cnn"], CLASSIFIER_STEPS, 2, state)["value"]
 
 
-def describe_objective(training: TrainingArguments, num_draws: int) -> Objective:
-    return Objective(num_draws, training.timestep_sampling, training.snr_gamma)
-
-
 def measure_gradients(
     pipeline: DiffusionPipeline, stand_in: StandIn, training: TrainingArguments, num_draws: int
 ) -> dict[str, object]:
     """Of some public units at the start, `norms`: quartiles; and `aligned`, the length of the mean
     of their directions: the signal, where the largest is 1."""
     engine = PerUnitGradients(collect_trained_modules(pipeline), num_draws)
-    units, objective = encode_judges(pipeline, stand_in), describe_objective(training, num_draws)
+    units = encode_judges(pipeline, stand_in)
+    objective = choose_objective(pipeline, training, num_draws)
     chosen, norms, total = torch.arange(min(MEASURED, len(units.count))), [], 0.0
     compute_losses = PrivateLosses(pipeline, units, objective, make_randomness(False, 0))
 
@@ -209,7 +211,9 @@ def measure_gradients(
 def judge(pipeline: DiffusionPipeline, judges: EncodedUnits, training: TrainingArguments) -> float:
     """The mean denoising loss of the images that judge, at noise and timesteps that are the same
     for every trial."""
-    objective = describe_objective(replace(training, snr_gamma=None), JUDGED_AT)
+    objective = choose_objective(
+        pipeline, replace(training, snr_gamma=None, weighting_scheme=None), JUDGED_AT
+    )
     compute_losses = PrivateLosses(pipeline, judges, objective, make_randomness(False, 0))
     parts = torch.arange(len(judges.count)).split(64)
     return torch.cat([compute_losses(part) for part in parts]).mean().item()

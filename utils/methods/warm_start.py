@@ -15,7 +15,6 @@ from utils.arguments.means import WarmStartArguments
 from utils.arguments.methods import StageArguments
 from utils.arguments.training import PrivacyArguments
 from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
-from utils.data.latent_files import encode_images
 from utils.data.rows import require_column
 from utils.errors import UsageError
 from utils.files import LEDGER, private_folder
@@ -25,9 +24,11 @@ from utils.ledger.reservations import find_ledger
 from utils.ledger.verification import fetch_statement
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage
-from utils.models.denoising import denoising_loss, encode_text, tokenize
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
 from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
+from utils.models.text import embed_captions
 from utils.sampling.paid_sets import find_paid_set, find_set_ledger
 
 TEXT = "text"  # the column of a synthetic set's prompts
@@ -89,12 +90,14 @@ def warm_up(
         UsageError: the set cannot be read, or has no prompts.
     """
     pipeline, accelerator = stage.pipeline, stage.accelerator
+    family, side = find_family(pipeline), stage.resolution
     sets = [read_set(stage, folder) for folder in args.warm_start]
     latents = torch.cat([latents for latents, _ in sets])
     captions = [caption for _, of_set in sets for caption in of_set]
     distinct = sorted(set(captions))
-    ids = tokenize(pipeline, distinct)
-    caption_of_row = torch.tensor([distinct.index(caption) for caption in captions])
+    text = None if trains_text(pipeline) else embed_captions(pipeline, distinct, side)
+    number = {caption: i for i, caption in enumerate(distinct)}
+    caption_of_row = torch.tensor([number[caption] for caption in captions])
     draws = torch.Generator().manual_seed(seed or 0)
     optimizer = torch.optim.AdamW(engine.parameters, args.warm_start_learning_rate)
     steps, process = args.warm_start_steps, read_process(pipeline.scheduler)
@@ -104,14 +107,16 @@ def warm_up(
     bar = tqdm(range(steps), "warm start", disable=not accelerator.is_main_process)
     for step in bar:
         rows = torch.randint(len(latents), (args.warm_start_batch_size,), generator=draws)
-        timesteps = torch.randint(process.num_timesteps, (len(rows),), generator=draws)
+        quantiles = torch.rand(len(rows), generator=draws)
         noise = torch.randn(latents[rows].shape, generator=draws)
-        batch = (t.to(accelerator.device) for t in (latents[rows], noise, timesteps))
-        clean, noise, timesteps = batch
+        batch = (t.to(accelerator.device) for t in (latents[rows], noise, quantiles))
+        clean, noise, quantiles = batch
         with accelerator.autocast():
-            with torch.set_grad_enabled(trains_text(pipeline)):
-                text = encode_text(pipeline, ids[caption_of_row[rows]], stage.resolution)
-            losses = denoising_loss(pipeline.unet, process, clean, text, noise, timesteps)
+            if text is None:
+                shown = family.encode_text([captions[row] for row in rows.tolist()], side)
+            else:
+                shown = {name: values[caption_of_row[rows]] for name, values in text.items()}
+            losses = denoising_loss(family.predictor, process, clean, shown, noise, quantiles)
         losses.mean().backward()
         optimizer.step()
         schedule.step()
@@ -125,7 +130,7 @@ def read_set(stage: Stage, folder: str) -> tuple[torch.Tensor, list[str]]:
     """The latents of a synthetic set [N, channels, r, r], and its prompts."""
     images = read_synthetic(folder, "--warm_start")
     require_column(images.rows, TEXT, f"--warm_start {folder}:")
-    device, found = stage.accelerator.device, []
+    family, found = find_family(stage.pipeline), []
     for pixels in read_pixel_batches(images, stage.resolution, 64):
-        found.append(encode_images(stage.pipeline, scale_to_unit_range(pixels.to(device))).cpu())
+        found.append(family.encode_images(scale_to_unit_range(pixels.to(family.device))).cpu())
     return torch.cat(found), [text or "" for text in images.rows[TEXT]]

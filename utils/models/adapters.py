@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import httpx2
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from utils.errors import UsageError
 from utils.files import LORA_WEIGHTS, PUBLISHED, STATEMENT
+from utils.models.families import FAMILIES, find_family
 from utils.models.loda.loda import load_loda
 from utils.models.pipelines import freeze
 
-ADAPTER_PARTS = ["unet", "adapter_config.json", LORA_WEIGHTS]
+PARTS = sorted({family.part for family in FAMILIES.values()})
+ADAPTER_PARTS = [*PARTS, "adapter_config.json", LORA_WEIGHTS]
 WEIGHTS = (LORA_WEIGHTS, "adapter_model.safetensors")
 
 
@@ -48,7 +52,7 @@ def _find_inside(path: Path) -> Path:
 
 def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Load what a training script published: a LoRA, which is added to the weights; a LoDA; or a
-    whole fine-tuned U-Net. Instead of a folder it may be a LoRA's file.
+    whole fine-tuned denoiser. Instead of a folder it may be a LoRA's file.
 
     Raises:
         UsageError: it is none of these, or it does not fit this model.
@@ -59,7 +63,7 @@ def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
             return
         parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
         if not parts:
-            raise ValueError("it holds no LoRA, no LoDA and no unet/")
+            raise ValueError("it holds no LoRA, no LoDA and no denoiser")
         for name in parts:
             _load_part(pipeline, name, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -67,15 +71,22 @@ def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
-    if name == "unet":
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-        if unet.config.cross_attention_dim != pipeline.unet.config.cross_attention_dim:
-            raise ValueError("its U-Net takes text of another width")
-        pipeline.unet = freeze(unet)
+    family = find_family(pipeline)
+    if name in PARTS:
+        if name != family.part:
+            raise ValueError(f"it holds a {name}, and the model has a {family.part}")
+        tuned = type(family.denoiser).from_pretrained(folder, subfolder=name)
+        if list_shapes(tuned) != list_shapes(family.denoiser):
+            raise ValueError("its layers have other sizes than those of the model")
+        setattr(pipeline, name, freeze(tuned))
     elif name == "adapter_config.json":
-        load_loda(pipeline.unet, folder)
+        load_loda(family.denoiser, folder)
     else:
         _add_lora(pipeline, folder, LORA_WEIGHTS)
+
+
+def list_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _add_lora(pipeline: DiffusionPipeline, folder: str, name: str) -> None:

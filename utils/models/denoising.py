@@ -1,71 +1,35 @@
-"""The denoising loss of a Stable Diffusion model, and the text that conditions it."""
+"""The denoising loss of a latent diffusion model."""
+
+from collections.abc import Callable
 
 import torch
-from diffusers import DiffusionPipeline
 
-from utils.models.pipelines import get_device, is_xl
-from utils.models.processes import Ddpm
+from utils.models.processes import Process
 
-
-def tokenize_captions(tokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids [len(captions), max_length], padded and cut as the pipeline does."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+# (noisy, time, text) -> what the process trains for: `Family.predict` of a denoiser.
+Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 
 
-def tokenize(pipeline: DiffusionPipeline, captions: list[str]) -> torch.Tensor:
-    """Token ids for each of the pipeline's E text encoders: [len(captions), E, max_length]."""
-    ids = [tokenize_captions(tokenizer, captions) for tokenizer in list_tokenizers(pipeline)]
-    return torch.stack(ids, 1)
-
-
-def list_tokenizers(pipeline: DiffusionPipeline) -> list:
-    """One for each text encoder."""
-    return [pipeline.tokenizer] + ([pipeline.tokenizer_2] if is_xl(pipeline) else [])
-
-
-def encode_text(
-    pipeline: DiffusionPipeline, ids: torch.Tensor, resolution: int
-) -> dict[str, torch.Tensor]:
-    """The conditioning of the U-Net by captions [n, E, T] (`tokenize`), by name.
-
-    That is `encoder_hidden_states` [n, T, W]; for Stable Diffusion XL, whose W is both encoders'
-    widths together, also the pooled `text_embeds` [n, P] and the sizes `time_ids` [n, 6]: every
-    image counts as uncropped and of the training resolution, so they depend on no private image.
-
-    Source: Podell et al. 2023, sections 2.1 and 2.2.
-    """
-    ids = ids.to(get_device(pipeline))
-    if not is_xl(pipeline):
-        return {"encoder_hidden_states": pipeline.text_encoder(ids[:, 0])[0]}
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-    outputs = [e(ids[:, i], output_hidden_states=True) for i, e in enumerate(encoders)]
-    hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-    sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
-    return {
-        "encoder_hidden_states": hidden,
-        "text_embeds": outputs[1][0],
-        "time_ids": sizes.to(hidden).expand(len(ids), 6),
-    }
-
-
-def denoising_loss(unet, process: Ddpm, latents, text, noise, timesteps) -> torch.Tensor:
-    """The mean squared error of each row: [batch], not yet averaged over the batch.
+def denoising_loss(
+    predict: Predict,
+    process: Process,
+    latents: torch.Tensor,
+    text: dict[str, torch.Tensor],
+    noise: torch.Tensor,
+    quantile: torch.Tensor,
+) -> torch.Tensor:
+    """The mean squared error of each row, weighted: [batch], not yet averaged over the batch.
 
     Args:
-        latents: [batch, channels, r, r], already multiplied by the autoencoder's scaling factor.
-        text: what `encode_text` returns, or its `encoder_hidden_states` alone.
-        noise: like `latents`. timesteps: [batch], integers.
+        latents: [batch, channels, r, r], as `Family.encode_images` returns them.
+        text: what `Family.encode_text` returns.
+        noise: like `latents`. quantile: [batch], of the noise levels, in [0, 1).
 
-    Source: Ho et al. 2020, eq. 14; for v-prediction, Salimans and Ho 2022, appendix D.
+    Source: Ho et al. 2020, eq. 14; for v-prediction, Salimans and Ho 2022, appendix D; for flows,
+    Esser et al. 2024, section 2.
     """
-    noisy, target = process.corrupt(latents, noise, timesteps)
-    added = dict(text) if isinstance(text, dict) else {"encoder_hidden_states": text}
-    hidden = added.pop("encoder_hidden_states")
-    predicted = unet(noisy, timesteps, hidden, added_cond_kwargs=added or None).sample
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+    shown = process.corrupt(latents, noise, quantile)
+    text = {name: values.to(latents.dtype) for name, values in text.items()}
+    predicted = predict(shown.noisy, shown.time, text)
+    losses = (predicted.float() - shown.target.float()).square().flatten(1).mean(1)
+    return losses if shown.weight is None else losses * shown.weight

@@ -4,7 +4,6 @@ The settings belong to the model: an adapter that was trained at 256 pixels draw
 its base does. What the command line says wins; then come the adapter, its base, and the defaults.
 """
 
-import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,16 +18,9 @@ from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError, on_main_process
 from utils.fetching import fetch_file
 from utils.files import SAMPLING_SETTINGS, read_text, write_durably
+from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution
-from utils.models.processes import SAMPLERS
-
-# DPM-Solver++ (Lu et al. 2022), on the model's own noise schedule.
-SCHEDULER = {
-    "_class_name": "DPMSolverMultistepScheduler",
-    "algorithm_type": "dpmsolver++",
-    "final_sigmas_type": "zero",
-}
-DEFAULT_STEPS = 25  # at 8, images of 512 pixels lack detail; small ones do not
+from utils.models.processes import FLOW_SAMPLERS, SAMPLERS, read_process
 
 
 @dataclass(frozen=True)
@@ -51,10 +43,20 @@ class DrawingSettings:
     caption_template: str | None = None
 
     def use_scheduler(self, pipeline: DiffusionPipeline) -> None:
-        """Give `pipeline` the scheduler, on the noise schedule that it has."""
+        """Give `pipeline` the scheduler, on the noise schedule that it has.
+
+        Raises:
+            UsageError: it would draw as if the model had been trained otherwise.
+        """
         changes = dict(self.scheduler)
         kind = getattr(diffusers, changes.pop("_class_name"))
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
+        drawn_as = type(read_process(pipeline.scheduler)).__name__
+        if drawn_as != find_family(pipeline).process:
+            raise UsageError(
+                f"{SAMPLING_SETTINGS}: {kind.__name__} would draw from this model as if it were a "
+                f"{drawn_as}: remove 'scheduler' there"
+            )
 
     def describe_call(self) -> dict[str, object]:
         """Arguments of the pipeline, beside the prompt."""
@@ -81,12 +83,16 @@ def choose_settings(
     Raises:
         UsageError: the model cannot draw at that resolution.
     """
-    usual = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+    family = find_family(pipeline)
     choices = [
         {name: value for name, value in vars(asked).items() if value is not None},
         {} if resolution is None else {"resolution": resolution},
         *recorded,
-        {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": usual, "scheduler": SCHEDULER},
+        {
+            "num_inference_steps": family.num_inference_steps,
+            "guidance_scale": family.read_default("guidance_scale"),
+            "scheduler": family.scheduler,
+        },
     ]
 
     def find(name: str):
@@ -138,12 +144,13 @@ def read_settings(folder: Path) -> dict:
     try:
         found = json.loads(read_text(path))
         steps, guidance = found.get("num_inference_steps", 1), found.get("guidance_scale", 1)
-        side, scheduler = found.get("resolution", 1), found.get("scheduler", SCHEDULER)
+        side, usual = found.get("resolution", 1), {"_class_name": SAMPLERS[0]}
         negative = found.get("negative_prompt") or ""
         valid = type(steps) is int and type(side) is int and min(steps, side) > 0
         valid &= isinstance(guidance, int | float) and isinstance(negative, str)
         valid &= "{label}" in (found.get("caption_template") or USUAL_TEMPLATE)
-        valid &= scheduler["_class_name"] in SAMPLERS
+        scheduler = found.get("scheduler", usual)["_class_name"]
+        valid &= scheduler in (*SAMPLERS, *FLOW_SAMPLERS)
         valid &= set(found) <= {field.name for field in fields(DrawingSettings)}
     except (ValueError, AttributeError, TypeError, KeyError):
         valid = False

@@ -1,4 +1,4 @@
-"""LoRA on the U-Net: what DP-LoRA and DP-SAPF train."""
+"""LoRA on the denoiser: what DP-LoRA and DP-SAPF train."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from peft.utils import get_peft_model_state_dict
 
 from utils.arguments.methods import LoraArguments
 from utils.errors import UsageError
+from utils.models.families import find_family
 from utils.models.targets import resolve_targets
 
 
@@ -20,23 +21,25 @@ def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
     """
     if args.rank < 1 or (args.lora_alpha is not None and args.lora_alpha < 1):
         raise UsageError("--rank and --lora_alpha must be at least 1")
-    targets = resolve_targets(pipeline.unet, args.target_modules)
+    family = find_family(pipeline)
+    targets = resolve_targets(family.denoiser, args.target_modules or family.default_targets)
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
-    pipeline.unet.add_adapter(
+    family.denoiser.add_adapter(
         LoraConfig(
             r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
         )
     )
     if args.freeze_lora_a:
-        for name, parameter in pipeline.unet.named_parameters():
+        for name, parameter in family.denoiser.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
 
 
 def save_lora(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """Save the adapter with its alpha, without which it would reload at the wrong scale."""
+    family = find_family(pipeline)
     pipeline.save_lora_weights(
         output_dir,
-        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
-        **_collate_lora_metadata({"unet": pipeline.unet}),
+        **{f"{family.part}_lora_layers": get_peft_model_state_dict(family.denoiser)},
+        **_collate_lora_metadata({family.part: family.denoiser}),
     )

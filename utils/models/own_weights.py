@@ -3,27 +3,28 @@
 import json
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from utils.arguments.methods import LdmArguments
 from utils.errors import UsageError
-from utils.models.pipelines import is_xl, trains_text
+from utils.models.families import find_family
+from utils.models.pipelines import trains_text
 
 
 def unfreeze(
-    pipeline: StableDiffusionPipeline, args: LdmArguments, selected: list[str] | None = None
+    pipeline: DiffusionPipeline, args: LdmArguments, selected: list[str] | None = None
 ) -> None:
-    """Make the chosen weights of the U-Net trainable: of `selected` layers only, if given.
+    """Make the chosen weights of the denoiser trainable: of `selected` layers only, if given.
 
     Raises:
         UsageError: a block that is not there, or that holds no attention.
     """
-    unet, blocks = pipeline.unet, args.trainable_blocks or [""]
+    family, blocks = find_family(pipeline), args.trainable_blocks or [""]
     if selected is not None:
-        modules = dict(unet.named_modules())
+        modules = dict(family.denoiser.named_modules())
         unknown = [name for name in selected if name not in modules]
         if args.trainable_blocks or unknown:
             raise UsageError(
@@ -37,21 +38,20 @@ def unfreeze(
     for block in blocks:
         chosen = [
             parameter
-            for name, parameter in unet.named_parameters()
+            for name, parameter in family.denoiser.named_parameters()
             if (not block or name.startswith(block + "."))
-            and (args.trainable == "all" or ".attentions." in name)
+            and (args.trainable == "all" or family.is_attention(name))
         ]
         if not chosen:
-            known = [n for n, _ in unet.named_modules() if n.count(".") == 1 and "_blocks" in n]
             raise UsageError(
                 f"--trainable_blocks {block} holds no {args.trainable} weights; there are: "
-                f"{', '.join([*known, 'mid_block'])}"
+                f"{', '.join(family.list_blocks())}"
             )
         for parameter in chosen:
             parameter.requires_grad_(True)
     if args.train_text_encoder:
-        if is_xl(pipeline):
-            raise UsageError("--train_text_encoder is not supported for Stable Diffusion XL")
+        if not family.can_train_text:
+            raise UsageError(f"--train_text_encoder is not supported for {family.title}")
         if args.text_encoder_rank < 1:
             raise UsageError("--text_encoder_rank must be at least 1")
         pipeline.text_encoder.add_adapter(
@@ -64,15 +64,16 @@ def unfreeze(
         )
 
 
-def save_unet(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
-    """Save the whole U-Net, which plain diffusers loads, and the text encoder's LoRA if any."""
-    pipeline.unet.save_pretrained(output_dir / "unet")
-    config = output_dir / "unet" / "config.json"
+def save_denoiser(pipeline: DiffusionPipeline, output_dir: Path) -> None:
+    """Save the whole denoiser, which plain diffusers loads, and the text encoder's LoRA if any."""
+    family = find_family(pipeline)
+    family.denoiser.save_pretrained(output_dir / family.part)
+    config = output_dir / family.part / "config.json"
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)  # where the base model lies on this machine
     config.write_text(json.dumps(values, indent=2) + "\n")
     if trains_text(pipeline):
-        StableDiffusionPipeline.save_lora_weights(
+        pipeline.save_lora_weights(
             output_dir,
             text_encoder_lora_layers=get_peft_model_state_dict(pipeline.text_encoder),
             **_collate_lora_metadata({"text_encoder": pipeline.text_encoder}),

@@ -1,26 +1,18 @@
-"""Loading a public Stable Diffusion pipeline (1, 2 or XL), frozen; its parts and its resolution."""
+"""Loading a public pipeline, frozen; its parts and its resolution."""
 
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AsymmetricAutoencoderKL,
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from utils.errors import CannotLoad, UsageError
 from utils.gradients.fast_linear import use_fast_linear
+from utils.models.families import FAMILIES, find_family
 from utils.models.processes import find_distillation, read_process
 
-PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-# Of Stable Diffusion 1 and 2; all of it looks at finished images only.
-UNUSED = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-AUTOENCODERS = (AutoencoderKL, AsymmetricAutoencoderKL)
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError)
 UNREADABLE += (SafetensorError, ImportError)
 
@@ -41,8 +33,8 @@ def load_pipeline(
 
     Raises:
         CannotLoad: there is no such folder or Hub id, or it cannot be read.
-        UsageError: it is not a Stable Diffusion pipeline, was
-            not trained as one (`read_process`), or has parts that cannot be trained with.
+        UsageError: it is of no family that is known, was not trained as they are (`read_process`),
+            or has parts that cannot be trained with.
     """
     try:
         if Path(name_or_path).is_file():
@@ -64,8 +56,13 @@ def prepare_pipeline(
         UsageError: see `load_pipeline`.
     """
     try:
-        read_process(pipeline.scheduler)
-        _check_parts(pipeline)
+        family, process = find_family(pipeline), read_process(pipeline.scheduler)
+        if type(process).__name__ != family.process:
+            raise UsageError(
+                f"its scheduler, {type(pipeline.scheduler).__name__}, samples from a "
+                f"{type(process).__name__}; {family.title} is trained as a {family.process}"
+            )
+        family.check_parts()
         signs = None if allow_distilled else find_distillation(pipeline, name_or_path)
         if signs is not None:
             raise UsageError(
@@ -83,11 +80,10 @@ def prepare_pipeline(
 
 def _load_folder(name: str, revision: str | None, variant: str | None) -> DiffusionPipeline:
     kind = DiffusionPipeline.load_config(name, revision=revision)["_class_name"]
-    if kind not in PIPELINES:
-        raise ValueError(f"it is a {kind}, none of {', '.join(PIPELINES)}")
-    return PIPELINES[kind].from_pretrained(
-        name, revision=revision, variant=variant, dtype=torch.float32, **_leave_out(kind)
-    )
+    if kind not in FAMILIES:
+        raise ValueError(f"it is a {kind}, none of {', '.join(FAMILIES)}")
+    asked = {"revision": revision, "variant": variant, "dtype": torch.float32}
+    return getattr(diffusers, kind).from_pretrained(name, **asked, **FAMILIES[kind].unused)
 
 
 def _load_file(path: str) -> DiffusionPipeline:
@@ -99,11 +95,8 @@ def _load_file(path: str) -> DiffusionPipeline:
         raise ValueError("it holds no autoencoder: it is no whole checkpoint")
     xl = any(name.startswith("conditioner.") for name in names)
     kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-    return PIPELINES[kind].from_single_file(path, dtype=torch.float32, **_leave_out(kind))
-
-
-def _leave_out(kind: str) -> dict:
-    return {} if kind == "StableDiffusionXLPipeline" else UNUSED
+    unused = FAMILIES[kind].unused
+    return getattr(diffusers, kind).from_single_file(path, dtype=torch.float32, **unused)
 
 
 def _how_to_convert(path: str) -> str:
@@ -127,74 +120,55 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
     return reason
 
 
-def _check_parts(pipeline: DiffusionPipeline) -> None:
-    """Raises: UsageError if the pipeline has parts with which training cannot work."""
-    vae, unet = pipeline.vae, pipeline.unet
-    if not isinstance(vae, AUTOENCODERS):
-        raise UsageError(
-            f"its autoencoder is a {type(vae).__name__}, which gives no distribution of latents; "
-            "put the model's own AutoencoderKL in its place"
-        )
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise UsageError(
-            f"its U-Net reads {unet.config.in_channels} channels, and its autoencoder makes "
-            f"{vae.config.latent_channels}: it was made for another task, such as inpainting"
-        )
-    if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
-        raise UsageError("its U-Net wants class embeddings: it was made for another task")
-
-
 def freeze(part: nn.Module) -> nn.Module:
     """Turn off gradients and dropout; choose the fastest memory layout and matrix products."""
     use_fast_linear(part)
     return part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
-def is_xl(pipeline: DiffusionPipeline) -> bool:
-    return isinstance(pipeline, StableDiffusionXLPipeline)
-
-
-def get_device(pipeline: DiffusionPipeline) -> torch.device:
-    """The device, without the walk through every module that `pipeline.device` takes."""
-    return next(pipeline.unet.parameters()).device
-
-
 def list_parts(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """The U-Net, the text encoder or encoders, and the autoencoder."""
-    encoders = [pipeline.text_encoder] + ([pipeline.text_encoder_2] if is_xl(pipeline) else [])
-    return [pipeline.unet, *encoders, pipeline.vae]
+    """The denoiser, the text encoder or encoders, and the autoencoder."""
+    family = find_family(pipeline)
+    return [family.denoiser, *family.encoders, pipeline.vae]
 
 
 def trains_text(pipeline: DiffusionPipeline) -> bool:
-    """Whether any weight of the text encoder is trained."""
-    return any(parameter.requires_grad for parameter in pipeline.text_encoder.parameters())
+    """Whether any weight of a text encoder is trained."""
+    encoders = find_family(pipeline).encoders
+    return any(p.requires_grad for encoder in encoders for p in encoder.parameters())
 
 
 def collect_trained_modules(pipeline: DiffusionPipeline) -> nn.Module:
     """The parts of a pipeline whose trainable weights the engine must cover, as one module."""
+    family = find_family(pipeline)
     if trains_text(pipeline):
-        return nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
-    return pipeline.unet
+        return nn.ModuleDict({family.part: family.denoiser, "text_encoder": pipeline.text_encoder})
+    return family.denoiser
 
 
 def choose_resolution(pipeline: DiffusionPipeline, resolution: int | None) -> int:
     """`resolution`, or that of the model, in pixels.
 
     Raises:
-        UsageError: the autoencoder, then the U-Net, cannot halve it evenly.
+        UsageError: the autoencoder, then the denoiser, cannot divide it evenly.
     """
-    factor = pipeline.vae_scale_factor
+    factor, family = pipeline.vae_scale_factor, find_family(pipeline)
     if resolution is None:
-        size = pipeline.unet.config.sample_size  # some makers write height and width
+        size = family.denoiser.config.sample_size  # some makers write height and width
         sides = {size} if isinstance(size, int) else set(size or ())
         if len(sides) != 1:
             raise UsageError(f"give --resolution: the model's sample_size is {size}")
         resolution = sides.pop() * factor
     if resolution < 1:
         raise UsageError(f"--resolution {resolution} must be positive")
-    unet_factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if resolution % factor or (resolution // factor) % unet_factor:
+    if resolution // factor > family.largest_side:
         raise UsageError(
-            f"--resolution {resolution} must be a multiple of {factor * unet_factor} for this model"
+            f"--resolution {resolution} is more than this model has positions for: at most "
+            f"{family.largest_side * factor:g}"
+        )
+    if resolution % factor or (resolution // factor) % family.smallest_side:
+        raise UsageError(
+            f"--resolution {resolution} must be a multiple of {factor * family.smallest_side} "
+            "for this model"
         )
     return resolution

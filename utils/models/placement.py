@@ -8,17 +8,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from utils.models.pipelines import get_device, list_parts
+from utils.models.families import find_family
+from utils.models.pipelines import list_parts
 
 
 def halve_frozen(pipeline: DiffusionPipeline, public: Iterable[nn.Parameter]) -> None:
-    """Keep the frozen matrices and convolutions of the U-Net in bf16, half the memory; norms and
+    """Keep the frozen matrices and convolutions of the denoiser in bf16, half the memory; norms and
     biases are small, and stay in fp32, as all of an adapter and all that trains does.
 
     Args:
         public: the weights of the public model.
     """
-    within, public = set(pipeline.unet.parameters()), set(public)
+    within, public = set(find_family(pipeline).denoiser.parameters()), set(public)
     for parameter in within & public:
         if not parameter.requires_grad and parameter.ndim > 1:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -26,19 +27,19 @@ def halve_frozen(pipeline: DiffusionPipeline, public: Iterable[nn.Parameter]) ->
 
 def park(pipeline: DiffusionPipeline, text_too: bool) -> None:
     """Move the autoencoder, and perhaps the text encoders, off a GPU: all is encoded."""
-    unet, *encoders, vae = list_parts(pipeline)
-    if get_device(pipeline).type != "cpu":
+    _, *encoders, vae = list_parts(pipeline)
+    if find_family(pipeline).device.type != "cpu":
         for part in [vae, *(encoders if text_too else [])]:
             part.to("cpu")
 
 
 @contextmanager
 def ready_to_draw(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Within this context every part is on the U-Net's device, and all weights are in fp32, as
+    """Within this context every part is on the denoiser's device, and all weights are in fp32, as
     whoever loads the adapter has them; afterwards, where and as they were."""
-    device, parts = get_device(pipeline), list_parts(pipeline)
+    device, parts = find_family(pipeline).device, list_parts(pipeline)
     parked = [part for part in parts if next(part.parameters()).device != device]
-    halved = [p for p in pipeline.unet.parameters() if p.dtype == torch.bfloat16]
+    halved = [p for p in find_family(pipeline).denoiser.parameters() if p.dtype == torch.bfloat16]
     for part in parked:
         part.to(device)
     for parameter in halved:

@@ -8,10 +8,12 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
 
-from utils.models.pipelines import PIPELINES, UNREADABLE, UNUSED, load_pipeline, prepare_pipeline
+from utils.models.families import FAMILIES
+from utils.models.pipelines import UNREADABLE, load_pipeline, prepare_pipeline
 from utils.models.public_models import build_random_model, build_stable_diffusion
 
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, without its weights
@@ -58,21 +60,20 @@ def build_from_configs(folder: Path) -> DiffusionPipeline:
         ValueError, OSError: it is no Stable Diffusion pipeline, or a file is missing.
     """
     index = DiffusionPipeline.load_config(str(folder))
-    kind = PIPELINES.get(index["_class_name"])
-    if kind is None:
-        raise ValueError(f"it is a {index['_class_name']}, none of {', '.join(PIPELINES)}")
+    whole = index["_class_name"]
+    if whole not in FAMILIES:
+        raise ValueError(f"it is a {whole}, none of {', '.join(FAMILIES)}")
+    unused = FAMILIES[whole].unused
     parts, build = {}, partial(build_random_model, torch.float32)
     for name, entry in index.items():
-        if not isinstance(entry, list) or entry[1] is None or name in UNUSED:
+        if not isinstance(entry, list) or entry[1] is None or name in unused:
             continue
         part = folder / name
-        if name in ("unet", "vae"):
-            model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[name]
-            parts[name] = build(model.from_config, model.load_config(part))
-        elif name.startswith("text_encoder"):
-            model = getattr(transformers, entry[1])
-            parts[name] = build(model, model.config_class.from_pretrained(part))
+        kind = getattr(transformers if entry[0] == "transformers" else diffusers, entry[1])
+        if issubclass(kind, ModelMixin):
+            parts[name] = build(kind.from_config, kind.load_config(part))
+        elif issubclass(kind, PreTrainedModel):
+            parts[name] = build(kind, kind.config_class.from_pretrained(part))
         else:
-            library = transformers if entry[0] == "transformers" else diffusers
-            parts[name] = getattr(library, entry[1]).from_pretrained(part)
-    return kind(**parts, **({} if "tokenizer_2" in parts else UNUSED))
+            parts[name] = kind.from_pretrained(part)
+    return getattr(diffusers, whole)(**parts, **unused)

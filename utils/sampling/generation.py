@@ -27,14 +27,15 @@ from utils.files import (
     write_durably,
 )
 from utils.ledger.statement import write_statement
-from utils.models.adapters import load_adapter
+from utils.models.adapters import PARTS, load_adapter
 from utils.models.drawing import (
     DrawingSettings,
     choose_settings,
     read_base_settings,
     read_settings,
 )
-from utils.models.pipelines import get_device, load_pipeline
+from utils.models.families import find_family
+from utils.models.pipelines import load_pipeline
 from utils.sampling.prompts import choose_template, read_prompts
 from utils.sampling.shards import (
     Piece,
@@ -64,8 +65,8 @@ def generate(
 
     The same image comes out whatever the batch it is in (up to floating-point rounding).
     """
-    size = settings.resolution // pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, size, size)
+    family = find_family(pipeline)
+    shape = family.latent_shape(settings.resolution)
     noise = [
         torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
         for index in indices
@@ -73,7 +74,7 @@ def generate(
     call = settings.describe_call()
     if settings.negative_prompt is not None:
         call["negative_prompt"] = [settings.negative_prompt] * len(prompts)
-    latents = torch.stack(noise).to(get_device(pipeline), pipeline.unet.dtype)
+    latents = family.pack(torch.stack(noise)).to(family.device, family.denoiser.dtype)
     return pipeline(prompts, latents=latents, **call).images
 
 
@@ -81,7 +82,8 @@ def hash_adapter(adapter: Path) -> dict[str, str]:
     """The SHA-256 of each of its weights, and of its statement, by name."""
     if adapter.is_file():
         return {adapter.name: hash_file(adapter)}
-    paths = [*adapter.glob("*.safetensors"), *adapter.glob("unet/*.safetensors")]
+    paths = [*adapter.glob("*.safetensors")]
+    paths += [path for part in PARTS for path in adapter.glob(f"{part}/*.safetensors")]
     paths += [adapter / STATEMENT] if (adapter / STATEMENT).exists() else []
     return {str(path.relative_to(adapter)): hash_file(path) for path in sorted(paths)}
 

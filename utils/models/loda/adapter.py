@@ -1,26 +1,27 @@
-"""LoDA on a pipeline's U-Net: what DP-LoDA trains, and what it publishes."""
+"""LoDA on a pipeline's denoiser: what DP-LoDA trains, and what it publishes."""
 
 import shutil
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from utils.arguments.methods import LoDAArguments
 from utils.errors import UsageError
+from utils.models.families import find_family
 from utils.models.loda import loda
-from utils.models.pipelines import is_xl
 from utils.models.targets import resolve_targets
 
 
-def add_loda(pipeline: StableDiffusionPipeline, args: LoDAArguments) -> None:
+def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
     """Put a trainable LoDA beside the target modules; B starts at zero: nothing changes yet.
 
     Raises:
         UsageError: an unknown target, a rank below 1, or Stable Diffusion XL.
     """
-    if is_xl(pipeline):
-        raise UsageError("DP-LoDA of Stable Diffusion XL is not supported: use train_dp_lora.py")
-    targets = resolve_targets(pipeline.unet, args.target_modules)
+    family = find_family(pipeline)
+    if not family.can_loda:
+        raise UsageError(f"DP-LoDA of {family.title} is not supported: use train_dp_lora.py")
+    targets = resolve_targets(family.denoiser, args.target_modules or family.all_targets)
     try:
         config = loda.LoDAConfig(
             r=args.rank,
@@ -30,11 +31,11 @@ def add_loda(pipeline: StableDiffusionPipeline, args: LoDAArguments) -> None:
         )
     except ValueError as error:
         raise UsageError(f"--rank {args.rank}: {error}") from error
-    pipeline.unet.add_adapter(config)
+    family.denoiser.add_adapter(config)
 
 
-def save_loda(pipeline: StableDiffusionPipeline, output_dir: Path) -> None:
+def save_loda(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """Save the adapter, and the two files that load it elsewhere."""
-    loda.save_loda(pipeline.unet, output_dir)
+    loda.save_loda(find_family(pipeline).denoiser, output_dir)
     for name in ("loda.py", "pipeline.py"):
         shutil.copy(Path(__file__).with_name(name), output_dir / name)

@@ -1,0 +1,245 @@
+"""Every family, against the pipeline that its makers ship: one question a test."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+
+from tests.conftest import train_arguments, train_here
+from tests.families import FAMILIES, SIDE, build_family
+from tests.worlds import build_plan
+from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
+from utils.data.latents import Objective
+from utils.errors import UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.adapters import load_adapter
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
+from utils.models.loda.adapter import add_loda
+from utils.models.lora import add_lora, save_lora
+from utils.models.own_weights import unfreeze
+from utils.models.pipelines import load_pipeline
+from utils.models.processes import read_process
+from utils.models.text import embed_captions
+from utils.privacy.dp_sgd import clip_scales
+from utils.privacy.randomness import SecretRandomness
+
+CAPTIONS = ["the digit 3", "a much longer caption of the digit 7, and more of it"]
+ADAPTERS = {
+    "lora": lambda p: add_lora(p, LoraArguments(rank=2, lora_alpha=5)),
+    "loda": lambda p: add_loda(p, LoDAArguments(rank=2)),
+    "attention": lambda p: unfreeze(p, LdmArguments()),
+    "all": lambda p: unfreeze(p, LdmArguments(trainable="all")),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory):
+    """The folder of a tiny base."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build_family(request.param).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipeline(base):
+    return load_pipeline(str(base))
+
+
+def draw_inputs(family, units: int = 2, draws: int = 1):
+    """Latents, noise and quantiles [units * draws, ...], and text of unequal captions."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (units * draws, *family.latent_shape(SIDE))
+    latents, noise = torch.randn(2, *shape, generator=generator)
+    quantiles = torch.rand(len(latents), generator=generator)
+    captions = [CAPTIONS[i % 2] for i in range(len(latents))]
+    text = embed_captions(family.pipeline, captions, SIDE)
+    return latents, noise, quantiles, {name: values.float() for name, values in text.items()}
+
+
+def test_text_is_what_the_pipeline_makes_of_it(pipeline):
+    family, seen = find_family(pipeline), []
+    text = family.encode_text(CAPTIONS, SIDE)
+    hook = lambda _, args, kwargs: seen.append(kwargs)  # noqa: E731
+    handle = family.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    pipeline(list(CAPTIONS), guidance_scale=1.0, num_inference_steps=1, height=SIDE, width=SIDE)
+    handle.remove()
+    for name, values in text.items():
+        torch.testing.assert_close(values, seen[0][name])
+
+
+def test_a_prediction_is_what_the_pipelines_own_call_makes_of_it(pipeline):
+    """One step of the real pipeline, from its first noise to nothing: what it returns must be what
+    `predict` makes of the same noise at the same time: sign, scale, shift and packing."""
+    family, seen = find_family(pipeline), []
+    noise = torch.randn(2, *family.latent_shape(SIDE), generator=torch.Generator().manual_seed(1))
+    whole = family.denoiser.forward
+
+    def keep(*args, **kwargs):
+        seen.append(kwargs["timestep"])
+        return whole(*args, **kwargs)
+
+    family.denoiser.forward = keep
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    last = pipeline(
+        list(CAPTIONS), latents=family.pack(noise), height=SIDE, width=SIDE, **how
+    ).images
+    del family.denoiser.forward
+    time = seen[0].expand(2)
+    sigma = (time / 1000).view(-1, 1, 1, 1)
+    text = family.encode_text(CAPTIONS, SIDE)
+    with torch.no_grad():
+        predicted = family.predict(family.denoiser, noise, time, text)
+    torch.testing.assert_close(last, family.pack(noise - sigma * predicted), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_are_undone_by_the_pipeline(pipeline):
+    """What decodes is what was encoded: the mean, the scale and their order."""
+    family = find_family(pipeline)
+    images = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    latents = family.encode_images(images)
+    assert latents.shape[1:] == family.latent_shape(SIDE)
+    vae, seen = pipeline.vae, []
+    whole = vae.decode
+    vae.decode = lambda z, *args, **kwargs: seen.append(z) or whole(z, *args, **kwargs)
+
+    def keep_latents(pipe, step, time, values):
+        return values | {"latents": family.pack(latents)}
+
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": SIDE, "width": SIDE}
+    pipeline(list(CAPTIONS), callback_on_step_end=keep_latents, **how)
+    torch.testing.assert_close(seen[0], vae.encode(images).latent_dist.mode(), rtol=1e-4, atol=1e-5)
+
+
+SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_loss_is_that_of_the_example_on_the_same_draws(pipeline, scheme):
+    """Its arithmetic (without the preconditioning that it may add), on its scheduler."""
+    family = find_family(pipeline)
+    latents, noise, quantiles, text = draw_inputs(family)
+    process = read_process(pipeline.scheduler, weighting=scheme)
+    ours = denoising_loss(family.predictor, process, latents, text, noise, quantiles)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    indices = 999 - (quantiles * 1000).long()
+    sigmas = scheduler.sigmas[indices].view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    predicted = family.predict(family.denoiser, noisy, scheduler.timesteps[indices], text)
+    weighting = compute_loss_weighting_for_sd3(scheme, sigmas)
+    theirs = (weighting * (predicted - (noise - latents)) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (1.0, 0.5)])
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
+def test_noise_levels_are_distributed_as_the_examples_are(scheme, mean, std):
+    """Ten cells; both empirical, so each within 6.5 standard deviations of a difference."""
+    torch.manual_seed(0)
+    scale, count = 1.29, 200_000
+    theirs = compute_density_for_timestep_sampling(scheme, count, mean, std, scale)
+    objective = Objective(1, "uniform" if scheme == "none" else scheme, mean, std, scale)
+    ours = 1 - objective.quantiles(count, SecretRandomness()).flatten().float()
+    cells = [(t * 10).long().clamp(0, 9).bincount(minlength=10).double() for t in (ours, theirs)]
+    assert ((cells[0] - cells[1]).abs() < 6.5 * (2 * cells[1]).sqrt() + 6.5).all()
+
+
+def compare_with_autograd(family, engine, draws: int, tolerance: float) -> None:
+    latents, noise, quantiles, text = draw_inputs(family, 2, draws)
+    process = read_process(family.pipeline.scheduler)
+
+    def losses(part: slice) -> torch.Tensor:
+        words = {name: values[part] for name, values in text.items()}
+        inputs = (latents[part], words, noise[part], quantiles[part])
+        return denoising_loss(family.predictor, process, *inputs)
+
+    with engine.recording(2) as record:
+        losses(slice(None)).view(2, draws).mean(1).sum().backward()
+    alone = []
+    for unit in range(2):
+        rows = [losses(slice(r, r + 1)) for r in range(unit * draws, (unit + 1) * draws)]
+        gradients = torch.autograd.grad(torch.cat(rows).mean(), engine.parameters)
+        alone.append(torch.cat([g.flatten() for g in gradients]))
+    found, alone = record.rows(), torch.stack(alone)
+    assert (found - alone).norm() <= tolerance * alone.norm()
+    norms = record.squared_norms().sum(1).sqrt()
+    assert (norms >= alone.double().norm(dim=1) * (1 - tolerance)).all()
+    plan = build_plan(num_units=2, clipping="automatic")
+    scales = clip_scales(record.squared_norms(), plan)
+    contributed = (record.squared_norms() * scales.square()).sum(1).sqrt()
+    assert (contributed <= plan.max_grad_norm * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_per_unit_gradients_are_those_of_batch_size_one(pipeline, method, draws, checkpointing):
+    family = find_family(pipeline)
+    torch.manual_seed(0)
+    ADAPTERS[method](pipeline)
+    for parameter in family.denoiser.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    if checkpointing:
+        family.denoiser.enable_gradient_checkpointing()
+        family.denoiser.train()
+    compare_with_autograd(family, PerUnitGradients(family.denoiser, draws), draws, 1e-4)
+
+
+def test_an_adapter_reloads_in_plain_diffusers_and_draws_the_same(base, tmp_path):
+    ours, plain = load_pipeline(str(base)), DiffusionPipeline.from_pretrained(base)
+    ADAPTERS["lora"](ours)
+    for name, parameter in find_family(ours).denoiser.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(ours, tmp_path)
+    fused = load_pipeline(str(base))
+    load_adapter(fused, tmp_path)
+    noise = torch.randn(1, *find_family(ours).latent_shape(SIDE))
+    how = {"num_inference_steps": 2, "output_type": "np", "height": SIDE, "width": SIDE}
+
+    def draw(pipeline):
+        latents = find_family(ours).pack(noise.clone())
+        return torch.from_numpy(pipeline(CAPTIONS[:1], latents=latents, **how).images)
+
+    before = draw(plain)
+    plain.load_lora_weights(tmp_path)
+    assert not torch.allclose(before, draw(plain), atol=1e-2)
+    torch.testing.assert_close(draw(ours), draw(plain), rtol=0, atol=1e-4)
+    torch.testing.assert_close(draw(ours), draw(fused), rtol=0, atol=1e-4)
+
+
+def test_it_trains_and_publishes(base, image_folder, tmp_path):
+    arguments = train_arguments(base, image_folder, tmp_path / "run", "--num_inference_steps", 2)
+    assert "saved the weights" in train_here(arguments)
+    assert (tmp_path / "run" / "samples" / "grid.png").exists()
+
+
+def test_what_is_for_other_models_is_said(base, image_folder, tmp_path):
+    for option, value in (("--snr_gamma", 5), ("--timestep_sampling", "uniform")):
+        arguments = train_arguments(base, image_folder, tmp_path / "run", option, value)
+        assert f"error: {option} is for DDPM models" in train_here(arguments)
+
+
+def test_a_side_without_positions_is_refused(base, image_folder, tmp_path):
+    family = find_family(load_pipeline(str(base)))
+    if math.isinf(family.largest_side):
+        pytest.skip("it has positions for any")
+    side = int(family.largest_side * 4)
+    arguments = train_arguments(base, image_folder, tmp_path / "run", "--resolution", side)
+    assert "more than this model has positions for" in train_here(arguments)
+
+
+def test_a_scheduler_of_another_process_is_refused(base, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    from diffusers import DDIMScheduler
+
+    pipeline.scheduler = DDIMScheduler()
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="samples from a Ddpm; .* is trained as a Flow"):
+        load_pipeline(str(tmp_path))

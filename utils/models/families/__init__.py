@@ -1,0 +1,15 @@
+"""One object a family of models: `Family` is what all others know of them."""
+
+from diffusers import DiffusionPipeline
+
+from utils.models.families.family import Family
+from utils.models.families.sd3 import StableDiffusion3
+from utils.models.families.stable_diffusion import StableDiffusion, StableDiffusionXL
+
+KNOWN = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+FAMILIES = {name: family for family in KNOWN for name in family.pipelines}
+
+
+def find_family(pipeline: DiffusionPipeline) -> Family:
+    """The pipeline, as one of its family."""
+    return FAMILIES[type(pipeline).__name__](pipeline)

@@ -1,0 +1,168 @@
+"""What differs between models: the questions that the rest of the house asks of a pipeline."""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+
+from utils.errors import UsageError
+
+
+class Family(ABC):
+    """A pipeline, seen as one of its family.
+
+    Attributes:
+        title: what people call it. pipelines: the names of diffusers' classes. part: of the denoiser, and of its folder.
+        encoder_parts, tokenizer_parts: of the text encoders, in one order.
+        unused: parts that training and drawing do without, with what stands for them.
+        autoencoders: those whose latents can be trained on.
+        text_dtype: that conditioning is kept in; masks are numbers there, too.
+        process: the name of how its models were trained to see noise (`processes`).
+        weighting_scheme: that the diffusers example for it trains with, if it is a flow.
+        can_train_text: may a LoRA train on its text encoder? can_loda: may a LoDA on its denoiser?
+        default_targets, all_targets: layers that an adapter goes beside, by suffix of their name.
+    """
+
+    title: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    part: ClassVar[str] = "transformer"
+    encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizer_parts: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    unused: ClassVar[dict] = {}
+    autoencoders: ClassVar[tuple[type, ...]] = (AutoencoderKL,)
+    text_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    process: ClassVar[str] = "Flow"
+    weighting_scheme: ClassVar[str] = "none"
+    can_train_text: ClassVar[bool] = False
+    can_loda: ClassVar[bool] = True
+    default_targets: ClassVar[list[str]]
+    all_targets: ClassVar[list[str]]
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        self.pipeline = pipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipeline, self.part)
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders; some pipelines can do without one."""
+        parts = [getattr(self.pipeline, name) for name in self.encoder_parts]
+        return [part for part in parts if part is not None]
+
+    @property
+    def tokenizers(self) -> list:
+        parts = [getattr(self.pipeline, name) for name in self.tokenizer_parts]
+        return [part for part in parts if part is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Without the walk through every module that `pipeline.device` takes."""
+        return next(self.denoiser.parameters()).device
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Of one image of `resolution` pixels a side: channels, height, width."""
+        side = resolution // self.pipeline.vae_scale_factor
+        return (self.pipeline.vae.config.latent_channels, side, side)
+
+    @property
+    @abstractmethod
+    def smallest_side(self) -> int:
+        """Of a latent that the denoiser takes; every side is a multiple of it."""
+
+    @property
+    def largest_side(self) -> float:
+        """Of a latent that the denoiser takes."""
+        return math.inf
+
+    def check_parts(self) -> None:
+        """Raises: UsageError if the pipeline has parts with which training cannot work."""
+        vae = self.pipeline.vae
+        if not isinstance(vae, self.autoencoders):
+            raise UsageError(
+                f"its autoencoder is a {type(vae).__name__}, which gives no distribution of "
+                f"latents; put the model's own {self.autoencoders[0].__name__} in its place"
+            )
+
+    @abstractmethod
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [n, 3, h, w] in [-1, 1] -> latents as the denoiser wants them: [n, c, r, r]."""
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [n, c, r, r] as the pipeline takes its first noise."""
+        return latents
+
+    @abstractmethod
+    def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
+        """The conditioning by captions, by name, as `predict` takes it: each [n, ...]. Its shape
+        does not depend on the captions."""
+
+    @abstractmethod
+    def summarise(self, caption: str) -> torch.Tensor:
+        """One vector that says what a caption is about: [1, W]."""
+
+    @staticmethod
+    @abstractmethod
+    def predict(
+        denoiser: nn.Module,
+        noisy: torch.Tensor,
+        time: torch.Tensor,
+        text: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """What the process trains the denoiser to predict, like `noisy` [n, c, r, r].
+
+        Args:
+            time: [n], as `Corrupted.time`. text: what `encode_text` returns.
+        """
+
+    @property
+    def predictor(self) -> Callable[..., torch.Tensor]:
+        """`predict` of this pipeline's denoiser."""
+        return partial(self.predict, self.denoiser)
+
+    def count_cut(self, captions: list[str]) -> int:
+        """How many captions have more tokens than the (first) text encoder reads."""
+        tokenizer = self.tokenizers[0]
+        # Not verbose: a warning would give the lengths of private captions away.
+        tokens = tokenizer(captions, verbose=False).input_ids
+        return sum(len(ids) > self.longest_caption for ids in tokens)
+
+    @property
+    def longest_caption(self) -> int:
+        """In tokens of the first tokenizer."""
+        return self.tokenizers[0].model_max_length
+
+    def read_default(self, name: str) -> object:
+        """What the pipeline's own call does where an argument of it is not given."""
+        return inspect.signature(type(self.pipeline).__call__).parameters[name].default
+
+    @property
+    def scheduler(self) -> dict[str, object]:
+        """How images are drawn, as in sampling.json: the pipeline's own scheduler."""
+        return {"_class_name": type(self.pipeline.scheduler).__name__}
+
+    @property
+    def num_inference_steps(self) -> int:
+        """To draw an image with that scheduler."""
+        return self.read_default("num_inference_steps")
+
+    @staticmethod
+    @abstractmethod
+    def is_attention(name: str) -> bool:
+        """Is this layer, or weight, of the denoiser part of an attention block?"""
+
+    def list_blocks(self) -> list[str]:
+        """The parts of the denoiser that --trainable_blocks may name."""
+        names = (name for name, _ in self.denoiser.named_modules())
+        return [n for n in names if n == "mid_block" or (n.count(".") == 1 and "blocks." in n)]
+
+    def find_distillation(self) -> str | None:
+        """What of the denoiser's configuration says that it was distilled, or None."""
+        return None
