@@ -62,7 +62,7 @@ def speed(args) -> dict[str, float]:
         halved = Generation(load_pipeline(str(base)).to(torch.bfloat16), PROMPTS, drawing)
         for pipeline in (plain, ours.pipeline, halved.pipeline):
             drawing.use_scheduler(pipeline)
-        settings = drawing.describe_call()
+        settings = drawing.describe_call("StableDiffusionPipeline")
         count, out = args.images, Path(folder) / "images"
         out.mkdir()
         entries = [PROMPTS[i % 10] for i in range(count)]

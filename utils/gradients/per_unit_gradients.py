@@ -104,11 +104,12 @@ def _find_leaves(model: nn.Module) -> list[nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, MIXES_ROWS):
             raise UsageError(f"{name} is a BatchNorm: it mixes the images of a batch")
-        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        own = module.named_parameters(recurse=False)
+        trained = {part: parameter for part, parameter in own if parameter.requires_grad}
         if trained:
-            check_leaf(name, module)
+            check_leaf(name or next(iter(trained)), module)
             leaves.append(module)
-        for parameter in trained:
+        for parameter in trained.values():
             if owner.setdefault(parameter, name) != name:
                 raise UsageError(f"{name} shares a trainable parameter with {owner[parameter]}")
     return leaves

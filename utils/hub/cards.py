@@ -128,13 +128,15 @@ def _write_code(facts: Facts, base: str) -> str:
     scheduler = dict(drawing.scheduler)
     kind = scheduler.pop("_class_name")
     changes = "".join(f"    {name}={value!r},\n" for name, value in scheduler.items())
-    call = "".join(f"    {name}={value!r},\n" for name, value in drawing.describe_call().items())
+    call = "".join(
+        f"    {name}={value!r},\n" for name, value in drawing.describe_call(facts.pipeline).items()
+    )
     code = f"""{usage}
 pipeline.scheduler = {kind}.from_config(
     pipeline.scheduler.config,
 {changes})
 image = pipeline(
-    {facts.prompts[0]!r},
+    prompt={facts.prompts[0]!r},
 {call}    generator=torch.Generator().manual_seed(0),
 ).images[0]"""
     names = sorted({name for name in re.findall(r"[A-Z]\w+", code) if hasattr(diffusers, name)})

@@ -18,7 +18,7 @@ from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError, on_main_process
 from utils.fetching import fetch_file
 from utils.files import SAMPLING_SETTINGS, read_text, write_durably
-from utils.models.families import find_family
+from utils.models.families import FAMILIES, find_family
 from utils.models.pipelines import choose_resolution
 from utils.models.processes import FLOW_SAMPLERS, SAMPLERS, read_process
 
@@ -58,14 +58,15 @@ class DrawingSettings:
                 f"{drawn_as}: remove 'scheduler' there"
             )
 
-    def describe_call(self) -> dict[str, object]:
-        """Arguments of the pipeline, beside the prompt."""
+    def describe_call(self, pipeline: str) -> dict[str, object]:
+        """Arguments of a pipeline of this class, beside the prompt."""
         negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
         return negative | {
             "height": self.resolution,
             "width": self.resolution,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            **FAMILIES[pipeline].call,
         }
 
 

@@ -152,13 +152,10 @@ def choose_resolution(pipeline: DiffusionPipeline, resolution: int | None) -> in
     Raises:
         UsageError: the autoencoder, then the denoiser, cannot divide it evenly.
     """
-    factor, family = pipeline.vae_scale_factor, find_family(pipeline)
+    family = find_family(pipeline)
+    factor = family.pixels_per_side
     if resolution is None:
-        size = family.denoiser.config.sample_size  # some makers write height and width
-        sides = {size} if isinstance(size, int) else set(size or ())
-        if len(sides) != 1:
-            raise UsageError(f"give --resolution: the model's sample_size is {size}")
-        resolution = sides.pop() * factor
+        resolution = family.native_resolution
     if resolution < 1:
         raise UsageError(f"--resolution {resolution} must be positive")
     if resolution // factor > family.largest_side:

@@ -71,11 +71,11 @@ def generate(
         torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
         for index in indices
     ]
-    call = settings.describe_call()
+    call = settings.describe_call(type(pipeline).__name__)
     if settings.negative_prompt is not None:
         call["negative_prompt"] = [settings.negative_prompt] * len(prompts)
     latents = family.pack(torch.stack(noise)).to(family.device, family.denoiser.dtype)
-    return pipeline(prompts, latents=latents, **call).images
+    return pipeline(prompt=list(prompts), latents=latents, **call).images
 
 
 def hash_adapter(adapter: Path) -> dict[str, str]:

@@ -18,12 +18,14 @@ class Family(ABC):
     """A pipeline, seen as one of its family.
 
     Attributes:
-        title: what people call it. pipelines: the names of diffusers' classes. part: of the denoiser, and of its folder.
+        title: what people call it. pipelines: the names of diffusers' classes.
+        part: of the denoiser, and of its folder.
         encoder_parts, tokenizer_parts: of the text encoders, in one order.
         unused: parts that training and drawing do without, with what stands for them.
         autoencoders: those whose latents can be trained on.
         text_dtype: that conditioning is kept in; masks are numbers there, too.
         process: the name of how its models were trained to see noise (`processes`).
+        call: what the pipeline's call needs beside the prompt, to draw as it was trained.
         weighting_scheme: that the diffusers example for it trains with, if it is a flow.
         can_train_text: may a LoRA train on its text encoder? can_loda: may a LoDA on its denoiser?
         default_targets, all_targets: layers that an adapter goes beside, by suffix of their name.
@@ -38,6 +40,7 @@ class Family(ABC):
     autoencoders: ClassVar[tuple[type, ...]] = (AutoencoderKL,)
     text_dtype: ClassVar[torch.dtype] = torch.bfloat16
     process: ClassVar[str] = "Flow"
+    call: ClassVar[dict] = {}
     weighting_scheme: ClassVar[str] = "none"
     can_train_text: ClassVar[bool] = False
     can_loda: ClassVar[bool] = True
@@ -71,6 +74,26 @@ class Family(ABC):
         """Of one image of `resolution` pixels a side: channels, height, width."""
         side = resolution // self.pipeline.vae_scale_factor
         return (self.pipeline.vae.config.latent_channels, side, side)
+
+    @property
+    def native_resolution(self) -> int:
+        """In pixels.
+
+        Raises:
+            UsageError: the model does not say.
+        """
+        size = self.denoiser.config.get("sample_size")  # some makers write height and width
+        if size is None and self.part != "unet":
+            size = getattr(self.pipeline, "default_sample_size", 1024 // self.pixels_per_side)
+        sides = {size} if isinstance(size, int) else set(size or ())
+        if len(sides) != 1:
+            raise UsageError(f"give --resolution: the model's sample_size is {size}")
+        return sides.pop() * self.pixels_per_side
+
+    @property
+    def pixels_per_side(self) -> int:
+        """Of an image, for one of its latents."""
+        return self.pipeline.vae_scale_factor
 
     @property
     @abstractmethod
@@ -128,15 +151,18 @@ class Family(ABC):
         return partial(self.predict, self.denoiser)
 
     def count_cut(self, captions: list[str]) -> int:
-        """How many captions have more tokens than the (first) text encoder reads."""
-        tokenizer = self.tokenizers[0]
+        """How many captions have more tokens than the text encoder reads."""
+        return self.count_longer(self.tokenizers[0], captions)
+
+    def count_longer(self, tokenizer, captions: list[str]) -> int:
+        """How many captions have more than `longest_caption` tokens."""
         # Not verbose: a warning would give the lengths of private captions away.
         tokens = tokenizer(captions, verbose=False).input_ids
         return sum(len(ids) > self.longest_caption for ids in tokens)
 
     @property
     def longest_caption(self) -> int:
-        """In tokens of the first tokenizer."""
+        """In tokens."""
         return self.tokenizers[0].model_max_length
 
     def read_default(self, name: str) -> object:

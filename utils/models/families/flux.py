@@ -1,0 +1,133 @@
+"""FLUX.1 and FLUX.2 [klein]: transformers over packed tokens of text and image; flows."""
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, FluxPipeline
+
+from utils.models.families.family import Family
+
+ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+OF_TEXT = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+
+
+class Flux(Family):
+    """FLUX.1: T5 and a pooled CLIP vector; 2 x 2 latents make a token. The scale of guidance is an
+    input of some of its models: it is the pipeline's default in training, too."""
+
+    title = "FLUX.1"
+    pipelines = ("FluxPipeline",)
+    encoder_parts = ("text_encoder", "text_encoder_2")
+    tokenizer_parts = ("tokenizer", "tokenizer_2")
+    unused = {"image_encoder": None, "feature_extractor": None}
+    default_targets = ATTENTION + OF_TEXT
+    all_targets = [
+        *default_targets,
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        *("proj_mlp", "proj_out"),
+    ]
+
+    @property
+    def smallest_side(self) -> int:
+        return 2
+
+    @property
+    def longest_caption(self) -> int:
+        return self.read_default("max_sequence_length")
+
+    def count_cut(self, captions: list[str]) -> int:
+        return self.count_longer(self.tokenizers[-1], captions)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode(images).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
+        """`encoder_hidden_states` [n, T, W], `pooled_projections` [n, P]; `guidance` [n] if any."""
+        hidden, pooled, _ = self.pipeline.encode_prompt(list(captions), None, device=self.device)
+        text = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+        if self.denoiser.config.guidance_embeds:
+            text["guidance"] = torch.full([len(captions)], self.read_default("guidance_scale"))
+        return text
+
+    def summarise(self, caption: str) -> torch.Tensor:
+        return self.encode_text([caption], 0)["pooled_projections"]
+
+    @staticmethod
+    def predict(denoiser, noisy, time, text) -> torch.Tensor:
+        side, hidden = noisy.shape[-1], text["encoder_hidden_states"]
+        ids = FluxPipeline._prepare_latent_image_ids(
+            len(noisy), side // 2, side // 2, noisy.device, noisy.dtype
+        )
+        tokens = denoiser(
+            FluxPipeline._pack_latents(noisy, *noisy.shape),
+            timestep=time / 1000,
+            txt_ids=torch.zeros(hidden.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            img_ids=ids,
+            **text,
+        ).sample
+        return FluxPipeline._unpack_latents(tokens, side, side, 1)
+
+    @staticmethod
+    def is_attention(name: str) -> bool:
+        return ".attn." in name
+
+
+class Flux2Klein(Family):
+    """FLUX.2 [klein]: Qwen3 reads the text; latents of 2 x 2 pixels are channels, normalised by the
+    running moments of the autoencoder."""
+
+    title = "FLUX.2 [klein]"
+    pipelines = ("Flux2KleinPipeline",)
+    autoencoders = (AutoencoderKLFlux2,)
+    default_targets = [*ATTENTION, *OF_TEXT, "attn.to_qkv_mlp_proj"]
+    all_targets = [
+        *default_targets,
+        *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+        "attn.to_out",
+    ]
+
+    @property
+    def smallest_side(self) -> int:
+        return 2
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        channels, side, _ = super().latent_shape(resolution)
+        return (4 * channels, side // 2, side // 2)
+
+    @property
+    def longest_caption(self) -> int:
+        return self.read_default("max_sequence_length")
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        latents = Flux2KleinPipeline._patchify_latents(vae.encode(images).latent_dist.mode())
+        mean, variance = (v.view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+
+    def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
+        """`encoder_hidden_states` [n, T, W]."""
+        return {
+            "encoder_hidden_states": self.pipeline.encode_prompt(list(captions), self.device)[0]
+        }
+
+    def summarise(self, caption: str) -> torch.Tensor:
+        return self.encode_text([caption], 0)["encoder_hidden_states"].mean(1)
+
+    @staticmethod
+    def predict(denoiser, noisy, time, text) -> torch.Tensor:
+        hidden, text_ids = text["encoder_hidden_states"], Flux2KleinPipeline._prepare_text_ids
+        tokens = denoiser(
+            Flux2KleinPipeline._pack_latents(noisy),
+            timestep=time / 1000,
+            encoder_hidden_states=hidden,
+            txt_ids=text_ids(hidden).to(noisy.device),
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(noisy).to(noisy.device),
+        ).sample
+        return tokens.transpose(1, 2).reshape(noisy.shape)
+
+    @staticmethod
+    def is_attention(name: str) -> bool:
+        return ".attn." in name
