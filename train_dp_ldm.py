@@ -10,8 +10,8 @@
     accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml --trainable all
 
 Attention modules only (Liu et al. 2023, "Differentially private latent diffusion models"), or all
-(Ghalebikesabi et al. 2023). Writes the whole U-Net to unet/, which
-`UNet2DConditionModel.from_pretrained` loads, the privacy statement, a model card and samples.
+(Ghalebikesabi et al. 2023). Writes the whole denoiser to unet/ (or transformer/), which the
+`from_pretrained` of its class loads, the privacy statement, a model card and samples.
 """
 
 from utils.arguments.methods import SHARED, LdmArguments, StageArguments
@@ -19,10 +19,6 @@ from utils.arguments.parsing import parse
 from utils.errors import run_script
 
 NAMES = {"attention": "dp-ldm", "all": "dp-diffusion"}
-USAGE = """unet = UNet2DConditionModel.from_pretrained("{adapter}", subfolder="unet")
-pipeline = {load}({base}, unet=unet)"""
-LORA_USAGE = """
-pipeline.load_lora_weights("{adapter}")  # of the text encoder"""
 
 
 def main():
@@ -32,7 +28,7 @@ def main():
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.fine_tuning import Method, run_method
     from utils.methods.saliency_file import read_saliency
-    from utils.models.own_weights import save_denoiser, unfreeze
+    from utils.models.own_weights import describe_denoiser, save_denoiser, unfreeze
     from utils.privacy.defaults import WEIGHTS_RATE
 
     selected = None
@@ -42,7 +38,7 @@ def main():
         NAMES[args.trainable],
         lambda pipeline: unfreeze(pipeline, args, selected),
         save_denoiser,
-        USAGE + (LORA_USAGE if args.train_text_encoder else ""),
+        describe_denoiser,
         args,
         stages,
         WEIGHTS_RATE,

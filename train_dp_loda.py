@@ -17,11 +17,6 @@ from utils.arguments.methods import SHARED, LoDAArguments, StageArguments
 from utils.arguments.parsing import parse
 from utils.errors import run_script
 
-USAGE = """pipeline = DiffusionPipeline.from_pretrained(
-    {base}, custom_pipeline="{adapter}", trust_remote_code=True
-)
-pipeline.load_loda("{adapter}")"""
-
 
 def main():
     model, data, privacy, training, hub, stages, args = parse(
@@ -30,7 +25,7 @@ def main():
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.fine_tuning import Method, run_method
     from utils.methods.saliency_file import read_saliency
-    from utils.models.loda.adapter import add_loda, save_loda
+    from utils.models.loda.adapter import add_loda, describe_loda, save_loda
 
     if stages.saliency_file is not None:
         args = replace(args, target_modules=read_saliency(stages.saliency_file).selected)
@@ -38,7 +33,7 @@ def main():
         "dp-loda",
         lambda pipeline: add_loda(pipeline, args),
         save_loda,
-        USAGE,
+        describe_loda,
         args,
         stages,
     )

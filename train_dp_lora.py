@@ -17,9 +17,9 @@
     # a warm start: spend a share of it on noisy means, and start from images that match them
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --release_means
 
-LoRA on the attention and projection layers of the U-Net, trained by DP-SGD (Tsai et al. 2025); with
---saliency_file or --select_saliency, on the matrices that a private ranking selects (Gong et al.
-2026).
+LoRA on the attention and projection layers of the denoiser, trained by DP-SGD (Tsai et al. 2025);
+with --saliency_file or --select_saliency, on the matrices that a private ranking selects (Gong et
+al. 2026).
 Writes pytorch_lora_weights.safetensors, which plain diffusers loads, the privacy statement
 privacy.json, a model card and samples. No loss is shown: it is not private.
 """
@@ -36,9 +36,6 @@ from utils.arguments.methods import (
 from utils.arguments.parsing import parse
 from utils.errors import run_script
 
-USAGE = """pipeline = {load}({base})
-pipeline.load_lora_weights("{adapter}")"""
-
 
 def main():
     model, data, privacy, training, hub, stages, lora, saliency, means = parse(
@@ -48,7 +45,7 @@ def main():
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.fine_tuning import Method, run_method
     from utils.methods.saliency_file import read_saliency
-    from utils.models.lora import add_lora, save_lora
+    from utils.models.lora import add_lora, describe_lora, save_lora
 
     if stages.release_means or stages.select_saliency:
         from utils.methods.first_stages import do_first_stages
@@ -61,7 +58,12 @@ def main():
     if stages.saliency_file is not None:
         lora = replace(lora, target_modules=read_saliency(stages.saliency_file).selected)
     method = Method(
-        "dp-lora", lambda pipeline: add_lora(pipeline, lora), save_lora, USAGE, lora, stages
+        "dp-lora",
+        lambda pipeline: add_lora(pipeline, lora),
+        save_lora,
+        describe_lora,
+        lora,
+        stages,
     )
     run_method(method, model, data, privacy, training, hub)
 

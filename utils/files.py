@@ -31,7 +31,7 @@ DATA_SHEET, DATA_REPORT = "images.png", "data.json"  # in PRIVATE: what a privat
 SAMPLE_DIGESTS = "samples.json"  # in PRIVATE: the SHA-256 of each sample, as it was generated
 CHECKPOINTS, CACHE, LATENTS, LOGS = "checkpoints", "cache", "latents", "logs"  # in PRIVATE
 # What is downloaded of a published adapter.
-PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", CARD]
+PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", "transformer/*", CARD]
 
 
 def private_folder(output_dir: str | Path) -> Path:

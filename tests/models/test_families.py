@@ -250,14 +250,6 @@ def test_an_adapter_reloads_in_plain_diffusers_and_draws_the_same(base, tmp_path
     torch.testing.assert_close(draw(ours), draw(fused), rtol=0, atol=1e-4)
 
 
-def test_it_trains_and_publishes(base, image_folder, tmp_path):
-    arguments = train_arguments(
-        base, image_folder, tmp_path / "run", "--num_inference_steps", 2, *SMALL
-    )
-    assert "saved the weights" in train_here(arguments)
-    assert (tmp_path / "run" / "samples" / "grid.png").exists()
-
-
 def test_what_is_for_other_models_is_said(base, image_folder, tmp_path):
     for option, value in (("--snr_gamma", 5), ("--timestep_sampling", "uniform")):
         arguments = train_arguments(base, image_folder, tmp_path / "run", option, value, *SMALL)

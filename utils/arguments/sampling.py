@@ -20,10 +20,17 @@ class DrawingArguments:
         "classifier-free guidance, 1 is none; default: the model's, or else the pipeline's", None
     )
     negative_prompt: str | None = option("what the images should not show", None)
+    max_sequence_length: int | None = option(
+        "tokens of a prompt, or a caption, that are read, where a model leaves the choice; "
+        "default: the model's, or else the pipeline's",
+        None,
+    )
 
     def __post_init__(self):
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise UsageError(f"--num_inference_steps {self.num_inference_steps} must be at least 1")
+        if self.max_sequence_length is not None and self.max_sequence_length < 1:
+            raise UsageError(f"--max_sequence_length {self.max_sequence_length} must be at least 1")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < 1000:
             raise UsageError(f"--guidance_scale {self.guidance_scale} must be at least 0")
 

@@ -32,7 +32,8 @@ HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeErro
 SAMPLE = re.compile(r"(\d{4}|grid|film)\.png")
 # What an earlier upload may have left, of a model or a synthetic set.
 OURS = re.compile(
-    r"data/train-.*\.parquet|samples/(\d{4}|grid|film)\.png|(privacy|sampling)\.json|grid\.png|unet/.*|"
+    r"data/train-.*\.parquet|samples/(\d{4}|grid|film)\.png|(privacy|sampling)\.json|grid\.png|"
+    r"(unet|transformer)/.*|"
     r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
     r"pytorch_lora_weights\.safetensors"
 )

@@ -61,7 +61,7 @@ class Method:
         name: its tag on the model card.
         adapt: makes some weights of a frozen pipeline trainable.
         export: saves those weights to a folder.
-        usage: Python for the card that makes `pipeline` from them; `{base}` is the base model.
+        describe_usage: Python for the card that makes `pipeline` from them (`Facts.usage`).
         settings: the method's arguments; a run that is resumed must have the same.
         stages: what it builds on: a selection, a warm start.
         rate: see `PublicFacts`.
@@ -70,7 +70,7 @@ class Method:
     name: str
     adapt: Callable[[DiffusionPipeline], None]
     export: Callable[[DiffusionPipeline, Path], None]
-    usage: str
+    describe_usage: Callable[[DiffusionPipeline], str]
     settings: object
     stages: StageArguments
     rate: float = ADAPTER_RATE
@@ -190,7 +190,7 @@ def publish(
     drawing = replace(drawing, caption_template=template)
     facts = Facts(
         method=method.name,
-        usage=method.usage,
+        usage=method.describe_usage(stage.pipeline),
         base=stage.model,
         pipeline=type(stage.pipeline).__name__,
         drawing=drawing,

@@ -30,7 +30,7 @@ from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
 from utils.models.denoising import denoising_loss
-from utils.models.drawing import read_base_settings
+from utils.models.drawing import adopt_text_length, read_base_settings
 from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution, list_parts, load_pipeline, trains_text
 from utils.models.processes import read_process
@@ -162,6 +162,7 @@ def load_stage(
     pipeline = load(*model.source)
     resolution = choose_resolution(pipeline, data.resolution)
     choose_objective(pipeline, training, num_draws=1)  # refuses options that do not fit the model
+    adopt_text_length(pipeline, training, base_settings)
     pipeline.to(accelerator.device)
     if training.gradient_checkpointing:
         find_family(pipeline).denoiser.enable_gradient_checkpointing()

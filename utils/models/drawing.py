@@ -33,6 +33,7 @@ class DrawingSettings:
         num_inference_steps: of the scheduler. guidance_scale: classifier-free; 1 is none.
         negative_prompt: None is the pipeline's own way of having none.
         caption_template: what makes a prompt of a class name; None if there are no classes.
+        max_sequence_length: tokens that are read; None where the model leaves no choice.
     """
 
     resolution: int
@@ -41,6 +42,7 @@ class DrawingSettings:
     guidance_scale: float
     negative_prompt: str | None
     caption_template: str | None = None
+    max_sequence_length: int | None = None
 
     def use_scheduler(self, pipeline: DiffusionPipeline) -> None:
         """Give `pipeline` the scheduler, on the noise schedule that it has.
@@ -61,11 +63,14 @@ class DrawingSettings:
     def describe_call(self, pipeline: str) -> dict[str, object]:
         """Arguments of a pipeline of this class, beside the prompt."""
         negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        length = self.max_sequence_length
+        tokens = {} if length is None else {"max_sequence_length": length}
         return negative | {
             "height": self.resolution,
             "width": self.resolution,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            **tokens,
             **FAMILIES[pipeline].call,
         }
 
@@ -82,7 +87,7 @@ def choose_settings(
         recorded: what `read_settings` found, the adapter's first.
 
     Raises:
-        UsageError: the model cannot draw at that resolution.
+        UsageError: the model cannot draw at that resolution, or has no use for what was asked.
     """
     family = find_family(pipeline)
     choices = [
@@ -99,6 +104,9 @@ def choose_settings(
     def find(name: str):
         return next((choice[name] for choice in choices if choice.get(name) is not None), None)
 
+    for name in ("negative_prompt", "max_sequence_length"):
+        if find(name) is not None and not family.takes(name):
+            raise UsageError(f"--{name} is nothing that {family.title} takes")
     return DrawingSettings(
         resolution=choose_resolution(pipeline, find("resolution")),
         scheduler=find("scheduler"),
@@ -106,7 +114,18 @@ def choose_settings(
         guidance_scale=find("guidance_scale"),
         negative_prompt=find("negative_prompt"),
         caption_template=find("caption_template"),
+        max_sequence_length=find("max_sequence_length"),
     )
+
+
+def adopt_text_length(pipeline: DiffusionPipeline, asked: DrawingArguments, base: dict) -> None:
+    """Have captions read as far as prompts are when images are drawn.
+
+    Args:
+        base: what sampling.json of the base model says.
+    """
+    length = asked.max_sequence_length or base.get("max_sequence_length")
+    find_family(pipeline).text_length = length
 
 
 def write_settings(settings: DrawingSettings, folder: Path) -> None:
@@ -146,8 +165,9 @@ def read_settings(folder: Path) -> dict:
         found = json.loads(read_text(path))
         steps, guidance = found.get("num_inference_steps", 1), found.get("guidance_scale", 1)
         side, usual = found.get("resolution", 1), {"_class_name": SAMPLERS[0]}
-        negative = found.get("negative_prompt") or ""
-        valid = type(steps) is int and type(side) is int and min(steps, side) > 0
+        negative, length = found.get("negative_prompt") or "", found.get("max_sequence_length")
+        valid = length is None or (type(length) is int and length > 0)
+        valid &= type(steps) is int and type(side) is int and min(steps, side) > 0
         valid &= isinstance(guidance, int | float) and isinstance(negative, str)
         valid &= "{label}" in (found.get("caption_template") or USUAL_TEMPLATE)
         scheduler = found.get("scheduler", usual)["_class_name"]

@@ -35,6 +35,12 @@ def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
                 parameter.requires_grad_(False)
 
 
+def describe_lora(pipeline: DiffusionPipeline) -> str:
+    """Python that loads it: see `Facts.usage`."""
+    return """pipeline = {load}({base})
+pipeline.load_lora_weights("{adapter}")"""
+
+
 def save_lora(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """Save the adapter with its alpha, without which it would reload at the wrong scale."""
     family = find_family(pipeline)

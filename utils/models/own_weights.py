@@ -64,6 +64,17 @@ def unfreeze(
         )
 
 
+def describe_denoiser(pipeline: DiffusionPipeline) -> str:
+    """Python that loads it: see `Facts.usage`."""
+    family = find_family(pipeline)
+    kind, part = type(family.denoiser).__name__, family.part
+    usage = f"""{part} = {kind}.from_pretrained("{{adapter}}", subfolder="{part}")
+pipeline = {{load}}({{base}}, {part}={part})"""
+    if trains_text(pipeline):
+        usage += '\npipeline.load_lora_weights("{adapter}")  # of the text encoder'
+    return usage
+
+
 def save_denoiser(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """Save the whole denoiser, which plain diffusers loads, and the text encoder's LoRA if any."""
     family = find_family(pipeline)

@@ -28,6 +28,7 @@ class Family(ABC):
         call: what the pipeline's call needs beside the prompt, to draw as it was trained.
         weighting_scheme: that the diffusers example for it trains with, if it is a flow.
         can_train_text: may a LoRA train on its text encoder? can_loda: may a LoDA on its denoiser?
+        has_loda_pipeline: does pipeline.py, which goes with a LoDA, load it into this one?
         default_targets, all_targets: layers that an adapter goes beside, by suffix of their name.
     """
 
@@ -44,6 +45,7 @@ class Family(ABC):
     weighting_scheme: ClassVar[str] = "none"
     can_train_text: ClassVar[bool] = False
     can_loda: ClassVar[bool] = True
+    has_loda_pipeline: ClassVar[bool] = False
     default_targets: ClassVar[list[str]]
     all_targets: ClassVar[list[str]]
 
@@ -150,6 +152,17 @@ class Family(ABC):
         """`predict` of this pipeline's denoiser."""
         return partial(self.predict, self.denoiser)
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption that are read, padding included, where a model leaves the choice:
+        what was set, or as many as the pipeline's call reads."""
+        chosen = getattr(self.pipeline, "text_length", None)
+        return chosen or self.read_default("max_sequence_length")
+
+    @text_length.setter
+    def text_length(self, value: int | None) -> None:
+        self.pipeline.text_length = value
+
     def count_cut(self, captions: list[str]) -> int:
         """How many captions have more tokens than the text encoder reads."""
         return self.count_longer(self.tokenizers[0], captions)
@@ -163,7 +176,11 @@ class Family(ABC):
     @property
     def longest_caption(self) -> int:
         """In tokens."""
-        return self.tokenizers[0].model_max_length
+        return self.text_length
+
+    def takes(self, name: str) -> bool:
+        """Whether this is an argument of the pipeline's call."""
+        return name in inspect.signature(type(self.pipeline).__call__).parameters
 
     def read_default(self, name: str) -> object:
         """What the pipeline's own call does where an argument of it is not given."""

@@ -29,10 +29,6 @@ class Flux(Family):
     def smallest_side(self) -> int:
         return 2
 
-    @property
-    def longest_caption(self) -> int:
-        return self.read_default("max_sequence_length")
-
     def count_cut(self, captions: list[str]) -> int:
         return self.count_longer(self.tokenizers[-1], captions)
 
@@ -46,7 +42,9 @@ class Flux(Family):
 
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` [n, T, W], `pooled_projections` [n, P]; `guidance` [n] if any."""
-        hidden, pooled, _ = self.pipeline.encode_prompt(list(captions), None, device=self.device)
+        hidden, pooled, _ = self.pipeline.encode_prompt(
+            list(captions), None, device=self.device, max_sequence_length=self.text_length
+        )
         text = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
         if self.denoiser.config.guidance_embeds:
             text["guidance"] = torch.full([len(captions)], self.read_default("guidance_scale"))
@@ -97,10 +95,6 @@ class Flux2Klein(Family):
         channels, side, _ = super().latent_shape(resolution)
         return (4 * channels, side // 2, side // 2)
 
-    @property
-    def longest_caption(self) -> int:
-        return self.read_default("max_sequence_length")
-
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         latents = Flux2KleinPipeline._patchify_latents(vae.encode(images).latent_dist.mode())
@@ -109,9 +103,10 @@ class Flux2Klein(Family):
 
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` [n, T, W]."""
-        return {
-            "encoder_hidden_states": self.pipeline.encode_prompt(list(captions), self.device)[0]
-        }
+        hidden, _ = self.pipeline.encode_prompt(
+            list(captions), self.device, max_sequence_length=self.text_length
+        )
+        return {"encoder_hidden_states": hidden}
 
     def summarise(self, caption: str) -> torch.Tensor:
         return self.encode_text([caption], 0)["encoder_hidden_states"].mean(1)

@@ -20,10 +20,6 @@ class Sana(Family):
     def smallest_side(self) -> int:
         return max(self.denoiser.config.patch_size, 32 // self.pixels_per_side)
 
-    @property
-    def longest_caption(self) -> int:
-        return self.read_default("max_sequence_length")
-
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         return self.pipeline.vae.encode(images).latent * self.pipeline.vae.config.scaling_factor
 
@@ -33,6 +29,7 @@ class Sana(Family):
             list(captions),
             do_classifier_free_guidance=False,
             device=self.device,
+            max_sequence_length=self.text_length,
             complex_human_instruction=self.read_default("complex_human_instruction"),
         )
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

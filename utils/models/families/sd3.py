@@ -42,7 +42,12 @@ class StableDiffusion3(Family):
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` [n, T, W], CLIP's and then T5's; `pooled_projections` [n, P]."""
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
-            list(captions), None, None, device=self.device, do_classifier_free_guidance=False
+            list(captions),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
         )
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
@@ -55,7 +60,10 @@ class StableDiffusion3(Family):
 
     @property
     def longest_caption(self) -> int:
-        return self.tokenizers[0].model_max_length
+        return self.text_length if self.pipeline.text_encoder_3 else super().longest_caption
+
+    def count_cut(self, captions: list[str]) -> int:
+        return self.count_longer(self.tokenizers[-1], captions)
 
     @staticmethod
     def is_attention(name: str) -> bool:

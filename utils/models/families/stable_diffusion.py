@@ -22,7 +22,7 @@ class StableDiffusion(Family):
     autoencoders = (AutoencoderKL, AsymmetricAutoencoderKL)
     text_dtype = torch.float32
     process = "Ddpm"
-    can_train_text = True
+    can_train_text = has_loda_pipeline = True
     default_targets, all_targets = DEFAULT_TARGETS, ALL_TARGETS
 
     @property
@@ -39,6 +39,10 @@ class StableDiffusion(Family):
             )
         if unet.class_embed_type is not None or unet.num_class_embeds is not None:
             raise UsageError("its U-Net wants class embeddings: it was made for another task")
+
+    @property
+    def longest_caption(self) -> int:
+        return self.tokenizers[0].model_max_length
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
@@ -93,7 +97,7 @@ class StableDiffusionXL(StableDiffusion):
     encoder_parts = ("text_encoder", "text_encoder_2")
     tokenizer_parts = ("tokenizer", "tokenizer_2")
     unused = {}
-    can_train_text = can_loda = False
+    can_train_text = can_loda = has_loda_pipeline = False
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae

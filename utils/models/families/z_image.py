@@ -21,10 +21,6 @@ class ZImage(Family):
     def largest_side(self) -> float:
         return 2 * min(self.denoiser.config.axes_lens[1:])
 
-    @property
-    def longest_caption(self) -> int:
-        return self.read_default("max_sequence_length")
-
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         latents = vae.encode(images).latent_dist.mode()
@@ -33,9 +29,12 @@ class ZImage(Family):
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`hidden` [n, T, W], zero beyond the end of a caption; `mask` [n, T]: one up to there."""
         found, _ = self.pipeline.encode_prompt(
-            list(captions), device=self.device, do_classifier_free_guidance=False
+            list(captions),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
         )
-        hidden = found[0].new_zeros(len(found), self.longest_caption, found[0].shape[-1])
+        hidden = found[0].new_zeros(len(found), self.text_length, found[0].shape[-1])
         mask = hidden.new_zeros(hidden.shape[:2])
         for row, words in enumerate(found):
             hidden[row, : len(words)], mask[row, : len(words)] = words, 1

@@ -34,8 +34,26 @@ def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
     family.denoiser.add_adapter(config)
 
 
+def describe_loda(pipeline: DiffusionPipeline) -> str:
+    """Python that loads it: see `Facts.usage`. Stable Diffusion has a pipeline for it."""
+    family = find_family(pipeline)
+    if family.has_loda_pipeline:
+        return """pipeline = DiffusionPipeline.from_pretrained(
+    {base}, custom_pipeline="{adapter}", trust_remote_code=True
+)
+pipeline.load_loda("{adapter}")"""
+    return f"""from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+load_loda = get_class_from_dynamic_module(
+    "{{adapter}}", "loda.py", class_name="load_loda", trust_remote_code=True
+)
+pipeline = {{load}}({{base}})
+load_loda(pipeline.{family.part}, "{{adapter}}")"""
+
+
 def save_loda(pipeline: DiffusionPipeline, output_dir: Path) -> None:
-    """Save the adapter, and the two files that load it elsewhere."""
-    loda.save_loda(find_family(pipeline).denoiser, output_dir)
-    for name in ("loda.py", "pipeline.py"):
+    """Save the adapter, and the files that load it elsewhere."""
+    family = find_family(pipeline)
+    loda.save_loda(family.denoiser, output_dir)
+    for name in ["loda.py", *(["pipeline.py"] if family.has_loda_pipeline else [])]:
         shutil.copy(Path(__file__).with_name(name), output_dir / name)
