@@ -86,7 +86,7 @@ class UNetWorld:
     units, draws, huge_unit = 7, 3, 6
 
     def __init__(self, trainable: str):
-        pipeline = build_tiny_pipeline()
+        pipeline = self.pipeline = build_tiny_pipeline()
         unet = self.unet = pipeline.unet.requires_grad_(trainable == "all")
         if trainable == "lora":
             targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1"]

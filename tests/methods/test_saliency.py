@@ -107,7 +107,7 @@ def test_norms_taken_on_the_fly_are_those_of_the_gradients(accelerator):
 def test_the_ranking_is_that_of_float64_gradients_one_unit_at_a_time(accelerator, scope):
     """Noise off, K = 3: squared norms of the clipped gradients of the weights themselves."""
     world = UNetWorld("all")
-    candidates = find_candidates(world.unet, scope)
+    candidates = find_candidates(world.pipeline, scope)
     world.unet.requires_grad_(False)
     for module in candidates.values():
         module.weight.requires_grad_(True)
@@ -134,9 +134,9 @@ def test_the_ranking_is_that_of_float64_gradients_one_unit_at_a_time(accelerator
 
 
 def test_candidates_and_layers():
-    unet = build_tiny_pipeline().unet
+    pipeline = build_tiny_pipeline()
     attention, convolution, both = (
-        find_candidates(unet, scope) for scope in ("attention", "convolution", "all")
+        find_candidates(pipeline, scope) for scope in ("attention", "convolution", "all")
     )
     assert any(name.endswith("to_out.0") for name in attention)
     assert all(".attentions." in name for name in attention)
@@ -175,7 +175,7 @@ def test_auto_keeps_more_when_noise_is_less_and_drops_what_holds_nothing():
 def test_to_out_0_is_trained_when_it_is_selected():
     pipeline = build_tiny_pipeline()
     pipeline.unet.requires_grad_(False)
-    candidates = find_candidates(pipeline.unet, "attention")
+    candidates = find_candidates(pipeline, "attention")
     args = SaliencyArguments(scope="attention", top_count=2)
     scoring = build_scoring(list(candidates), args)
     scores = np.array([float(name.endswith("to_out.0")) for name in candidates])

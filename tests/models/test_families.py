@@ -16,6 +16,8 @@ from tests.conftest import train_arguments, train_here
 from tests.families import FAMILIES, SIDE, build_family
 from tests.worlds import build_plan
 from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.audit.replay import SetUp, replay
 from utils.data.latents import Objective
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -225,6 +227,18 @@ def test_per_unit_gradients_are_those_of_batch_size_one(pipeline, method, draws,
     compare_with_autograd(family, PerUnitGradients(family.denoiser, draws), draws, 1e-4)
 
 
+def test_nobody_elses_part_changes_because_of_one_unit(pipeline, accelerator):
+    """Not by a bit, whatever the length of its caption, which is the longest; and what it adds to
+    the clipped sum is at most C."""
+    ADAPTERS["lora"](pipeline)
+    engine = PerUnitGradients(find_family(pipeline).denoiser, 2)
+    find_family(pipeline).text_length = 160
+    privacy = PrivacyArguments(noise_multiplicity=2, max_grad_norm=1.0, clipping="automatic")
+    training = TrainingArguments(output_dir="unused", learning_rate=1e-3)
+    found = replay(SetUp(accelerator, pipeline, engine, SIDE), privacy, None, training)
+    assert found["problems"] == [] and 0.9 < found["largest_move"] <= 1 + 1e-6
+
+
 def test_an_adapter_reloads_in_plain_diffusers_and_draws_the_same(base, tmp_path):
     ours, plain = load_pipeline(str(base)), DiffusionPipeline.from_pretrained(base)
     ADAPTERS["lora"](ours)
@@ -254,6 +268,17 @@ def test_what_is_for_other_models_is_said(base, image_folder, tmp_path):
     for option, value in (("--snr_gamma", 5), ("--timestep_sampling", "uniform")):
         arguments = train_arguments(base, image_folder, tmp_path / "run", option, value, *SMALL)
         assert f"error: {option} is for DDPM models" in train_here(arguments)
+
+
+def test_layers_that_pack_rows_are_refused(base, image_folder, tmp_path):
+    family = find_family(load_pipeline(str(base)))
+    packed = [n for n, _ in family.denoiser.named_modules() if family.packs_rows(n)]
+    if not packed:
+        pytest.skip("it packs none")
+    more = [*SMALL, "--target_modules", packed[0]]
+    shown = train_here(train_arguments(base, image_folder, tmp_path / "run", *more))
+    assert shown.startswith("error: a trainable layer saw") and "packs the tokens" in shown
+    assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
 
 
 def test_a_side_without_positions_is_refused(base, image_folder, tmp_path):

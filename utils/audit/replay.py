@@ -41,6 +41,7 @@ DEVIATIONS = 7.0
 # import this module, and must not be able to reach a mutant.
 LoopChange = Callable[[], AbstractContextManager]
 CAPTIONS = ["", "a photo", "a photo of a house by the sea", "the sea"]
+LONGEST = "a photo of a house by the sea, and of all that can be seen from its roof in the evening"
 
 
 class ReplayedRandomness(SecretRandomness):
@@ -235,13 +236,15 @@ def replay(
 
 
 def make_noise_units(num_units: int, resolution: int, many_rows: bool) -> PrivateSet:
-    """Units of public noise images, with captions of unequal length; with `many_rows`, unit u has
-    1 + u modulo 3 of them."""
+    """Units of public noise images, with captions of unequal length, the last unit's longest; with
+    `many_rows`, unit u has 1 + u modulo 3 of them."""
     rows = [u for u in range(num_units) for _ in range(1 + u % 3 if many_rows else 1)]
     shape = (len(rows), resolution, resolution, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels]})
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(len(rows))]
+    captions = [
+        LONGEST if u == num_units - 1 else CAPTIONS[i % len(CAPTIONS)] for i, u in enumerate(rows)
+    ]
     digests = find_readable_rows(ImageRows(images)).digests
     return PrivateSet(images, "image", captions, torch.tensor(rows), {}, digests)
 

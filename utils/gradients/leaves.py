@@ -47,7 +47,7 @@ def run_leaf(leaf: nn.Module, record: Recording, x: torch.Tensor) -> torch.Tenso
     """`leaf(x)`, whose backward pass hands `record` each unit's gradients.
 
     Raises:
-        RuntimeError: see `Recording.check_rows`.
+        MixedRows: see `Recording.check_rows`.
     """
     record.check_rows(x)
     if type(leaf) is nn.Linear:

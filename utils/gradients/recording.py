@@ -25,6 +25,10 @@ from utils.gradients.products import (
 )
 
 
+class MixedRows(RuntimeError):
+    """A trainable layer sees something else than the rows of the batch."""
+
+
 class Recording:
     """The gradients of U units, as far as each was worth multiplying out.
 
@@ -44,10 +48,10 @@ class Recording:
         """The input of a leaf has a row for each row of the batch, or one for each unit.
 
         Raises:
-            RuntimeError: it has not, so that nobody can tell whose gradient is whose.
+            MixedRows: it has not, so that nobody can tell whose gradient is whose.
         """
         if len(x) not in (self.num_rows, self.num_units):
-            raise RuntimeError(
+            raise MixedRows(
                 f"a trainable layer saw {len(x)} rows for {self.num_units} units of "
                 f"{self.num_rows // self.num_units} draws; it mixes rows of the batch"
             )

@@ -1,4 +1,4 @@
-"""Pictures of a selection (where in the U-Net the private gradients are large), and of a
+"""Pictures of a selection (where in the denoiser the private gradients are large), and of a
 rehearsal."""
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from utils.methods.saliency_file import Saliency
 
 
 def locate_matrix(name: str) -> tuple[str, str]:
-    """The column (where in the U-Net) and the row (which matrix there) of a matrix."""
+    """The column (where in the denoiser) and the row (which matrix there) of a matrix."""
     parts = name.split(".")
     for marker in ("attentions", "resnets"):
         if marker in parts:
@@ -34,8 +34,8 @@ def _order_column(column: str) -> int:
 
 
 def plot_saliency(saliency: Saliency, path: Path) -> None:
-    """A map of the U-Net from input to output: noisy scores, what is selected (dots), and how often
-    it would be again."""
+    """A map of the denoiser from input to output: noisy scores, what is selected (dots), and how
+    often it would be again."""
     places = [locate_matrix(name) for name in saliency.candidates]
     columns = sorted(dict.fromkeys(column for column, _ in places), key=_order_column)
     rows = list(dict.fromkeys(row for _, row in places))

@@ -24,6 +24,8 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.families import find_family
 from utils.privacy.training import UnitLosses, reduce_micro_batches, split_units
 
+# What models call an attention or a feed-forward layer.
+LAYERS = ("attn", "attn1", "attn2", "attention", "ff", "ff_context", "feed_forward")
 # A squared norm that stands for none: the engine adds at most this much for rounding.
 NO_GRADIENT = 1e-20
 
@@ -37,7 +39,7 @@ def find_candidates(pipeline: DiffusionPipeline, scope: str) -> dict[str, nn.Mod
     family, found = find_family(pipeline), {}
     for name, module in family.denoiser.named_modules():
         inside = family.is_attention(name)
-        if type(module) not in (nn.Linear, nn.Conv2d):
+        if type(module) not in (nn.Linear, nn.Conv2d) or family.packs_rows(name):
             continue
         if scope == "all" or (inside if scope == "attention" else type(module) is nn.Conv2d):
             if scope != "convolution" or not inside:
@@ -48,7 +50,7 @@ def find_candidates(pipeline: DiffusionPipeline, scope: str) -> dict[str, nn.Mod
 def find_layer(name: str) -> str:
     """The layer that a matrix belongs to: its attention, feed-forward, ResNet block or itself."""
     parts = name.split(".")
-    for marker in ("attn1", "attn2", "ff"):
+    for marker in LAYERS:
         if marker in parts:
             return ".".join(parts[: parts.index(marker) + 1])
     if "resnets" in parts:

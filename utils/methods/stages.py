@@ -26,6 +26,7 @@ from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
 from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.gradients.recording import MixedRows
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
@@ -216,7 +217,6 @@ def rehearse(
 
     Raises:
         UsageError: a trainable layer is not used by this model, or the model mixes rows.
-        RuntimeError: a layer mixes rows of the batch.
     """
 
     def measure(captions: list[str]) -> torch.Tensor:
@@ -224,7 +224,13 @@ def rehearse(
             _public_losses(pipeline, resolution, captions).sum().backward()
         return record.squared_norms().sum(1)
 
-    alone = torch.cat([measure([caption]) for caption in REHEARSED])
+    try:
+        alone = torch.cat([measure([caption]) for caption in REHEARSED])
+    except MixedRows as error:
+        raise UsageError(
+            f"{error}: leave that layer out (--target_modules, --scope, --trainable); this model "
+            "packs the tokens of all rows together there"
+        ) from error
     if not torch.allclose(alone, measure(REHEARSED), rtol=1e-3):
         raise UsageError(
             "this model gives a unit another gradient beside other units than alone: it mixes the "

@@ -201,6 +201,11 @@ class Family(ABC):
     def is_attention(name: str) -> bool:
         """Is this layer, or weight, of the denoiser part of an attention block?"""
 
+    @staticmethod
+    def packs_rows(name: str) -> bool:
+        """Does this layer see the tokens of all rows as one row? Then it cannot train."""
+        return False
+
     def list_blocks(self) -> list[str]:
         """The parts of the denoiser that --trainable_blocks may name."""
         names = (name for name, _ in self.denoiser.named_modules())

@@ -1,8 +1,15 @@
 """Z-Image: one stream of text and image tokens, of lists of unequal length. Z-Image team 2025."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from utils.models.families.family import Family
+
+MULTIPLE = 32  # captions end with tokens that stand for nothing, up to such a number
 
 
 class ZImage(Family):
@@ -48,9 +55,54 @@ class ZImage(Family):
     def predict(denoiser, noisy, time, text) -> torch.Tensor:
         words = [h[m > 0] for h, m in zip(text["hidden"], text["mask"], strict=True)]
         images = list(noisy.unsqueeze(2).unbind())
-        predicted = denoiser(images, (1000 - time) / 1000, words).sample
+        with _equal_lengths(denoiser, text["mask"].shape[1]):
+            predicted = denoiser(images, (1000 - time) / 1000, words).sample
         return -torch.stack(predicted).squeeze(2)
+
+    @staticmethod
+    def packs_rows(name: str) -> bool:
+        return "_embedder." in name and not name.startswith("t_embedder")
 
     @staticmethod
     def is_attention(name: str) -> bool:
         return ".attention." in name
+
+
+@contextmanager
+def _equal_lengths(denoiser: nn.Module, longest: int) -> Iterator[None]:
+    """Within this context captions fill up to `longest` tokens, which nothing attends to.
+
+    The model itself fills up to the longest caption of the batch, so that one unit's caption would
+    change the shape of everyone's products, and with it their rounding.
+    """
+    longest += -longest % MULTIPLE
+    patchify, prepare = denoiser.patchify_and_embed, denoiser._prepare_sequence
+    unify, masks = denoiser._build_unified_sequence, []
+
+    def fill(rows: torch.Tensor, value: float = 0) -> torch.Tensor:
+        more = longest - len(rows)
+        return F.pad(rows, (0, 0, 0, more) if rows.ndim > 1 else (0, more), value=value)
+
+    def patchify_filled(*arguments):
+        x, words, sizes, x_ids, ids, x_pad, pad = patchify(*arguments)
+        ends = torch.tensor([len(rows) for rows in words], device=x[0].device)
+        masks.append(torch.arange(longest, device=x[0].device) < ends[:, None])
+        filled = ([fill(rows) for rows in part] for part in (words, ids, pad))
+        words, ids, pad = filled
+        return x, words, sizes, x_ids, ids, x_pad, pad
+
+    def prepare_masked(feats, ids, pad, token, *more):
+        feats, freqs, mask, lengths, noise = prepare(feats, ids, pad, token, *more)
+        return feats, freqs, masks[0] if token is denoiser.cap_pad_token else mask, lengths, noise
+
+    def unify_masked(x, *more):
+        unified, freqs, _, noise = unify(x, *more)
+        return unified, freqs, torch.cat([masks[0].new_ones(x.shape[:2]), masks[0]], 1), noise
+
+    denoiser.patchify_and_embed, denoiser._prepare_sequence = patchify_filled, prepare_masked
+    denoiser._build_unified_sequence = unify_masked
+    try:
+        yield
+    finally:
+        del denoiser.patchify_and_embed, denoiser._prepare_sequence
+        del denoiser._build_unified_sequence
