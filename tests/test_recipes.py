@@ -16,11 +16,13 @@ from datasets import ClassLabel, Dataset
 from PIL import Image
 
 from tests.conftest import ROOT, build_tiny_pipeline
+from tests.families import build_family
 from tests.layouts import build_layout
 from utils.arguments.parsing import read_yaml
 from utils.errors import UsageError
 from utils.methods import stages
 from utils.models import shapes
+from utils.models.pipelines import prepare_pipeline
 
 RECIPES = sorted(
     path.relative_to(ROOT)
@@ -83,7 +85,12 @@ def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("utils.privacy.plots.plot_noise_trade_off", lambda *a: None)
     # The layers of Stable Diffusion take minutes on a CPU.
     monkeypatch.setattr(shapes, "build_stable_diffusion", lambda *a: build_tiny_pipeline())
-    monkeypatch.setattr(stages, "choose_resolution", lambda *a: 16)
+    monkeypatch.setattr(stages, "choose_resolution", lambda *a: 32)
+    base = read_yaml(ROOT / recipe)["pretrained_model_name_or_path"]
+    if base in FLOWS:
+        monkeypatch.setattr(
+            stages, "load_shape", lambda *a: prepare_pipeline(build_family(FLOWS[base]), base)
+        )
     module.main()
     shown = capsys.readouterr().out
     target = float(re.search(r"target_epsilon: (\S+)", (ROOT / recipe).read_text())[1])
@@ -122,7 +129,7 @@ def save_set(folder: Path, image: str, **columns) -> list:
 
 def make_private_set(name: str, folder: Path) -> list:
     """A small set such as the recipe is for, and the options that name it."""
-    if name == "captioned_folder":
+    if name in ("captioned_folder", "sd35_medium", "sana", "z_image"):
         rows = [[f"{i}.png", "a photo"] for i in range(24)]
         return write_folder(folder, "metadata.jsonl", ["file_name", "text"], rows)
     if name == "chest_xrays":
@@ -138,6 +145,11 @@ def make_private_set(name: str, folder: Path) -> list:
 MAKERS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+FLOWS = {
+    "stabilityai/stable-diffusion-3.5-medium": "sd35",
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": "sana",
+    "Tongyi-MAI/Z-Image": "z_image",
 }
 SMALL = {
     "expected_batch_size": 10, "max_train_steps": 2, "noise_multiplicity": 2,
@@ -158,6 +170,9 @@ def test_it_runs_to_the_end_on_a_small_model_of_its_makers_layout(
     small, side = tiny_base, 16
     if base in MAKERS:
         small, side = build_layout(MAKERS[base], tmp_path / "base"), 32
+    if base in FLOWS:
+        small, side = tmp_path / "base", 32
+        build_family(FLOWS[base]).save_pretrained(small)
     more = ["--pretrained_model_name_or_path", small, "--output_dir", tmp_path / "run"]
     more += ["--resolution", side, *make_private_set(recipe.parts[1], tmp_path / "private")]
     more += [word for name, value in SMALL.items() for word in (f"--{name}", value)]
