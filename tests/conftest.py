@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.families import FAMILIES, build_family
 from utils.errors import UsageError
 from utils.models.public_models import (
     assemble_pipeline,
@@ -137,3 +138,11 @@ def train_here(arguments: list, script: str = "train_dp_lora") -> str:
 
 def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_base(request, tmp_path_factory):
+    """The folder of a tiny base, of each family that is trained as a flow."""
+    folder = tmp_path_factory.mktemp(request.param)
+    build_family(request.param).save_pretrained(folder)
+    return folder

@@ -154,8 +154,7 @@ def build_qwen_tokenizer() -> Qwen2Tokenizer:
     vocabulary = {a: i for i, a in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary["<|endoftext|>"] = len(vocabulary)
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    special = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT
     return tokenizer
 

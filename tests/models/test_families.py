@@ -3,7 +3,6 @@
 import inspect
 import math
 from contextlib import contextmanager
-from statistics import median
 
 import pytest
 import torch
@@ -14,60 +13,29 @@ from diffusers.training_utils import (
 )
 
 from tests.conftest import train_arguments, train_here
-from tests.families import FAMILIES, SIDE, build_family
-from tests.worlds import build_plan
-from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
-from utils.arguments.training import PrivacyArguments, TrainingArguments
-from utils.audit.replay import SetUp, replay
+from tests.families import SIDE
+from tests.family_inputs import ADAPTERS, CAPTIONS, draw_inputs
 from utils.data.latents import Objective
 from utils.errors import UsageError
-from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.adapters import load_adapter
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
-from utils.models.loda.adapter import add_loda
-from utils.models.lora import add_lora, save_lora
-from utils.models.own_weights import unfreeze
+from utils.models.lora import save_lora
 from utils.models.pipelines import load_pipeline
 from utils.models.processes import read_process
-from utils.models.text import embed_captions
-from utils.privacy.dp_sgd import clip_scales
 from utils.privacy.randomness import SecretRandomness
 
-CAPTIONS = ["the digit 3", "a much longer caption of the digit 7, and more of it"]
 SMALL = ["--resolution", SIDE]
-# A parameter outside any layer, whose gradients by unit are not known.
-BARE = {"Sana": "scale_shift_table", "Z-Image": "x_pad_token"}
-ADAPTERS = {
-    "lora": lambda p: add_lora(p, LoraArguments(rank=2, lora_alpha=5)),
-    "loda": lambda p: add_loda(p, LoDAArguments(rank=2)),
-    "attention": lambda p: unfreeze(p, LdmArguments()),
-    "all": lambda p: unfreeze(p, LdmArguments(trainable="all")),
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def base(request, tmp_path_factory):
-    """The folder of a tiny base."""
-    folder = tmp_path_factory.mktemp(request.param)
-    build_family(request.param).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
-def pipeline(base):
-    return load_pipeline(str(base))
+def base(family_base):
+    return family_base
 
 
-def draw_inputs(family, units: int = 2, draws: int = 1, seed: int = 0):
-    """Latents, noise and quantiles [units * draws, ...], and text of unequal captions."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (units * draws, *family.latent_shape(SIDE))
-    latents, noise = torch.randn(2, *shape, generator=generator)
-    quantiles = torch.rand(len(latents), generator=generator)
-    captions = [CAPTIONS[i % 2] for i in range(len(latents))]
-    text = embed_captions(family.pipeline, captions, SIDE)
-    return latents, noise, quantiles, {name: values.float() for name, values in text.items()}
+@pytest.fixture
+def pipeline(family_base):
+    return load_pipeline(str(family_base))
 
 
 def call(pipeline, **more):
@@ -180,86 +148,6 @@ def test_noise_levels_are_distributed_as_the_examples_are(scheme, mean, std):
     ours = 1 - objective.quantiles(count, SecretRandomness()).flatten().float()
     cells = [(t * 10).long().clamp(0, 9).bincount(minlength=10).double() for t in (ours, theirs)]
     assert ((cells[0] - cells[1]).abs() < 6.5 * (2 * cells[1]).sqrt() + 6.5).all()
-
-
-def measure_rows(family, engine, draws: int, autocast: bool, seed: int = 0):
-    """Gradients of two units [2, P]: the engine's, and those of autograd, a row of the batch at a
-    time; and what the engine recorded."""
-    latents, noise, quantiles, text = draw_inputs(family, 2, draws, seed)
-    process = read_process(family.pipeline.scheduler)
-
-    def losses(part: slice) -> torch.Tensor:
-        words = {name: values[part] for name, values in text.items()}
-        inputs = (latents[part], words, noise[part], quantiles[part])
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return denoising_loss(family.predictor, process, *inputs)
-
-    with engine.recording(2) as record:
-        losses(slice(None)).view(2, draws).mean(1).sum().backward()
-    alone = []
-    for unit in range(2):
-        rows = [losses(slice(r, r + 1)) for r in range(unit * draws, (unit + 1) * draws)]
-        gradients = torch.autograd.grad(torch.cat(rows).mean(), engine.parameters)
-        alone.append(torch.cat([g.flatten() for g in gradients]))
-    return record.rows(), torch.stack(alone), record
-
-
-def adapt(pipeline, method: str) -> None:
-    """With what starts at zero moved off it, since it would hide others."""
-    torch.manual_seed(0)
-    ADAPTERS[method](pipeline)
-    for parameter in find_family(pipeline).denoiser.parameters():
-        if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("draws", [1, 2])
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_per_unit_gradients_are_those_of_batch_size_one(pipeline, method, draws, checkpointing):
-    adapt(pipeline, method)
-    family = find_family(pipeline)
-    if method == "all" and family.title in BARE:
-        with pytest.raises(UsageError, match=BARE[family.title]):
-            PerUnitGradients(family.denoiser, draws)
-        return
-    if checkpointing:
-        family.denoiser.enable_gradient_checkpointing()
-        family.denoiser.train()
-    engine = PerUnitGradients(family.denoiser, draws)
-    found, alone, record = measure_rows(family, engine, draws, autocast=False)
-    assert (found - alone).norm() <= 1e-4 * alone.norm()
-    norms = record.squared_norms().sum(1).sqrt()
-    assert (norms >= alone.double().norm(dim=1) * (1 - 1e-4)).all()
-    scales = clip_scales(record.squared_norms(), build_plan(num_units=2, clipping="automatic"))
-    contributed = (record.squared_norms() * scales.square()).sum(1).sqrt()
-    assert (contributed <= build_plan().max_grad_norm * (1 + 1e-6)).all()
-
-
-@pytest.mark.parametrize("method", ["lora", "attention"])
-def test_bf16_rounds_no_worse_than_autograd(pipeline, method):
-    adapt(pipeline, method)
-    family = find_family(pipeline)
-    engine = PerUnitGradients(family.denoiser, 2)
-    ratios = []
-    for seed in range(5):  # rounding is by chance
-        _, exact, _ = measure_rows(family, engine, 2, autocast=False, seed=seed)
-        ours, ordinary, _ = measure_rows(family, engine, 2, autocast=True, seed=seed)
-        assert ours.dtype == torch.float32
-        ratios.append(((ours - exact).norm() / (ordinary - exact).norm()).item())
-    assert median(ratios) < 1.25
-
-
-def test_nobody_elses_part_changes_because_of_one_unit(pipeline, accelerator):
-    """Not by a bit, whatever the length of its caption, which is the longest; and what it adds to
-    the clipped sum is at most C."""
-    ADAPTERS["lora"](pipeline)
-    engine = PerUnitGradients(find_family(pipeline).denoiser, 2)
-    find_family(pipeline).text_length = 160
-    privacy = PrivacyArguments(noise_multiplicity=2, max_grad_norm=1.0, clipping="automatic")
-    training = TrainingArguments(output_dir="unused", learning_rate=1e-3)
-    found = replay(SetUp(accelerator, pipeline, engine, SIDE), privacy, None, training)
-    assert found["problems"] == [] and 0.9 < found["largest_move"] <= 1 + 1e-6
 
 
 def test_an_adapter_reloads_in_plain_diffusers_and_draws_the_same(base, tmp_path):

@@ -1,0 +1,29 @@
+"""Inputs for a model of any family, and what can train in it."""
+
+import torch
+
+from tests.families import SIDE
+from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
+from utils.models.loda.adapter import add_loda
+from utils.models.lora import add_lora
+from utils.models.own_weights import unfreeze
+from utils.models.text import embed_captions
+
+CAPTIONS = ["the digit 3", "a much longer caption of the digit 7, and more of it"]
+ADAPTERS = {
+    "lora": lambda p: add_lora(p, LoraArguments(rank=2, lora_alpha=5)),
+    "loda": lambda p: add_loda(p, LoDAArguments(rank=2)),
+    "attention": lambda p: unfreeze(p, LdmArguments()),
+    "all": lambda p: unfreeze(p, LdmArguments(trainable="all")),
+}
+
+
+def draw_inputs(family, units: int = 2, draws: int = 1, seed: int = 0):
+    """Latents, noise and quantiles [units * draws, ...], and text of unequal captions."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (units * draws, *family.latent_shape(SIDE))
+    latents, noise = torch.randn(2, *shape, generator=generator)
+    quantiles = torch.rand(len(latents), generator=generator)
+    captions = [CAPTIONS[i % 2] for i in range(len(latents))]
+    text = embed_captions(family.pipeline, captions, SIDE)
+    return latents, noise, quantiles, {name: values.float() for name, values in text.items()}

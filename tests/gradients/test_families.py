@@ -1,0 +1,107 @@
+"""The engine on every family, against autograd a row at a time; and what one unit can change."""
+
+from statistics import median
+
+import pytest
+import torch
+
+from tests.families import SIDE
+from tests.family_inputs import ADAPTERS, draw_inputs
+from tests.worlds import build_plan
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.audit.replay import SetUp, replay
+from utils.errors import UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
+from utils.models.pipelines import load_pipeline
+from utils.models.processes import read_process
+from utils.privacy.dp_sgd import clip_scales
+
+# A parameter outside any layer, whose gradients by unit are not known.
+BARE = {"Sana": "scale_shift_table", "Z-Image": "x_pad_token"}
+
+
+@pytest.fixture
+def pipeline(family_base):
+    return load_pipeline(str(family_base))
+
+
+def measure_rows(family, engine, draws: int, autocast: bool, seed: int = 0):
+    """Gradients of two units [2, P]: the engine's, and those of autograd, a row of the batch at a
+    time; and what the engine recorded."""
+    latents, noise, quantiles, text = draw_inputs(family, 2, draws, seed)
+    process = read_process(family.pipeline.scheduler)
+
+    def losses(part: slice) -> torch.Tensor:
+        words = {name: values[part] for name, values in text.items()}
+        inputs = (latents[part], words, noise[part], quantiles[part])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return denoising_loss(family.predictor, process, *inputs)
+
+    with engine.recording(2) as record:
+        losses(slice(None)).view(2, draws).mean(1).sum().backward()
+    alone = []
+    for unit in range(2):
+        rows = [losses(slice(r, r + 1)) for r in range(unit * draws, (unit + 1) * draws)]
+        gradients = torch.autograd.grad(torch.cat(rows).mean(), engine.parameters)
+        alone.append(torch.cat([g.flatten() for g in gradients]))
+    return record.rows(), torch.stack(alone), record
+
+
+def adapt(pipeline, method: str) -> None:
+    """With what starts at zero moved off it, since it would hide others."""
+    torch.manual_seed(0)
+    ADAPTERS[method](pipeline)
+    for parameter in find_family(pipeline).denoiser.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_per_unit_gradients_are_those_of_batch_size_one(pipeline, method, draws, checkpointing):
+    adapt(pipeline, method)
+    family = find_family(pipeline)
+    if method == "all" and family.title in BARE:
+        with pytest.raises(UsageError, match=BARE[family.title]):
+            PerUnitGradients(family.denoiser, draws)
+        return
+    if checkpointing:
+        family.denoiser.enable_gradient_checkpointing()
+        family.denoiser.train()
+    engine = PerUnitGradients(family.denoiser, draws)
+    found, alone, record = measure_rows(family, engine, draws, autocast=False)
+    assert (found - alone).norm() <= 1e-4 * alone.norm()
+    norms = record.squared_norms().sum(1).sqrt()
+    assert (norms >= alone.double().norm(dim=1) * (1 - 1e-4)).all()
+    scales = clip_scales(record.squared_norms(), build_plan(num_units=2, clipping="automatic"))
+    contributed = (record.squared_norms() * scales.square()).sum(1).sqrt()
+    assert (contributed <= build_plan().max_grad_norm * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("method", ["lora", "attention"])
+def test_bf16_rounds_no_worse_than_autograd(pipeline, method):
+    adapt(pipeline, method)
+    family = find_family(pipeline)
+    engine = PerUnitGradients(family.denoiser, 2)
+    ratios = []
+    for seed in range(5):  # rounding is by chance
+        _, exact, _ = measure_rows(family, engine, 2, autocast=False, seed=seed)
+        ours, ordinary, _ = measure_rows(family, engine, 2, autocast=True, seed=seed)
+        assert ours.dtype == torch.float32
+        ratios.append(((ours - exact).norm() / (ordinary - exact).norm()).item())
+    assert median(ratios) < 1.25
+
+
+def test_nobody_elses_part_changes_because_of_one_unit(pipeline, accelerator):
+    """Not by a bit, whatever the length of its caption, which is the longest; and what it adds to
+    the clipped sum is at most C."""
+    ADAPTERS["lora"](pipeline)
+    engine = PerUnitGradients(find_family(pipeline).denoiser, 2)
+    find_family(pipeline).text_length = 160
+    privacy = PrivacyArguments(noise_multiplicity=2, max_grad_norm=1.0, clipping="automatic")
+    training = TrainingArguments(output_dir="unused", learning_rate=1e-3)
+    found = replay(SetUp(accelerator, pipeline, engine, SIDE), privacy, None, training)
+    assert found["problems"] == [] and 0.9 < found["largest_move"] <= 1 + 1e-6
