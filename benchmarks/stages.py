@@ -3,10 +3,13 @@
     python benchmarks/stages.py --set digits --dataset_name FOLDER --seeds 3   # minutes a seed
     python benchmarks/stages.py --set mnist --dataset_name FOLDER --epsilons 1 10
     python benchmarks/stages.py --set fashion_mnist --dataset_name FOLDER --methods means both
+    python benchmarks/stages.py --set digits --dataset_name FOLDER --methods evolution --no_vote
     python benchmarks/stages.py --table                                        # only print and plot
 
 A generator spends nine tenths of epsilon, and the vote brings the total to epsilon. With
-`--no_vote` it spends epsilon, and nothing votes. `accuracy` is that of small CNNs that were
+`--no_vote` it spends epsilon, and nothing votes after it. `evolution` is Private Evolution: rounds
+of votes on images of the public model, which are varied in between, and no training; it is its own
+vote. `accuracy` is that of small CNNs that were
 trained on the synthetic images, before the vote all of them, after it the better half, and tested
 on real ones that nothing was trained on. Rows are kept in benchmarks/results/stages.json; a row
 that is there is not made again.
@@ -23,7 +26,8 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "stages.json"
-METHODS = ["means", "dp-lora", "both"]
+METHODS = ["means", "dp-lora", "both", "evolution"]
+ROUNDS = 4  # of votes, of Private Evolution
 SHARE = 0.9  # of epsilon, before a vote
 KINDS = [(1, False), (SHARE, False), (SHARE, True)]  # the generator's share; did units vote?
 COLOURS = ["#8a8a8a", "#b9cde5", "#2f5f9e"]
@@ -117,12 +121,18 @@ def generate(
         more = ["--num_synthetic_images", cell.num_images]
         call("release_means.py", "--config", *cell.both, *where, folder / "means", *more)
         return folder / "means" / "set"
-    recipe = cell.alone if method == "dp-lora" else [*cell.both, "--release_means"]
-    call("train_dp_lora.py", "--config", *recipe, *where, folder / "adapter")
     draw = ["--class_names", *cell.classes, "--caption_template", cell.template, "--seed", seed]
     draw += ["--num_images", cell.num_images, "--batch_size", 100]
-    model = ["--pretrained_model_name_or_path", cell.base, "--adapter", folder / "adapter"]
-    call("sample.py", *model, *draw, "--output_dir", folder / "images")
+    model = ["--pretrained_model_name_or_path", cell.base]
+    if method == "evolution":
+        call("sample.py", *model, *draw, "--output_dir", folder / "start")
+        how = ["--config", *cell.alone, *where, folder / "evolved", "--synthetic", folder / "start"]
+        call("curate.py", *how, *EXTRACTOR, cell.extractor, "--rounds", ROUNDS)
+        return folder / "evolved" / "set"
+    recipe = cell.alone if method == "dp-lora" else [*cell.both, "--release_means"]
+    call("train_dp_lora.py", "--config", *recipe, *where, folder / "adapter")
+    adapter = ["--adapter", folder / "adapter"]
+    call("sample.py", *model, *adapter, *draw, "--output_dir", folder / "images")
     return folder / "images"
 
 
@@ -228,13 +238,15 @@ def main():
     )
     parser.add_argument("--set", choices=list(SETS), help="the private set")
     parser.add_argument("--dataset_name", help="Hub id or folder of it")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS[:3], choices=METHODS)
     parser.add_argument("--epsilons", nargs="+", type=float, default=[1.0, 10.0])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--no_vote", action="store_true", help="all of epsilon to the generator")
     parser.add_argument("--table", action="store_true", help="only print and plot what there is")
     args = parser.parse_args()
     share = 1 if args.no_vote else SHARE
+    if "evolution" in args.methods and not args.no_vote:
+        parser.error("evolution is its own vote: give --no_vote")
     wanted = [(e, m, s) for s in range(args.seeds) for e in args.epsilons for m in args.methods]
     for epsilon, method, seed in [] if args.table else wanted:
         key = {"set": args.set, "method": method, "budget": epsilon, "seed": seed, "share": share}

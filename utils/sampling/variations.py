@@ -42,8 +42,17 @@ def vary(
     batch_size: int = 32,
 ) -> list[Image.Image]:
     """One variation an image: noised to `strength` of the way, and denoised from there. Image i
-    takes noise of `seed` and i, whatever its batch."""
-    varying = AutoPipelineForImage2Image.from_pipe(pipeline)
+    takes noise of `seed` and i, whatever its batch.
+
+    Raises:
+        UsageError: diffusers has no image-to-image pipeline for such a model.
+    """
+    try:
+        varying = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UsageError(
+            f"diffusers cannot vary images with a {type(pipeline).__name__}: leave --rounds at 1"
+        ) from error
     varying.set_progress_bar_config(disable=True)
     call = {
         "strength": strength,
@@ -57,5 +66,5 @@ def vary(
         noise = [torch.Generator().manual_seed(seed * 10_000_019 + start + i) for i in range(count)]
         if settings.negative_prompt is not None:
             call["negative_prompt"] = [settings.negative_prompt] * count
-        varied += varying(prompts[part], image=images[part], generator=noise, **call).images
+        varied += varying(prompt=prompts[part], image=images[part], generator=noise, **call).images
     return varied
