@@ -8,8 +8,13 @@
         --caption_template "the digit {label}" --resolution 32 --output_dir /tmp/base \\
         --autoencoder_steps 50 --denoiser_steps 50
 
-Trains an autoencoder, then a text encoder and a U-Net together, and saves a
-StableDiffusionPipeline folder that plain `DiffusionPipeline.from_pretrained` loads, with a grid of
+    # a transformer trained by flow matching, in the layout of Stable Diffusion 3
+    accelerate launch pretrain_ldm.py --dataset_name runs/digits/public --label_column label \\
+        --caption_template "the digit {label}" --resolution 32 --output_dir runs/digits/flow_base \\
+        --architecture sd3
+
+Trains an autoencoder, then a text encoder and a U-Net (or a transformer) together, and saves a
+pipeline folder that plain `DiffusionPipeline.from_pretrained` loads, with a grid of
 reconstructions and a grid of samples. It gives NO privacy: only for images that may leak.
 Run the same command again to resume after an interruption.
 """
@@ -27,7 +32,9 @@ def check_resolution(resolution: int | None, args: PretrainArguments) -> None:
     if resolution is None:
         raise UsageError("give --resolution, the side of the images in pixels")
     factor = 2 ** (len(args.autoencoder_channels) - 1)
-    if resolution % (factor * 2 ** (len(args.unet_channels) - 1)):
+    if args.architecture == "unet":
+        factor *= 2 ** (len(args.unet_channels) - 1)
+    if resolution % factor:
         raise UsageError(f"--resolution {resolution} is not divisible by the models' factors")
 
 
@@ -52,7 +59,7 @@ def main():
     )
     from utils.data.rows import load_rows, read_captions
     from utils.methods import pretraining
-    from utils.models.public_models import assemble_pipeline, build_tokenizer, save_in_fp16
+    from utils.models.public_models import build_tokenizer, save_in_fp16
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
@@ -69,15 +76,16 @@ def main():
 
     vae = pretraining.train_autoencoder(accelerator, pixels, args)
     latents = pretraining.encode_all(vae, pixels, accelerator.device)
+    shift = float(latents.mean()) if args.architecture == "sd3" else 0.0
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    if shift:
+        vae.register_to_config(shift_factor=shift)
     tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
-    latents = latents * vae.config.scaling_factor
+    latents = (latents - shift) * vae.config.scaling_factor
     trained = pretraining.train_denoiser(accelerator, latents, captions, tokenizer, args)
 
     if accelerator.is_main_process:
-        pipeline = assemble_pipeline(
-            vae, trained.text_encoder, tokenizer, trained.unet, trained.scheduler
-        )
+        pipeline = trained.assemble(vae)
         pipeline.set_progress_bar_config(disable=True)
         template = None if data.label_column is None else data.template
         pretraining.save_grids(pipeline, pixels, captions, output_dir, args.seed, template)

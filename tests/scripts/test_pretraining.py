@@ -2,11 +2,18 @@
 
 import json
 import shutil
+from collections import namedtuple
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from tests.conftest import CAPTION, read_json
+from tests.conftest import CAPTION, read_json, train_arguments, train_here
+from utils.arguments.pretraining import PretrainArguments
+from utils.methods.pretraining import FlowObjective
+from utils.models.families import find_family
+from utils.models.pipelines import load_pipeline
+
+Output = namedtuple("Output", "sample")
 
 
 def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_path):
@@ -40,6 +47,38 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
 
     run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight)
     assert run.returncode == 2 and "finished pipeline" in run.stderr
+
+
+def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path):
+    """In the layout of Stable Diffusion 3; text is what its pipeline makes of it."""
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
+    arguments += ["--architecture", "sd3", "--transformer_width", 32, "--transformer_layers", 2]
+    arguments += ["--autoencoder_channels", 8, 16, "--text_width", 16, "--text_layers", 2]
+    arguments += ["--train_batch_size", 4, "--autoencoder_steps", 4, "--denoiser_steps", 4]
+    base = tmp_path / "base"
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", base)
+    assert run.returncode == 0, run.stderr
+    pipeline = load_pipeline(str(base))
+    assert isinstance(pipeline, StableDiffusion3Pipeline)
+    DiffusionPipeline.from_pretrained(base)
+    assert pipeline.vae.config.shift_factor != 0
+    assert read_json(base / "sampling.json")["max_sequence_length"] == 16
+
+    family = find_family(pipeline)
+    family.text_length = 16
+    told, seen = family.encode_text(["the digit 3"], 16), []
+    args = PretrainArguments(output_dir="unused", architecture="sd3", text_width=16)
+    objective = FlowObjective(8, pipeline.tokenizer, args)
+    objective.text_encoders = torch.nn.ModuleList(family.encoders)
+    objective.transformer.forward = lambda noisy, **given: seen.append(given) or Output(noisy)
+    objective(torch.zeros(1, 4, 8, 8), objective.tokenize(["the digit 3"]))
+    for name, values in told.items():
+        torch.testing.assert_close(seen[0][name], values)
+
+    arguments = train_arguments(base, image_folder, tmp_path / "run", "--num_inference_steps", 2)
+    assert "saved the weights" in train_here(arguments)
+    drawing = read_json(tmp_path / "run" / "sampling.json")
+    assert drawing["max_sequence_length"] == 16 and drawing["guidance_scale"] == 2.0
 
 
 def test_pretraining_interrupted_within_a_stage_continues(accelerator, tmp_path, monkeypatch):

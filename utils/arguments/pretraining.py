@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.values import check_seed, choose_precision
+from utils.errors import UsageError
 
 
 @dataclass
@@ -14,16 +15,24 @@ class PretrainArguments:
     autoencoder_channels: list[int] = option(
         "autoencoder widths; n of them divide the resolution by 2^(n-1)", [16, 32, 64]
     )
+    architecture: str = option(
+        "of the denoiser: unet, as in Stable Diffusion 1, trained by DDPM; or sd3, a transformer "
+        "as in Stable Diffusion 3, trained as a flow",
+        "unet",
+        choices=["unet", "sd3"],
+    )
+    transformer_width: int = option("of sd3, a multiple of 32", 192)
+    transformer_layers: int = option("of sd3", 6)
     unet_channels: list[int] = option("U-Net widths, one a resolution", [64, 128])
     text_width: int = option("width of the text encoder", 128)
     text_layers: int = option("layers of the text encoder", 2)
     vocab_size: int = option("at most so many tokens are learned from the captions", 2000)
     max_tokens: int = option("longest caption, in tokens", 16)
-    prediction_type: str = option("epsilon or v_prediction", "v_prediction")
+    prediction_type: str = option("of unet: epsilon or v_prediction", "v_prediction")
     autoencoder_steps: int = option("optimizer steps of the autoencoder", 1000)
-    denoiser_steps: int = option("optimizer steps of the U-Net and the text encoder", 2600)
+    denoiser_steps: int = option("optimizer steps of the denoiser and the text encoder", 2600)
     autoencoder_learning_rate: float = option("peak learning rate of the autoencoder", 1e-3)
-    learning_rate: float = option("peak learning rate of the U-Net and the text encoder", 1e-3)
+    learning_rate: float = option("peak learning rate of the denoiser and the text encoder", 1e-3)
     kl_weight: float = option("weight of the autoencoder's KL term, per latent number", 1e-3)
     train_batch_size: int = option("images per process and step", 128)
     caption_dropout: float = option("share of captions replaced by '' (for guidance)", 0.1)
@@ -36,4 +45,9 @@ class PretrainArguments:
 
     def __post_init__(self):
         check_seed(self.seed)
+        if self.architecture == "sd3":
+            if self.transformer_width < 32 or self.transformer_width % 32:
+                raise UsageError("--transformer_width must be a multiple of 32")
+            if self.text_width < 2 or self.text_width % 2:
+                raise UsageError("--text_width must be even: two text encoders share it")
         self.mixed_precision = choose_precision(self.mixed_precision)

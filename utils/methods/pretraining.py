@@ -1,4 +1,4 @@
-"""The public stage: an autoencoder, then a text encoder and a U-Net, trained from scratch.
+"""The public stage: an autoencoder, then text encoders and a denoiser, trained from scratch.
 
 Nothing here is private.
 """
@@ -10,30 +10,38 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
+from utils.arguments.pretraining import PretrainArguments
 from utils.arguments.sampling import DrawingArguments
 from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.models.denoising import denoising_loss
 from utils.models.drawing import choose_settings, write_settings
+from utils.models.families.sd3 import StableDiffusion3
 from utils.models.families.stable_diffusion import StableDiffusion, tokenize_captions
-from utils.models.processes import read_process
+from utils.models.processes import Flow, read_process
 from utils.models.public_models import (
+    assemble_pipeline,
+    assemble_sd3,
     build_autoencoder,
     build_scheduler,
+    build_t5,
     build_text_encoder,
+    build_text_encoder_pair,
+    build_transformer,
     build_unet,
 )
 from utils.sampling.generation import generate
 
 # What suits small images; benchmarks/RESULTS.md has what 50 steps of DDIM would gain.
 SMALL = {"num_inference_steps": 8, "guidance_scale": 2.0}
+SMALL_FLOW = {"num_inference_steps": 12, "guidance_scale": 2.0}
 
 
 class AutoencoderObjective(nn.Module):
@@ -51,12 +59,18 @@ class AutoencoderObjective(nn.Module):
         return F.mse_loss(self.vae.decode(latents).sample, images) + self.kl_weight * kl
 
 
-class DenoiserObjective(nn.Module):
+class UNetObjective(nn.Module):
     """The denoising loss of a U-Net and the text encoder that guides it."""
 
-    def __init__(self, unet, text_encoder, scheduler):
+    def __init__(self, latent_side: int, tokenizer, args: PretrainArguments):
         super().__init__()
-        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
+        self.text_encoder = build_text_encoder(tokenizer, args.text_width, args.text_layers)
+        self.unet = build_unet(latent_side, tuple(args.unet_channels), args.text_width)
+        self.scheduler, self.tokenizer = build_scheduler(args.prediction_type), tokenizer
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        """Token ids: [n, T]."""
+        return tokenize_captions(self.tokenizer, captions)
 
     def forward(self, latents, token_ids):
         text = {"encoder_hidden_states": self.text_encoder(token_ids).last_hidden_state}
@@ -64,6 +78,50 @@ class DenoiserObjective(nn.Module):
         quantiles = torch.rand(len(latents), device=latents.device)
         predict = partial(StableDiffusion.predict, self.unet)
         return denoising_loss(predict, process, latents, text, noise, quantiles).mean()
+
+    def assemble(self, vae) -> StableDiffusionPipeline:
+        parts = (self.text_encoder, self.tokenizer, self.unet, self.scheduler)
+        return assemble_pipeline(vae, *parts)
+
+
+class FlowObjective(nn.Module):
+    """The flow-matching loss of a transformer and the text encoders that guide it; noise levels are
+    logit-normal (Esser et al. 2024, section 3.1)."""
+
+    def __init__(self, latent_side: int, tokenizer, args: PretrainArguments):
+        super().__init__()
+        pair = build_text_encoder_pair(tokenizer, args.text_width, args.text_layers)
+        t5, self.t5_tokenizer = build_t5(args.text_width, args.max_tokens)
+        self.text_encoders = nn.ModuleList([*pair, t5])
+        size = (args.transformer_width, args.transformer_layers)
+        self.transformer = build_transformer(latent_side, *size, args.text_width)
+        self.tokenizer = tokenizer
+
+    def tokenize(self, captions: list[str]) -> torch.Tensor:
+        """Token ids, CLIP's and then T5's: [n, 2, T]."""
+        both = (self.tokenizer, self.t5_tokenizer)
+        return torch.stack([tokenize_captions(tokenizer, captions) for tokenizer in both], 1)
+
+    def forward(self, latents, token_ids):
+        *pair, t5 = self.text_encoders
+        outputs = [encoder(token_ids[:, 0], output_hidden_states=True) for encoder in pair]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        words = t5(token_ids[:, 1]).last_hidden_state
+        text = {
+            "encoder_hidden_states": torch.cat([hidden, words], 1),
+            "pooled_projections": torch.cat([output.text_embeds for output in outputs], -1),
+        }
+        noise = torch.randn_like(latents)
+        quantiles = torch.randn(len(latents), device=latents.device).sigmoid()
+        predict = partial(StableDiffusion3.predict, self.transformer)
+        return denoising_loss(predict, Flow(1.0), latents, text, noise, quantiles).mean()
+
+    def assemble(self, vae) -> StableDiffusion3Pipeline:
+        tokenizers = [self.tokenizer, self.tokenizer, self.t5_tokenizer]
+        return assemble_sd3(vae, list(self.text_encoders), tokenizers, self.transformer)
+
+
+OBJECTIVES = {"unet": UNetObjective, "sd3": FlowObjective}
 
 
 def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) -> nn.Module:
@@ -146,14 +204,14 @@ def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
     return fit(accelerator, "autoencoder", objective, sample_batch, steps, rate, args).vae
 
 
-def train_denoiser(accelerator, latents, captions, tokenizer, args) -> DenoiserObjective:
+def train_denoiser(
+    accelerator, latents, captions, tokenizer, args
+) -> UNetObjective | FlowObjective:
     """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability."""
     torch.manual_seed(args.seed)
-    text_encoder = build_text_encoder(tokenizer, args.text_width, args.text_layers)
-    unet = build_unet(latents.shape[-1], tuple(args.unet_channels), args.text_width)
-    objective = DenoiserObjective(unet, text_encoder, build_scheduler(args.prediction_type))
+    objective = OBJECTIVES[args.architecture](latents.shape[-1], tokenizer, args)
     distinct = ["", *sorted(set(captions))]
-    token_table = tokenize_captions(tokenizer, distinct)
+    token_table = objective.tokenize(distinct)
     numbers = {caption: i for i, caption in enumerate(distinct)}
     caption_rows = torch.tensor([numbers[caption] for caption in captions])
 
@@ -185,9 +243,12 @@ def save_grids(
     both = torch.cat([originals, rebuilt]).add(1).div(2).permute(0, 2, 3, 1).cpu().numpy()
     tile_images(pipeline.numpy_to_pil(both), 16).save(output_dir / "reconstructions.png")
     prompts, scheduler = sorted(set(captions))[:16], pipeline.scheduler
-    drawing = choose_settings(
-        pipeline, DrawingArguments(), None, SMALL, {"caption_template": template}
-    )
+    recorded = {"caption_template": template}
+    if isinstance(pipeline, StableDiffusionPipeline):
+        recorded |= SMALL
+    else:
+        recorded |= SMALL_FLOW | {"max_sequence_length": pipeline.tokenizer_3.model_max_length}
+    drawing = choose_settings(pipeline, DrawingArguments(), None, recorded)
     drawing.use_scheduler(pipeline)
     images = generate(
         pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed, drawing

@@ -1,5 +1,5 @@
-"""Models in the Stable Diffusion layout: small ones, to train from scratch on public images; and
-ones of the published sizes with random weights, for tests and timings.
+"""Small models to train from scratch on public images, in the layout of Stable Diffusion 1 or 3;
+and ones of the published sizes with random weights, for tests and timings.
 
 They have the parts of Stable Diffusion 1.5 or 2.1, so what works on one works on all.
 """
@@ -9,10 +9,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 
 def build_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -96,6 +113,47 @@ def build_unet(
     )
 
 
+def build_text_encoder_pair(
+    tokenizer: CLIPTokenizer, width: int, layers: int
+) -> list[CLIPTextModelWithProjection]:
+    """Two text encoders, as Stable Diffusion 3 has them, of `width` together."""
+    return [
+        CLIPTextModelWithProjection(build_text_encoder(tokenizer, width // 2, layers).config)
+        for _ in range(2)
+    ]
+
+
+def build_t5(width: int, max_length: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """The third text encoder of Stable Diffusion 3, without which its pipelines cannot be loaded: a
+    small one that tells words and gaps apart, and no more."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+    config = T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def build_transformer(
+    sample_size: int, width: int, layers: int, text_width: int
+) -> SD3Transformer2DModel:
+    """A transformer as in Stable Diffusion 3, for latents of `sample_size` pixels and 4 channels,
+    each of whose pixels is a token."""
+    return SD3Transformer2DModel(
+        sample_size=sample_size,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=text_width,
+        caption_projection_dim=width,
+        pooled_projection_dim=text_width,
+        pos_embed_max_size=sample_size,
+    )
+
+
 def build_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
     return DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -118,6 +176,21 @@ def assemble_pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDi
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def assemble_sd3(vae, encoders: list, tokenizers: list, transformer) -> StableDiffusion3Pipeline:
+    """Of the encoders and tokenizers, T5's is the last."""
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        text_encoder_3=encoders[2],
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        tokenizer_3=tokenizers[2],
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
     )
 
 
@@ -185,13 +258,13 @@ def build_stable_diffusion(
     )
 
 
-def save_in_fp16(pipeline: StableDiffusionPipeline, folder: str | Path) -> None:
+def save_in_fp16(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Save with weights in fp16, such that a plain `from_pretrained` gives fp32 throughout.
 
     diffusers loads its models in fp32 unless asked otherwise, transformers in the type that their
-    configuration names; left at fp16, the text encoder would not fit the U-Net it guides.
+    configuration names; left at fp16, a text encoder would not fit the denoiser it guides.
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    path = Path(folder) / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in Path(folder).glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text()) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2) + "\n")

@@ -60,7 +60,9 @@ class StableDiffusion3(Family):
 
     @property
     def longest_caption(self) -> int:
-        return self.text_length if self.pipeline.text_encoder_3 else super().longest_caption
+        if self.pipeline.text_encoder_3 is None:
+            return self.tokenizers[0].model_max_length
+        return self.text_length
 
     def count_cut(self, captions: list[str]) -> int:
         return self.count_longer(self.tokenizers[-1], captions)
