@@ -19,7 +19,7 @@ from utils.data.rows import load_split
 from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.families.stable_diffusion import StableDiffusion
-from utils.models.text import embed_captions
+from utils.models.text import AT_ONCE, embed_captions
 from utils.privacy.randomness import SecretRandomness
 
 
@@ -169,10 +169,18 @@ def test_one_more_distinct_caption_changes_nobodys_loss_under_bf16(
     assert torch.equal(*texts)
 
 
-def test_what_a_caption_becomes_does_not_depend_on_how_many_others_there_are(pipeline):
+def test_what_a_caption_becomes_does_not_depend_on_how_many_others_there_are(pipeline, monkeypatch):
+    """All passes through the encoders have one shape: kernels are chosen by it."""
+    sizes, whole = [], StableDiffusion.encode_text
+    monkeypatch.setattr(
+        StableDiffusion,
+        "encode_text",
+        lambda self, captions, side: sizes.append(len(captions)) or whole(self, captions, side),
+    )
     many = [f"the digit {i} and {i}" for i in range(40)]
     alone = torch.cat([embed_captions(pipeline, [c], 16)["encoder_hidden_states"] for c in many])
     assert torch.equal(embed_captions(pipeline, many, 16)["encoder_hidden_states"], alone)
+    assert len(sizes) == 43 and set(sizes) == {AT_ONCE}
 
 
 @pytest.mark.parametrize("change", ["another image", "no image"])
