@@ -37,7 +37,7 @@ class Forecast:
         passes: forward and backward through the model, of one row each, over all processes.
         seconds_per_step: of training. hours: of training, encoding and samples.
         memory: bytes at the most, by part, and `peak`; None where they cannot be measured.
-        cache: bytes of encoded images and captions on disk.
+        cache: bytes of encoded images and captions on disk, if no two captions are alike.
     """
 
     passes: int
@@ -50,7 +50,8 @@ class Forecast:
         took = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.0f} minutes"
         text = (
             f"about {took} on this device: {self.passes:,} passes through the model, "
-            f"{self.seconds_per_step:.3g} s a step; {_show(self.cache)} of encoded images on disk"
+            f"{self.seconds_per_step:.3g} s a step; at most {_show(self.cache)} of encoded images "
+            "and captions on disk"
         )
         if self.memory is None:
             return text
