@@ -116,9 +116,11 @@ class Family(ABC):
                 f"latents; put the model's own {self.autoencoders[0].__name__} in its place"
             )
 
-    @abstractmethod
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Images [n, 3, h, w] in [-1, 1] -> latents as the denoiser wants them: [n, c, r, r]."""
+        vae = self.pipeline.vae
+        latents = vae.encode(images).latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [n, c, r, r] as the pipeline takes its first noise."""
@@ -164,13 +166,9 @@ class Family(ABC):
         self.pipeline.text_length = value
 
     def count_cut(self, captions: list[str]) -> int:
-        """How many captions have more tokens than the text encoder reads."""
-        return self.count_longer(self.tokenizers[0], captions)
-
-    def count_longer(self, tokenizer, captions: list[str]) -> int:
-        """How many captions have more than `longest_caption` tokens."""
+        """How many captions have more tokens than the (last) text encoder reads."""
         # Not verbose: a warning would give the lengths of private captions away.
-        tokens = tokenizer(captions, verbose=False).input_ids
+        tokens = self.tokenizers[-1](captions, verbose=False).input_ids
         return sum(len(ids) > self.longest_caption for ids in tokens)
 
     @property

@@ -29,14 +29,6 @@ class Flux(Family):
     def smallest_side(self) -> int:
         return 2
 
-    def count_cut(self, captions: list[str]) -> int:
-        return self.count_longer(self.tokenizers[-1], captions)
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode(images).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         return FluxPipeline._pack_latents(latents, *latents.shape)
 

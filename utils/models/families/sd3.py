@@ -34,11 +34,6 @@ class StableDiffusion3(Family):
     def largest_side(self) -> float:
         return self.denoiser.config.pos_embed_max_size * self.denoiser.config.patch_size
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode(images).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` [n, T, W], CLIP's and then T5's; `pooled_projections` [n, P]."""
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
@@ -63,9 +58,6 @@ class StableDiffusion3(Family):
         if self.pipeline.text_encoder_3 is None:
             return self.tokenizers[0].model_max_length
         return self.text_length
-
-    def count_cut(self, captions: list[str]) -> int:
-        return self.count_longer(self.tokenizers[-1], captions)
 
     @staticmethod
     def is_attention(name: str) -> bool:

@@ -28,11 +28,6 @@ class ZImage(Family):
     def largest_side(self) -> float:
         return 2 * min(self.denoiser.config.axes_lens[1:])
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode(images).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`hidden` [n, T, W], zero beyond the end of a caption; `mask` [n, T]: one up to there."""
         found, _ = self.pipeline.encode_prompt(
