@@ -13,7 +13,7 @@ from diffusers.training_utils import (
 )
 
 from tests.conftest import train_arguments, train_here
-from tests.families import SIDE
+from tests.families import SIDE, build_family
 from tests.family_inputs import ADAPTERS, CAPTIONS, draw_inputs
 from utils.data.latents import Objective
 from utils.errors import UsageError
@@ -21,7 +21,7 @@ from utils.models.adapters import load_adapter
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.lora import save_lora
-from utils.models.pipelines import load_pipeline
+from utils.models.pipelines import load_pipeline, prepare_pipeline
 from utils.models.processes import read_process
 from utils.privacy.randomness import SecretRandomness
 
@@ -209,3 +209,21 @@ def test_a_scheduler_of_another_process_is_refused(base, tmp_path):
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="samples from a Ddpm; .* is trained as a Flow"):
         load_pipeline(str(tmp_path))
+
+
+def make_schnell(pipeline) -> None:
+    pipeline.transformer.register_to_config(guidance_embeds=False)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+
+@pytest.mark.parametrize(
+    "name, distil",
+    [("flux", make_schnell), ("klein", lambda p: p.register_to_config(is_distilled=True))],
+)
+def test_a_distilled_one_is_refused_unless_it_is_meant(name, distil):
+    pipeline = build_family(name)
+    prepare_pipeline(pipeline, "user/model")
+    distil(pipeline)
+    with pytest.raises(UsageError, match="distilled to a few steps"):
+        prepare_pipeline(pipeline, "user/model")
+    prepare_pipeline(pipeline, "user/model", allow_distilled=True)

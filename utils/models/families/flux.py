@@ -64,6 +64,13 @@ class Flux(Family):
     def is_attention(name: str) -> bool:
         return ".attn." in name
 
+    def find_distillation(self) -> str | None:
+        """FLUX.1 [schnell] takes no guidance, and its noise is not shifted by the resolution."""
+        shifted = self.pipeline.scheduler.config.get("use_dynamic_shifting")
+        if self.denoiser.config.guidance_embeds or shifted:
+            return None
+        return "it takes no guidance, and its noise levels are not shifted, as FLUX.1 [schnell]'s"
+
 
 class Flux2Klein(Family):
     """FLUX.2 [klein]: Qwen3 reads the text; latents of 2 x 2 pixels are channels, normalised by the
@@ -118,3 +125,6 @@ class Flux2Klein(Family):
     @staticmethod
     def is_attention(name: str) -> bool:
         return ".attn." in name
+
+    def find_distillation(self) -> str | None:
+        return "its configuration says so" if self.pipeline.config.is_distilled else None
