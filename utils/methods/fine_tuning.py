@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from utils.arguments.methods import StageArguments
+from utils.arguments.methods import LoDAArguments, LoraArguments, StageArguments
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import (
     DataArguments,
@@ -48,6 +48,7 @@ from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import halve_frozen, ready_to_draw
+from utils.models.targets import choose_targets
 from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, choose_missing
 from utils.privacy.plan import PrivacyPlan
@@ -188,6 +189,9 @@ def publish(
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     template = None if data.label_column is None else data.template
     drawing = replace(drawing, caption_template=template)
+    settings = method.settings
+    if isinstance(settings, LoraArguments | LoDAArguments):
+        settings = choose_targets(settings, stage.pipeline)
     facts = Facts(
         method=method.name,
         usage=method.describe_usage(stage.pipeline),
@@ -196,7 +200,7 @@ def publish(
         drawing=drawing,
         prompts=training.validation_prompt,
         num_samples=training.num_validation_images,
-        setup=describe_setup(training, plan, method.settings, stage.resolution),
+        setup=describe_setup(training, plan, settings, stage.resolution),
         license=choose_license(hub.hub_license, stage.model),
     )
     with explain_disk_errors(run.output_dir):

@@ -63,7 +63,8 @@ def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
             return
         parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
         if not parts:
-            raise ValueError("it holds no LoRA, no LoDA and no denoiser")
+            part = find_family(pipeline).part
+            raise ValueError(f"it holds no LoRA, no LoDA and no {part}/")
         for name in parts:
             _load_part(pipeline, name, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

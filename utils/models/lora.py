@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from utils.arguments.methods import LoraArguments
 from utils.errors import UsageError
 from utils.models.families import find_family
-from utils.models.targets import resolve_targets
+from utils.models.targets import choose_targets, resolve_targets
 
 
 def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
@@ -22,7 +22,7 @@ def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
     if args.rank < 1 or (args.lora_alpha is not None and args.lora_alpha < 1):
         raise UsageError("--rank and --lora_alpha must be at least 1")
     family = find_family(pipeline)
-    targets = resolve_targets(family.denoiser, args.target_modules or family.default_targets)
+    targets = resolve_targets(family.denoiser, choose_targets(args, pipeline).target_modules)
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     family.denoiser.add_adapter(
         LoraConfig(

@@ -2,10 +2,26 @@
 
 import difflib
 import re
+from dataclasses import replace
+from typing import TypeVar
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
+from utils.arguments.methods import LoDAArguments, LoraArguments
 from utils.errors import UsageError
+from utils.models.families import find_family
+
+Adapter = TypeVar("Adapter", LoraArguments, LoDAArguments)
+
+
+def choose_targets(args: Adapter, pipeline: DiffusionPipeline) -> Adapter:
+    """The arguments with the family's default targets, if none are given."""
+    if args.target_modules is not None:
+        return args
+    family = find_family(pipeline)
+    is_loda = isinstance(args, LoDAArguments)
+    return replace(args, target_modules=family.all_targets if is_loda else family.default_targets)
 
 
 def resolve_targets(model: nn.Module, patterns: list[str]) -> list[str]:

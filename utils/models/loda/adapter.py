@@ -9,7 +9,7 @@ from utils.arguments.methods import LoDAArguments
 from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.loda import loda
-from utils.models.targets import resolve_targets
+from utils.models.targets import choose_targets, resolve_targets
 
 
 def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
@@ -21,7 +21,7 @@ def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
     family = find_family(pipeline)
     if not family.can_loda:
         raise UsageError(f"DP-LoDA of {family.title} is not supported: use train_dp_lora.py")
-    targets = resolve_targets(family.denoiser, args.target_modules or family.all_targets)
+    targets = resolve_targets(family.denoiser, choose_targets(args, pipeline).target_modules)
     try:
         config = loda.LoDAConfig(
             r=args.rank,
