@@ -1,10 +1,17 @@
 """Clause 7: nothing that depends on the data leaves but through the ledger."""
 
+import logging
+
+import diffusers
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.families import build_family
 from tests.worlds import LinearWorld, build_plan, train
+from utils.methods.classes import embed_text
+from utils.models.families import find_family
+from utils.models.text import embed_captions
 from utils.privacy import training
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState
@@ -91,3 +98,21 @@ def test_the_bar_moves_at_the_rhythm_of_the_trackers(accelerator, monkeypatch):
     plan = build_plan(steps=60, num_units=50, expected_batch_size=10)
     train(accelerator, state, world.losses, plan, SecretRandomness(), 16)
     assert sum(moves) == 60 and len(moves) <= 12
+
+
+def test_what_is_cut_off_a_caption_is_not_shown(caplog):
+    """Pipelines warn of it, and quote it: `encode_prompt` by itself does, here too."""
+    pipeline = build_family("sd3")
+    caption = "the digit 3 " * 100 + "of smith"
+    logger = logging.getLogger("diffusers")
+    diffusers.utils.logging.set_verbosity_warning()
+    logger.addHandler(caplog.handler)
+    try:
+        embed_captions(pipeline, [caption], 32)
+        embed_text(pipeline, caption)
+        assert not caplog.records
+        find_family(pipeline).encode_text([caption], 32)
+        assert "smith" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+        diffusers.utils.logging.set_verbosity_error()

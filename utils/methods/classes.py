@@ -18,6 +18,7 @@ from utils.errors import UsageError
 from utils.ledger.verification import read_base_statement
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
+from utils.models.text import quiet
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def build_nearest(model: ModelArguments, prompts: list[str]) -> Nearest:
 @torch.no_grad()
 def embed_text(pipeline: DiffusionPipeline, text: str) -> torch.Tensor:
     """What the text encoder makes of a text alone, of length one: [1, W]."""
-    return F.normalize(find_family(pipeline).summarise(text).float(), dim=1)
+    with quiet():
+        return F.normalize(find_family(pipeline).summarise(text).float(), dim=1)
 
 
 def number_rows(

@@ -13,7 +13,7 @@ AT_ONCE = 16  # captions in one pass through the text encoders
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Pipelines warn of what they cut off a caption, and show it, which may be private."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -35,7 +35,7 @@ def embed_captions(
     rounding.
     """
     family, parts = find_family(pipeline), []
-    with torch.autocast(family.device.type, enabled=False), _quiet():
+    with torch.autocast(family.device.type, enabled=False), quiet():
         for start in range(0, len(captions), AT_ONCE):
             group = [str(captions[i]) for i in range(start, min(start + AT_ONCE, len(captions)))]
             filled = group + [""] * (AT_ONCE - len(group))

@@ -59,6 +59,8 @@ def vary(
         "num_inference_steps": max(settings.num_inference_steps, math.floor(1 / strength) + 1),
         "guidance_scale": settings.guidance_scale,
     }
+    if settings.max_sequence_length is not None:
+        call["max_sequence_length"] = settings.max_sequence_length
     varied = []
     for start in tqdm(range(0, len(images), batch_size), "variations"):
         part = slice(start, start + batch_size)
