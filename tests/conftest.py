@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from tests.families import FAMILIES, build_family
+from tests.families import FAMILIES, save_family
 from utils.errors import UsageError
 from utils.models.public_models import (
     assemble_pipeline,
@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict:
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family_base(request, tmp_path_factory):
-    """The folder of a tiny base, of each family that is trained as a flow."""
+    """The folder of a tiny base, of each family."""
     folder = tmp_path_factory.mktemp(request.param)
-    build_family(request.param).save_pretrained(folder)
+    save_family(request.param, folder)
     return folder

@@ -1,18 +1,26 @@
 """Tiny pipelines of the families of models, with random weights: their makers' config files, with
 smaller numbers where those are sizes."""
 
+import json
+import re
+from pathlib import Path
+
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLFlux2,
+    DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -20,74 +28,30 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
-    CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizerFast,
-    Qwen2Tokenizer,
-    Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
 )
 
-from utils.models.public_models import build_tokenizer
+from tests.family_parts import (
+    LETTERS,
+    WORDS,
+    build_clip,
+    build_qwen_tokenizer,
+    build_sd_vae,
+    build_t5,
+    configure_qwen,
+)
+from utils.models.public_models import build_autoencoder, build_tokenizer
 
-WORDS = [f"the digit {d}" for d in range(10)]
 SIDE = 32  # of an image, in pixels
 
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-
-
-def build_clip(tokenizer, width: int, kind=CLIPTextModelWithProjection):
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=width,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
-    letters = [(letter, -3.0) for letter in LETTERS]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
-    return T5EncoderModel(config), T5TokenizerFast(vocab=pieces, extra_ids=0)
-
-
-def build_sd_vae(**config) -> AutoencoderKL:
-    """The autoencoder of Stable Diffusion 3 and FLUX.1, which halves the resolution once here."""
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **config,
-    )
 
 
 def build_sd3(**newer) -> StableDiffusion3Pipeline:
@@ -147,27 +111,6 @@ def build_flux() -> FluxPipeline:
             guidance_embeds=True,
             axes_dims_rope=(4, 4, 8),
         ),
-    )
-
-
-def build_qwen_tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {a: i for i, a in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary["<|endoftext|>"] = len(vocabulary)
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def configure_qwen(tokenizer, layers: int, width: int) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=width // 2,
     )
 
 
@@ -280,6 +223,49 @@ def build_sana() -> SanaPipeline:
     )
 
 
+def build_pixart() -> PixArtSigmaPipeline:
+    """PixArt-Sigma at 1024 pixels, and its sampler."""
+    t5, tokenizer = build_t5()
+    return PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5,
+        vae=build_autoencoder((8, 16)),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=32,
+            sample_size=16,
+            interpolation_scale=2,
+            caption_channels=32,
+            use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    )
+
+
+ANIMALS = {i: f"animal {i}, creature {i}" for i in range(1000)}
+
+
+def build_dit() -> DiTPipeline:
+    """DiT XL/2 at 256 pixels: a thousand classes, some of which have several names."""
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=16,
+        ),
+        vae=build_autoencoder((8, 16)),
+        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False),
+        id2label=ANIMALS,
+    )
+
+
 FAMILIES = {
     "sd3": build_sd3,
     "sd35": build_sd35,
@@ -287,6 +273,8 @@ FAMILIES = {
     "flux": build_flux,
     "klein": build_klein,
     "z_image": build_z_image,
+    "pixart": build_pixart,
+    "dit": build_dit,
 }
 
 
@@ -298,3 +286,16 @@ def build_family(name: str) -> DiffusionPipeline:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     return pipeline
+
+
+def save_family(name: str, folder: Path) -> None:
+    """As its makers ship it: two under the name that their transformers' class had before, and DiT
+    with the names of its classes, which diffusers does not save."""
+    build_family(name).save_pretrained(folder)
+    if name in ("pixart", "dit"):
+        for path in (folder / "model_index.json", folder / "transformer" / "config.json"):
+            content = re.sub(r"(PixArt|DiT)(Transformer2DModel)", r"\2", path.read_text())
+            path.write_text(content)
+    if name == "dit":
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": ANIMALS}))

@@ -47,6 +47,12 @@ def test_a_run_pushes_exactly_these_files_and_they_come_back_whole(
     from_the_card(on_hub, repository.files()["README.md"].decode(), output)
 
 
+def assert_alike(*paths) -> None:
+    """Two images, up to the rounding of a file, which other rows of a batch can tip."""
+    both = (np.asarray(Image.open(path), float) for path in paths)
+    assert np.abs(np.subtract(*both)).max() <= 1  # of 255
+
+
 def from_the_card(on_hub, card: str, output) -> None:
     """The Python in the card, away from this repository, draws the first image of samples/."""
     tmp_path, expected = output.parent, output / "samples" / "0000.png"
@@ -54,8 +60,7 @@ def from_the_card(on_hub, card: str, output) -> None:
     assert "this/adapter" not in usage
     ran = on_hub("-c", f"{usage}image.save('card.png')", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    both = (np.asarray(Image.open(path), float) for path in (tmp_path / "card.png", expected))
-    assert np.abs(np.subtract(*both)).max() <= 1  # of 255: the file's rounding
+    assert_alike(tmp_path / "card.png", expected)
 
     counted = on_hub("-c", recompute, cwd=tmp_path)
     assert counted.returncode == 0, counted.stderr

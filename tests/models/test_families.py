@@ -6,21 +6,28 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
+from peft import PeftModel
 
 from tests.conftest import train_arguments, train_here
 from tests.families import SIDE, build_family
-from tests.family_inputs import ADAPTERS, CAPTIONS, draw_inputs
+from tests.family_inputs import ADAPTERS, draw_inputs, list_captions
 from utils.data.latents import Objective
 from utils.errors import UsageError
 from utils.models.adapters import load_adapter
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
-from utils.models.lora import save_lora
+from utils.models.lora import loads_lora, save_lora
 from utils.models.pipelines import load_pipeline, prepare_pipeline
 from utils.models.processes import read_process
 from utils.privacy.randomness import SecretRandomness
@@ -38,13 +45,33 @@ def pipeline(family_base):
     return load_pipeline(str(family_base))
 
 
-def call(pipeline, **more):
+def seeds() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+
+def call(pipeline):
     """One step of the pipeline, without classifier-free guidance, as it is called elsewhere."""
     family = find_family(pipeline)
     plain = {"Z-Image": 0.0, "FLUX.1": family.read_default("guidance_scale")}
     how = {"guidance_scale": plain.get(family.title, 1.0), "num_inference_steps": 1}
-    how |= {"height": SIDE, "width": SIDE, **family.call, **more}
-    return pipeline(prompt=list(CAPTIONS), **how)
+    sides = {"height": SIDE, "width": SIDE} if family.takes("height") else {}
+    start = family.begin(list_captions(family), seeds(), SIDE)
+    return pipeline(**start, **how, **sides, **family.call)
+
+
+@contextmanager
+def change_steps(pipeline, change):
+    """What a step of the scheduler leaves, within this context, is `change` of it."""
+    whole = pipeline.scheduler.step
+
+    def step(*args, **kwargs):
+        return DDIMSchedulerOutput(prev_sample=change(whole(*args, **kwargs)[0]))
+
+    pipeline.scheduler.step = step
+    try:
+        yield
+    finally:
+        del pipeline.scheduler.step
 
 
 def as_in_the_loop(family, latents: torch.Tensor) -> torch.Tensor:
@@ -75,26 +102,27 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(pipeline):
     """Of the same noise at the same time: text, masks, packing, ids, guidance and the scale of
     time. And one step of the real pipeline, from noise to nothing, is what `predict` says."""
     family, ends = find_family(pipeline), []
-    noise = torch.randn(2, *family.latent_shape(SIDE), generator=torch.Generator().manual_seed(1))
-
-    def keep_end(pipe, step, time, values):
-        ends.append(values["latents"])
-        return values
-
-    with watch(family.denoiser) as theirs:
-        call(pipeline, latents=family.pack(noise), callback_on_step_end=keep_end)
+    noise = torch.stack([torch.randn(family.latent_shape(SIDE), generator=g) for g in seeds()])
+    with watch(family.denoiser) as theirs, change_steps(pipeline, lambda x: ends.append(x) or x):
+        call(pipeline)
     time = pipeline.scheduler.timesteps[0].expand(2)
     with torch.no_grad(), watch(family.denoiser) as ours:
-        predicted = family.predict(
-            family.denoiser, noise, time.float(), family.encode_text(CAPTIONS, SIDE)
-        )
+        text = family.encode_text(list_captions(family), SIDE)
+        predicted = family.predict(family.denoiser, noise, time.float(), text)
     given = {k: v for k, v in theirs[0].items() if v is not None and k in ours[0]}
     assert set(ours[0]) == set(given)
     for name, value in ours[0].items():
-        torch.testing.assert_close(value, given[name], check_dtype=False, rtol=1e-5, atol=1e-5)
-    sigma = pipeline.scheduler.sigmas[0]
-    expected = as_in_the_loop(family, noise - sigma * predicted)
-    torch.testing.assert_close(ends[0], expected, rtol=1e-3, atol=1e-3)
+        if name == "added_cond_kwargs":
+            assert value == given[name]
+        else:
+            torch.testing.assert_close(value, given[name], check_dtype=False, rtol=1e-5, atol=1e-5)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    if family.process == "Flow":
+        expected = noise - pipeline.scheduler.sigmas[0] * predicted
+    else:
+        scheduler.set_timesteps(1)
+        expected = scheduler.step(predicted, scheduler.timesteps[0], noise).prev_sample
+    torch.testing.assert_close(ends[0], as_in_the_loop(family, expected), rtol=1e-3, atol=1e-3)
 
 
 def test_latents_are_undone_by_the_pipeline(pipeline):
@@ -105,11 +133,8 @@ def test_latents_are_undone_by_the_pipeline(pipeline):
     assert latents.shape[1:] == family.latent_shape(SIDE)
     whole = vae.decode
     vae.decode = lambda z, *args, **kwargs: seen.append(z) or whole(z, *args, **kwargs)
-
-    def keep_latents(pipe, step, time, values):
-        return values | {"latents": as_in_the_loop(family, latents)}
-
-    call(pipeline, callback_on_step_end=keep_latents)
+    with change_steps(pipeline, lambda _: as_in_the_loop(family, latents)):
+        call(pipeline)
     encoded = vae.encode(images)
     expected = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
@@ -122,6 +147,8 @@ SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 def test_the_loss_is_that_of_the_example_on_the_same_draws(pipeline, scheme):
     """Its arithmetic (without the preconditioning that it may add), on its scheduler."""
     family = find_family(pipeline)
+    if family.process != "Flow":
+        pytest.skip("a DDPM, whose loss is tested below")
     latents, noise, quantiles, text = draw_inputs(family)
     process = read_process(pipeline.scheduler, weighting=scheme)
     ours = denoising_loss(family.predictor, process, latents, text, noise, quantiles)
@@ -134,6 +161,22 @@ def test_the_loss_is_that_of_the_example_on_the_same_draws(pipeline, scheme):
     predicted = family.predict(family.denoiser, noisy, scheduler.timesteps[indices], text)
     weighting = compute_loss_weighting_for_sd3(scheme, sigmas)
     theirs = (weighting * (predicted - (noise - latents)) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pixart", "dit"])
+def test_the_loss_of_a_ddpm_is_that_of_the_text_to_image_example(name):
+    """On the first half of what these predict; the other is a variance."""
+    pipeline = prepare_pipeline(build_family(name), name)
+    family = find_family(pipeline)
+    latents, noise, quantiles, text = draw_inputs(family)
+    process = read_process(pipeline.scheduler)
+    ours = denoising_loss(family.predictor, process, latents, text, noise, quantiles)
+    scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02)
+    timesteps = (quantiles * 1000).long()
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicted = family.predict(family.denoiser, noisy, timesteps, text)
+    theirs = (predicted - noise).square().flatten(1).mean(1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -159,26 +202,37 @@ def test_an_adapter_reloads_in_plain_diffusers_and_draws_the_same(base, tmp_path
     save_lora(ours, tmp_path)
     fused = load_pipeline(str(base))
     load_adapter(fused, tmp_path)
-    noise = torch.randn(1, *find_family(ours).latent_shape(SIDE))
-    how = {"num_inference_steps": 2, "output_type": "np", "height": SIDE, "width": SIDE}
-    how |= find_family(ours).call
+    family = find_family(ours)
+    how = {"num_inference_steps": 2, "output_type": "np", **family.call}
+    how |= {"height": SIDE, "width": SIDE} if family.takes("height") else {}
 
     def draw(pipeline):
-        latents = find_family(ours).pack(noise.clone())
-        images = pipeline(prompt=CAPTIONS[:1], latents=latents, **how).images
-        return torch.from_numpy(images)
+        start = family.begin(list_captions(family), seeds(), SIDE)
+        return torch.from_numpy(pipeline(**start, **how).images)
 
     before = draw(plain)
-    plain.load_lora_weights(tmp_path)
+    if loads_lora(plain):
+        plain.load_lora_weights(tmp_path)
+    else:
+        plain.transformer = PeftModel.from_pretrained(plain.transformer, tmp_path)
     assert not torch.allclose(before, draw(plain), atol=1e-2)
     torch.testing.assert_close(draw(ours), draw(plain), rtol=0, atol=1e-4)
     torch.testing.assert_close(draw(ours), draw(fused), rtol=0, atol=1e-4)
 
 
 def test_what_is_for_other_models_is_said(base, image_folder, tmp_path):
-    for option, value in (("--snr_gamma", 5), ("--timestep_sampling", "uniform")):
+    is_flow = find_family(load_pipeline(str(base))).process == "Flow"
+    options = [("--snr_gamma", 5), ("--timestep_sampling", "uniform")]
+    options = options if is_flow else [("--weighting_scheme", "mode"), ("--logit_mean", 1)]
+    for option, value in options:
         arguments = train_arguments(base, image_folder, tmp_path / "run", option, value, *SMALL)
-        assert f"error: {option} is for DDPM models" in train_here(arguments)
+        shown = train_here([*arguments, "--caption_template", "{label}"])
+        kind = "DDPM models" if is_flow else "flow-matching models"
+        assert f"error: {option} is for {kind}" in shown
+    if is_flow:
+        more = [*SMALL, "--weighting_scheme", "cosmap", "--logit_std", 2]
+        arguments = train_arguments(base, image_folder, tmp_path / "run", *more)
+        assert "--logit_std is for --weighting_scheme logit_normal" in train_here(arguments)
 
 
 def test_layers_that_pack_rows_are_refused(base, image_folder, tmp_path):
@@ -203,11 +257,11 @@ def test_a_side_without_positions_is_refused(base, image_folder, tmp_path):
 
 def test_a_scheduler_of_another_process_is_refused(base, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(base)
-    from diffusers import DDIMScheduler
-
-    pipeline.scheduler = DDIMScheduler()
+    own, flow = find_family(pipeline).process, FlowMatchEulerDiscreteScheduler
+    other, kind = ("Ddpm", DDIMScheduler) if own == "Flow" else ("Flow", flow)
+    pipeline.scheduler = kind()
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="samples from a Ddpm; .* is trained as a Flow"):
+    with pytest.raises(UsageError, match=f"samples from a {other}; .* is trained as a {own}"):
         load_pipeline(str(tmp_path))
 
 

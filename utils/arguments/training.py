@@ -186,9 +186,9 @@ class TrainingArguments(DrawingArguments):
         None,
         choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"],
     )
-    logit_mean: float = option("of logit_normal; larger is less noise", 0.0)
-    logit_std: float = option("of logit_normal", 1.0)
-    mode_scale: float = option("of mode", 1.29)
+    logit_mean: float | None = option("of logit_normal; larger is less noise; default: 0", None)
+    logit_std: float | None = option("of logit_normal; default: 1", None)
+    mode_scale: float | None = option("of mode; default: 1.29", None)
     max_train_steps: int | None = option(
         "private steps, empty batches included; default: chosen", None
     )
@@ -286,9 +286,12 @@ class TrainingArguments(DrawingArguments):
             raise UsageError(f"--num_units {self.num_units} must be at least 1")
         if self.num_validation_images < 0:
             raise UsageError("--num_validation_images must be at least 0")
-        if not (math.isfinite(self.logit_mean) and 0 < self.logit_std < math.inf):
-            raise UsageError("--logit_mean must be finite, and --logit_std positive and finite")
-        if not 0 <= self.mode_scale <= 1.75:  # beyond, levels would come twice: Esser et al. 2024
+        if self.logit_mean is not None and not math.isfinite(self.logit_mean):
+            raise UsageError("--logit_mean must be finite")
+        if self.logit_std is not None and not 0 < self.logit_std < math.inf:
+            raise UsageError("--logit_std must be positive and finite")
+        # Beyond, levels would come twice: Esser et al. 2024.
+        if self.mode_scale is not None and not 0 <= self.mode_scale <= 1.75:
             raise UsageError(f"--mode_scale {self.mode_scale} must be between 0 and 1.75")
         if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
             raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive and finite")

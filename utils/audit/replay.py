@@ -9,7 +9,7 @@ All units are public noise images: nothing private is read, nothing is spent, an
 put back. The added unit's gradient is made as loud as clipping has to cope with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.families import find_family
 from utils.privacy import training as loop
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness
@@ -40,8 +41,6 @@ DEVIATIONS = 7.0
 # Makes the context within which the loop is to be replayed (`mutants.break_loop`). Training scripts
 # import this module, and must not be able to reach a mutant.
 LoopChange = Callable[[], AbstractContextManager]
-CAPTIONS = ["", "a photo", "a photo of a house by the sea", "the sea"]
-LONGEST = "a photo of a house by the sea, and of all that can be seen from its roof in the evening"
 
 
 class ReplayedRandomness(SecretRandomness):
@@ -213,7 +212,8 @@ def replay(
     randomness = ReplayedRandomness()
     try:
         with TemporaryDirectory() as folder:
-            units = make_noise_units(NUM_UNITS + 1, resolution, unit_column is not None)
+            captions = find_family(setup.pipeline).public_captions
+            units = make_noise_units(NUM_UNITS + 1, captions, resolution, unit_column is not None)
             within = replace(training, latents_dir=folder)
             unit_losses, _ = prepare_losses(
                 setup.pipeline, units, resolution, within, plan.noise_multiplicity, randomness
@@ -235,18 +235,19 @@ def replay(
             parameter.data.copy_(before)
 
 
-def make_noise_units(num_units: int, resolution: int, many_rows: bool) -> PrivateSet:
-    """Units of public noise images, with captions of unequal length, the last unit's longest; with
-    `many_rows`, unit u has 1 + u modulo 3 of them."""
+def make_noise_units(
+    num_units: int, captions: Sequence[str], resolution: int, many_rows: bool
+) -> PrivateSet:
+    """Units of public noise images; the last has the last of the captions (the longest, by right),
+    the others the others in turn. With `many_rows`, unit u has 1 + u modulo 3 of them."""
     rows = [u for u in range(num_units) for _ in range(1 + u % 3 if many_rows else 1)]
     shape = (len(rows), resolution, resolution, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels]})
-    captions = [
-        LONGEST if u == num_units - 1 else CAPTIONS[i % len(CAPTIONS)] for i, u in enumerate(rows)
-    ]
+    *others, last = captions
+    texts = [last if u == num_units - 1 else others[i % len(others)] for i, u in enumerate(rows)]
     digests = find_readable_rows(ImageRows(images)).digests
-    return PrivateSet(images, "image", captions, torch.tensor(rows), {}, digests)
+    return PrivateSet(images, "image", texts, torch.tensor(rows), {}, digests)
 
 
 def compare_lanes(without: Lane, with_one: Lane) -> dict:

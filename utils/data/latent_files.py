@@ -149,11 +149,8 @@ class _Job:
             config = part.config if isinstance(part.config, dict) else part.config.to_dict()
             known = {k: v for k, v in config.items() if not k.startswith("_")}
             digest.update(repr(sorted(known.items())).encode())
-        for tokenizer in family.tokenizers if self.distinct else []:
-            rules = json.loads(tokenizer.backend_tokenizer.to_str())
-            for passing in ("padding", "truncation"):  # as its last caller left them
-                rules.pop(passing)
-            digest.update(repr((rules, tokenizer.pad_token_id)).encode())
+        for rules in family.describe_reading() if self.distinct else []:
+            digest.update(repr(rules).encode())
         return digest.hexdigest()
 
     def encode(self, shapes: Shapes, folder: Path) -> dict[str, int]:

@@ -21,6 +21,9 @@ from utils.models.processes import read_process
 from utils.models.text import embed_captions
 from utils.privacy.randomness import SecretRandomness
 
+# Options of a flow's weighting scheme, each of one of them.
+OF_SCHEMES = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -74,7 +77,9 @@ def choose_objective(
     """
     family = find_family(pipeline)
     is_flow = family.process == "Flow"
-    for name in ("timestep_sampling", "snr_gamma") if is_flow else ("weighting_scheme",):
+    chosen = {name: getattr(training, name) for name in OF_SCHEMES}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    for name in ("timestep_sampling", "snr_gamma") if is_flow else ("weighting_scheme", *chosen):
         if getattr(training, name) is not None:
             other = "DDPM" if is_flow else "flow-matching"
             raise UsageError(f"--{name} is for {other} models, and {family.title} is none")
@@ -82,13 +87,14 @@ def choose_objective(
         sampling = training.timestep_sampling or "uniform"
         return Objective(num_draws, sampling, snr_gamma=training.snr_gamma)
     scheme = training.weighting_scheme or family.weighting_scheme
+    for name in chosen:
+        if OF_SCHEMES[name] != scheme:
+            raise UsageError(f"--{name} is for --weighting_scheme {OF_SCHEMES[name]}, not {scheme}")
     return Objective(
         num_draws,
-        scheme if scheme in ("logit_normal", "mode") else "uniform",
-        training.logit_mean,
-        training.logit_std,
-        training.mode_scale,
+        scheme if scheme in OF_SCHEMES.values() else "uniform",
         weighting=scheme if scheme in ("sigma_sqrt", "cosmap") else "none",
+        **chosen,
     )
 
 

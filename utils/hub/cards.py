@@ -44,6 +44,7 @@ class Facts:
             the base model, and for the repository.
         base: where the base model is. pipeline: name of its class.
         drawing: how the images in samples/ were drawn.
+        prompt_code: the first prompt, as Python that calls the pipeline has it.
         prompts: of those, of which there are `num_samples`: image i has prompt i modulo the number
             of prompts, and starts from the noise of a generator whose seed is i.
         setup: how it was trained, {what: value}.
@@ -55,6 +56,7 @@ class Facts:
     base: ModelArguments
     pipeline: str
     drawing: DrawingSettings
+    prompt_code: str
     prompts: list[str]
     num_samples: int
     setup: dict[str, object]
@@ -136,7 +138,7 @@ pipeline.scheduler = {kind}.from_config(
     pipeline.scheduler.config,
 {changes})
 image = pipeline(
-    prompt={facts.prompts[0]!r},
+    {facts.prompt_code},
 {call}    generator=torch.Generator().manual_seed(0),
 ).images[0]"""
     names = sorted({name for name in re.findall(r"[A-Z]\w+", code) if hasattr(diffusers, name)})

@@ -25,6 +25,7 @@ from utils.ledger.runs import Run
 from utils.methods.outlook import collect_facts, replay_if_asked, show_plan, show_verdict
 from utils.methods.planning import (
     PlanFor,
+    check_captions,
     load_private_rows,
     plan_training,
     preview,
@@ -46,6 +47,7 @@ from utils.methods.publishing import (
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import adopt_template, choose_settings, write_settings
+from utils.models.families import find_family
 from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import halve_frozen, ready_to_draw
 from utils.models.targets import choose_targets
@@ -101,6 +103,7 @@ def run_method(
     method.adapt(stage.pipeline)
     modules, data = collect_trained_modules(stage.pipeline), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
+    check_captions(stage.pipeline, found, training)
     facts = collect_facts(modules, found.num_units, method.rate, method.stages.warm_start)
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
@@ -199,6 +202,7 @@ def publish(
         pipeline=type(stage.pipeline).__name__,
         drawing=drawing,
         prompts=training.validation_prompt,
+        prompt_code=find_family(stage.pipeline).describe_prompt(training.validation_prompt[0]),
         num_samples=training.num_validation_images,
         setup=describe_setup(training, plan, settings, stage.resolution),
         license=choose_license(hub.hub_license, stage.model),

@@ -16,6 +16,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import Memory, measure_memory
 from utils.methods.stages import Stage
 from utils.models.drawing import DrawingSettings
+from utils.models.families import find_family
 from utils.models.pipelines import list_parts
 from utils.models.placement import ready_to_draw
 from utils.privacy.plan import PrivacyPlan
@@ -79,7 +80,8 @@ def foresee(
     """
     num_processes, device = stage.accelerator.num_processes, engine.device
     size = min(training.train_batch_size, largest_share(plan, num_processes))
-    blanks = make_noise_units(min(size, FEW_IMAGES), stage.resolution, many_rows=False)
+    captions = find_family(stage.pipeline).public_captions
+    blanks = make_noise_units(min(size, FEW_IMAGES), captions, stage.resolution, many_rows=False)
     indices = torch.arange(size) % len(blanks.captions)
     with TemporaryDirectory() as folder:
         within = replace(training, latents_dir=folder)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data.diagnostics import show_private_set
@@ -17,6 +18,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import confirm, find_ledger, open_run
 from utils.ledger.runs import Run
+from utils.models.families import find_family
 from utils.privacy.accounting import account
 from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
 
@@ -51,6 +53,16 @@ def load_private_rows(
     read_captions(rows, data)
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
     return PrivateRows(data, rows, num_units)
+
+
+def check_captions(
+    pipeline: DiffusionPipeline, found: PrivateRows, training: TrainingArguments
+) -> None:
+    """Raises: UsageError if the model cannot be told a caption or a prompt; before any cost."""
+    family = find_family(pipeline)
+    family.check_captions(training.validation_prompt or [])
+    if found.rows is not None:
+        family.check_captions(read_captions(found.rows, found.data))
 
 
 def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:

@@ -30,6 +30,7 @@ from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
+    check_captions,
     describe,
     load_private_rows,
     plan_later_training,
@@ -72,6 +73,7 @@ def run_selection(
     # Plan the one release, and reserve it.
     data = adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
+    check_captions(stage.pipeline, found, training)
     width = median_width([module.weight.shape for module in candidates.values()])
     facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)
     privacy, training, _ = choose_missing(privacy, training, facts)

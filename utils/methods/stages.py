@@ -41,7 +41,6 @@ from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import checksum
 
 # Captions of two public units of unequal length.
-REHEARSED = ["", "a photo of a house by the sea, in the evening"]
 SHARDS_WEIGHTS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -224,21 +223,21 @@ def rehearse(
             _public_losses(pipeline, resolution, captions).sum().backward()
         return record.squared_norms().sum(1)
 
+    captions = list(find_family(pipeline).public_captions[:2])
     try:
-        alone = torch.cat([measure([caption]) for caption in REHEARSED])
+        alone = torch.cat([measure([caption]) for caption in captions])
     except MixedRows as error:
         raise UsageError(
             f"{error}: leave that layer out (--target_modules, --scope, --trainable); this model "
             "packs the tokens of all rows together there"
         ) from error
-    if not torch.allclose(alone, measure(REHEARSED), rtol=1e-3):
+    if not torch.allclose(alone, measure(captions), rtol=1e-3):
         raise UsageError(
             "this model gives a unit another gradient beside other units than alone: it mixes the "
             "rows of a batch, so that no unit's gradient can be bounded by itself"
         )
-    captions = [""] * engine.num_draws
     with engine.recording(1, norms_only) as record:
-        _public_losses(pipeline, resolution, captions).mean().backward()
+        _public_losses(pipeline, resolution, [""] * engine.num_draws).mean().backward()
     return record.nbytes()
 
 

@@ -6,6 +6,7 @@ import httpx2
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from utils.errors import UsageError
@@ -15,7 +16,8 @@ from utils.models.loda.loda import load_loda
 from utils.models.pipelines import freeze
 
 PARTS = sorted({family.part for family in FAMILIES.values()})
-ADAPTER_PARTS = [*PARTS, "adapter_config.json", LORA_WEIGHTS]
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoDA; of a LoRA where diffusers loads none
+ADAPTER_PARTS = [*PARTS, ADAPTER_CONFIG, LORA_WEIGHTS]
 WEIGHTS = (LORA_WEIGHTS, "adapter_model.safetensors")
 
 
@@ -80,10 +82,13 @@ def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
         if list_shapes(tuned) != list_shapes(family.denoiser):
             raise ValueError("its layers have other sizes than those of the model")
         setattr(pipeline, name, freeze(tuned))
-    elif name == "adapter_config.json":
-        load_loda(family.denoiser, folder)
-    else:
+    elif name != ADAPTER_CONFIG:
         _add_lora(pipeline, folder, LORA_WEIGHTS)
+    elif PeftConfig.from_pretrained(folder).peft_type == PeftType.LORA:
+        wrapped = PeftModel.from_pretrained(family.denoiser, folder)
+        setattr(pipeline, family.part, wrapped.merge_and_unload())
+    else:
+        load_loda(family.denoiser, folder)
 
 
 def list_shapes(model: nn.Module) -> dict[str, torch.Size]:

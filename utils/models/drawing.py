@@ -4,6 +4,7 @@ The settings belong to the model: an adapter that was trained at 256 pixels draw
 its base does. What the command line says wins; then come the adapter, its base, and the defaults.
 """
 
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -65,7 +66,7 @@ class DrawingSettings:
         negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
         length = self.max_sequence_length
         tokens = {} if length is None else {"max_sequence_length": length}
-        return negative | {
+        call = negative | {
             "height": self.resolution,
             "width": self.resolution,
             "num_inference_steps": self.num_inference_steps,
@@ -73,6 +74,8 @@ class DrawingSettings:
             **tokens,
             **FAMILIES[pipeline].call,
         }
+        taken = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+        return {name: value for name, value in call.items() if name in taken}
 
 
 def choose_settings(

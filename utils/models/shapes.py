@@ -1,6 +1,7 @@
 """A pipeline to plan with: its layers as they are, its weights random where they would have to be
 downloaded. Hours and memory depend on the layers alone."""
 
+import inspect
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,17 +10,18 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
+from diffusers.models.modeling_utils import LegacyModelMixin
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from utils.models.families import FAMILIES
+from utils.models.families import FAMILIES, Family
 from utils.models.pipelines import UNREADABLE, load_pipeline, prepare_pipeline
 from utils.models.public_models import build_random_model, build_stable_diffusion
 
 CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, without its weights
 # Where nothing can be downloaded: the layers of these are known.
 KNOWN = {"stable-diffusion-v1": "1.5", "stable-diffusion-2": "2.1"}
-CAPTIONS = ["a photo of a house by the sea"]
 
 
 def load_shape(
@@ -44,7 +46,7 @@ def load_shape(
         version = next((known for part, known in KNOWN.items() if part in name_or_path), None)
         if version is None:
             return load_pipeline(*asked)  # which says what is wrong
-        pipeline = build_stable_diffusion(version, CAPTIONS, torch.float32)
+        pipeline = build_stable_diffusion(version, Family.public_captions, torch.float32)
         print(
             f"'{name_or_path}' cannot be reached: planned with random weights in the layers of "
             f"Stable Diffusion {version}",
@@ -63,7 +65,9 @@ def build_from_configs(folder: Path) -> DiffusionPipeline:
     whole = index["_class_name"]
     if whole not in FAMILIES:
         raise ValueError(f"it is a {whole}, none of {', '.join(FAMILIES)}")
-    unused = FAMILIES[whole].unused
+    unused, parameters = FAMILIES[whole].unused, inspect.signature(getattr(diffusers, whole))
+    more = {k: v for k, v in index.items() if k in parameters.parameters and k not in unused}
+    more = {k: v for k, v in more.items() if not isinstance(v, list)}
     parts, build = {}, partial(build_random_model, torch.float32)
     for name, entry in index.items():
         if not isinstance(entry, list) or entry[1] is None or name in unused:
@@ -71,9 +75,12 @@ def build_from_configs(folder: Path) -> DiffusionPipeline:
         part = folder / name
         kind = getattr(transformers if entry[0] == "transformers" else diffusers, entry[1])
         if issubclass(kind, ModelMixin):
-            parts[name] = build(kind.from_config, kind.load_config(part))
+            config = kind.load_config(part)
+            if issubclass(kind, LegacyModelMixin):  # an older name of several classes
+                kind = _fetch_remapped_cls_from_config(config, kind)
+            parts[name] = build(kind.from_config, config)
         elif issubclass(kind, PreTrainedModel):
             parts[name] = build(kind, kind.config_class.from_pretrained(part))
         else:
             parts[name] = kind.from_pretrained(part)
-    return getattr(diffusers, whole)(**parts, **unused)
+    return getattr(diffusers, whole)(**parts, **more, **unused)

@@ -66,16 +66,11 @@ def generate(
     The same image comes out whatever the batch it is in (up to floating-point rounding).
     """
     family = find_family(pipeline)
-    shape = family.latent_shape(settings.resolution)
-    noise = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed * 10_000_019 + index))
-        for index in indices
-    ]
+    noise = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
     call = settings.describe_call(type(pipeline).__name__)
     if settings.negative_prompt is not None:
         call["negative_prompt"] = [settings.negative_prompt] * len(prompts)
-    latents = family.pack(torch.stack(noise)).to(family.device, family.denoiser.dtype)
-    return pipeline(prompt=list(prompts), latents=latents, **call).images
+    return pipeline(**family.begin(prompts, noise, settings.resolution), **call).images
 
 
 def hash_adapter(adapter: Path) -> dict[str, str]:
@@ -140,6 +135,7 @@ def prepare_generation(
     sampling = choose_template(sampling, recorded)
     prompts = read_prompts(sampling)
     pipeline, drawing, files = load_drawing(model, sampling, source, state)
+    find_family(pipeline).check_captions([prompt["text"] for prompt in prompts])
     settings = asdict(sampling) | asdict(model) | asdict(drawing) | files
     del settings["batch_size"]  # it changes no image
     on_main_process(lambda: claim_folder(folder, settings, source))

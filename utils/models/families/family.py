@@ -1,9 +1,10 @@
 """What differs between models: the questions that the rest of the house asks of a pipeline."""
 
 import inspect
+import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import ClassVar
 
@@ -30,6 +31,7 @@ class Family(ABC):
         can_train_text: may a LoRA train on its text encoder? can_loda: may a LoDA on its denoiser?
         has_loda_pipeline: does pipeline.py, which goes with a LoDA, load it into this one?
         default_targets, all_targets: layers that an adapter goes beside, by suffix of their name.
+        public_captions: to try a model with, the shortest first and the longest last.
     """
 
     title: ClassVar[str]
@@ -48,6 +50,11 @@ class Family(ABC):
     has_loda_pipeline: ClassVar[bool] = False
     default_targets: ClassVar[list[str]]
     all_targets: ClassVar[list[str]]
+    public_captions: ClassVar[tuple[str, ...]] = (
+        "",
+        "a photo of a house by the sea, in the evening",
+        "a photo of a house by the sea, and of all that can be seen from its roof in the evening",
+    )
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -74,7 +81,7 @@ class Family(ABC):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Of one image of `resolution` pixels a side: channels, height, width."""
-        side = resolution // self.pipeline.vae_scale_factor
+        side = resolution // self.pixels_per_side
         return (self.pipeline.vae.config.latent_channels, side, side)
 
     @property
@@ -120,11 +127,40 @@ class Family(ABC):
         """Images [n, 3, h, w] in [-1, 1] -> latents as the denoiser wants them: [n, c, r, r]."""
         vae = self.pipeline.vae
         latents = vae.encode(images).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return (latents - vae.config.shift_factor) * self.scaling_factor
+
+    @property
+    def scaling_factor(self) -> float:
+        """That brings latents to the size of the noise."""
+        return self.pipeline.vae.config.scaling_factor
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [n, c, r, r] as the pipeline takes its first noise."""
         return latents
+
+    def begin(
+        self, prompts: list[str], generators: list[torch.Generator], resolution: int
+    ) -> dict[str, object]:
+        """What the pipeline's call takes to draw one image a prompt, each from noise of its own
+        generator."""
+        shape = self.latent_shape(resolution)
+        noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
+        latents = self.pack(noise).to(self.device, self.denoiser.dtype)
+        return {"prompt": list(prompts), "latents": latents}
+
+    def describe_prompt(self, prompt: str) -> str:
+        """The prompt, as Python that calls the pipeline has it."""
+        return f"prompt={prompt!r}"
+
+    def find_unknown(self, captions: Iterable[str]) -> str | None:
+        """What of these the model cannot be told, in a sentence that shows none; or None."""
+        return None
+
+    def check_captions(self, captions: Iterable[str]) -> None:
+        """Raises: UsageError if the model cannot be told one of them."""
+        problem = self.find_unknown(captions)
+        if problem is not None:
+            raise UsageError(problem)
 
     @abstractmethod
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
@@ -164,6 +200,16 @@ class Family(ABC):
     @text_length.setter
     def text_length(self, value: int | None) -> None:
         self.pipeline.text_length = value
+
+    def describe_reading(self) -> list:
+        """All rules by which captions become tokens."""
+        found = []
+        for tokenizer in self.tokenizers:
+            rules = json.loads(tokenizer.backend_tokenizer.to_str())
+            for passing in ("padding", "truncation"):  # as its last caller left them
+                rules.pop(passing)
+            found.append((rules, tokenizer.pad_token_id))
+        return found
 
     def count_cut(self, captions: list[str]) -> int:
         """How many captions have more tokens than the (last) text encoder reads."""

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from peft import inject_adapter_in_model
 
 from utils.arguments.methods import LoDAArguments
 from utils.errors import UsageError
@@ -31,7 +32,7 @@ def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
         )
     except ValueError as error:
         raise UsageError(f"--rank {args.rank}: {error}") from error
-    family.denoiser.add_adapter(config)
+    inject_adapter_in_model(config, family.denoiser)
 
 
 def describe_loda(pipeline: DiffusionPipeline) -> str:
@@ -54,6 +55,6 @@ load_loda(pipeline.{family.part}, "{{adapter}}")"""
 def save_loda(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """Save the adapter, and the files that load it elsewhere."""
     family = find_family(pipeline)
-    loda.save_loda(family.denoiser, output_dir)
+    loda.save_adapter(family.denoiser, output_dir)
     for name in ["loda.py", *(["pipeline.py"] if family.has_loda_pipeline else [])]:
         shutil.copy(Path(__file__).with_name(name), output_dir / name)

@@ -168,8 +168,9 @@ class LoDAModel(BaseTuner):
         raise ValueError(NO_MERGE)
 
 
-def save_loda(model: nn.Module, folder: str, adapter_name: str = "default") -> None:
-    """Write adapter_config.json and adapter_model.safetensors of a model with an injected LoDA."""
+def save_adapter(model: nn.Module, folder: str, adapter_name: str = "default") -> None:
+    """Write adapter_config.json and adapter_model.safetensors of an adapter that was injected into
+    a model, a LoDA or another, as peft does."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     contiguous = {f"base_model.model.{k}": v.contiguous().cpu() for k, v in state.items()}
     save_file(contiguous, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
