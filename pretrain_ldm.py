@@ -11,7 +11,7 @@
     # a transformer trained by flow matching, in the layout of Stable Diffusion 3
     accelerate launch pretrain_ldm.py --dataset_name runs/digits/public --label_column label \\
         --caption_template "the digit {label}" --resolution 32 --output_dir runs/digits/flow_base \\
-        --architecture sd3
+        --architecture sd3 --autoencoder_from examples/digits/base
 
 Trains an autoencoder, then a text encoder and a U-Net (or a transformer) together, and saves a
 pipeline folder that plain `DiffusionPipeline.from_pretrained` loads, with a grid of
@@ -27,11 +27,11 @@ from utils.arguments.training import DataArguments
 from utils.errors import UsageError, run_script
 
 
-def check_resolution(resolution: int | None, args: PretrainArguments) -> None:
+def check_resolution(resolution: int | None, args: PretrainArguments, halvings: int) -> None:
     """Raises: UsageError if none was given, or the models cannot halve it often enough."""
     if resolution is None:
         raise UsageError("give --resolution, the side of the images in pixels")
-    factor = 2 ** (len(args.autoencoder_channels) - 1)
+    factor = 2**halvings  # by the autoencoder
     if args.architecture == "unet":
         factor *= 2 ** (len(args.unet_channels) - 1)
     if resolution % factor:
@@ -41,7 +41,7 @@ def check_resolution(resolution: int | None, args: PretrainArguments) -> None:
 def main():
     data, args = parse(DataArguments, PretrainArguments, description=__doc__)
     output_dir = Path(args.output_dir)
-    check_resolution(data.resolution, args)
+    check_resolution(data.resolution, args, len(args.autoencoder_channels) - 1)
     if (output_dir / "model_index.json").exists():
         raise UsageError(
             f"{output_dir} already holds a finished pipeline; name another --output_dir"
@@ -74,7 +74,11 @@ def main():
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
 
-    vae = pretraining.train_autoencoder(accelerator, pixels, args)
+    if args.autoencoder_from is None:
+        vae = pretraining.train_autoencoder(accelerator, pixels, args)
+    else:
+        vae = pretraining.take_autoencoder(args.autoencoder_from).to(accelerator.device)
+        check_resolution(data.resolution, args, len(vae.config.block_out_channels) - 1)
     latents = pretraining.encode_all(vae, pixels, accelerator.device)
     shift = float(latents.mean()) if args.architecture == "sd3" else 0.0
     vae.register_to_config(scaling_factor=float(1 / latents.std()))

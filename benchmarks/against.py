@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from step_time import SHAPES, require_input_gradient
+from shapes import SHAPES, require_input_gradient
 
 ROOT = Path(__file__).resolve().parent.parent
 # An older benchmark may lack the hook without which PyTorch crashes; a second one does nothing.
@@ -26,15 +26,15 @@ SERVE = f"""
 import json, sys, time
 from argparse import Namespace
 import torch
+from torch import nn
 
 {inspect.getsource(require_input_gradient)}
 
 sys.path.insert(0, sys.argv[1])
-from step_time import SHAPES, Bench
-args = json.loads(sys.argv[2])
-bench = Bench(Namespace(**SHAPES[args["shape"]], **args))
-for module in bench.unet.modules():
-    if type(module) is torch.nn.GroupNorm:
+from step_time import Bench
+bench = Bench(Namespace(**json.loads(sys.argv[2])))
+for module in (bench.unet if hasattr(bench, "unet") else bench.denoiser).modules():
+    if type(module) is nn.GroupNorm:
         module.register_forward_pre_hook(require_input_gradient)
 for kind in sys.stdin:
     start = time.perf_counter()
@@ -69,6 +69,8 @@ def main():
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = vars(parser.parse_args())
+    shape = SHAPES[args["shape"]]
+    args |= {"units": shape.units, "draws": shape.draws, "side": shape.side, "device": "cpu"}
     folders, rounds = (ROOT, args.pop("older")), args.pop("rounds")
     here, there = versions = [Version(folder, args) for folder in folders]
     for kind in ("nonprivate", "private"):

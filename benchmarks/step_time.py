@@ -10,8 +10,9 @@ Opacus' hooks, which clip the mean of each unit's K copies as we do; and Opacus'
 where it runs and K is 1. Same model, micro-batch, K and precision. Medians of the rounds, after one
 that does not count; peak memory of each kind is that of a process of its own.
 
-Shapes: `tiny` is the digits model of examples/digits; `sd15` the U-Net of Stable Diffusion 1.5 with
-random weights, on 32 x 32 latents; `sdxl` that of XL, on 128 x 128 ones, for a GPU.
+Shapes: `tiny` is the digits model of examples/digits; with random weights, `sd15` is the U-Net of
+Stable Diffusion 1.5, on 32 x 32 latents; `sdxl` that of XL, on 128 x 128 ones, for a GPU; `sd3`
+four blocks of the transformer of Stable Diffusion 3.5 medium, on 32 x 32 latents.
 """
 
 import argparse
@@ -28,21 +29,18 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 from accelerate import Accelerator
 from common import plan_one_step
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from opacus import GradSampleModule
 from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
     GradSampleModuleFastGradientClipping,
 )
 from peft import LoraConfig
+from shapes import SHAPES
 
-from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import peak_of_process
 from utils.methods.saliency import Scoring
 from utils.models.denoising import denoising_loss
-from utils.models.families.stable_diffusion import ALL_TARGETS, DEFAULT_TARGETS, StableDiffusion
 from utils.models.loda.loda import LoDAConfig
-from utils.models.processes import read_process
 from utils.models.targets import resolve_targets
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.randomness import SecretRandomness, SecureRandomness
@@ -50,49 +48,7 @@ from utils.privacy.training import clipped_gradient_sum
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SHAPES = {
-    "tiny": {"units": 32, "draws": 4, "side": 8},
-    "sd15": {"units": 4, "draws": 1, "side": 32},
-    "sdxl": {"units": 4, "draws": 1, "side": 128},
-}
-XL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-PROCESS = read_process(DDPMScheduler())
 KINDS = ["nonprivate", "private", "private_secure_noise", "scoring", "opacus_hooks", "opacus_ghost"]
-
-
-def build_unet(shape: str) -> UNet2DConditionModel:
-    """Laid out as `load_pipeline` does it, for every kind of step."""
-    if shape == "tiny":
-        unet = UNet2DConditionModel.from_pretrained(ROOT / "examples" / "digits" / "base" / "unet")
-    elif shape == "sdxl":
-        unet = UNet2DConditionModel(**XL)
-    else:
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # the defaults: Stable Diffusion 1's
-    use_fast_linear(unet)
-    for module in unet.modules():
-        if type(module) is torch.nn.GroupNorm:
-            module.register_forward_pre_hook(require_input_gradient)
-    return unet.to(memory_format=torch.channels_last)
-
-
-def require_input_gradient(norm: torch.nn.GroupNorm, inputs: tuple[torch.Tensor]):
-    """PyTorch 2.13 crashes in the backward pass of a norm whose input needs no gradient (CPU,
-    channels last): such an input gets one."""
-    (x,) = inputs
-    if norm.weight.requires_grad and not x.requires_grad:
-        return (x.detach().requires_grad_(),)
 
 
 class Bench:
@@ -104,47 +60,49 @@ class Bench:
         precision = args.mixed_precision
         self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision)
         device = self.accelerator.device
-        self.unet = build_unet(args.shape).float().train()  # Opacus ignores layers in eval mode
-        self.unet.requires_grad_(args.method == "all")
+        shape = SHAPES[args.shape]
+        self.family, self.process = shape.family, shape.process
+        self.denoiser = shape.build_for_steps()
+        self.denoiser.requires_grad_(args.method == "all")
         if args.method == "lora":
-            targets = resolve_targets(self.unet, DEFAULT_TARGETS)
-            self.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+            targets = resolve_targets(self.denoiser, shape.family.default_targets)
+            self.denoiser.add_adapter(
+                LoraConfig(r=4, init_lora_weights=False, target_modules=targets)
+            )
         elif args.method == "loda":
-            targets = resolve_targets(self.unet, ALL_TARGETS)
-            self.unet.add_adapter(LoDAConfig(r=4, target_modules=targets))
+            targets = resolve_targets(self.denoiser, shape.family.all_targets)
+            self.denoiser.add_adapter(LoDAConfig(r=4, target_modules=targets))
         elif args.method == "attention":
-            for name, parameter in self.unet.named_parameters():
-                parameter.requires_grad_("attentions." in name)
+            for name, parameter in self.denoiser.named_parameters():
+                parameter.requires_grad_(shape.family.is_attention(name))
         if args.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.unet.to(device)
-        self.trained = [p for p in self.unet.parameters() if p.requires_grad]
-        self.engine = PerUnitGradients(self.unet, self.draws)
+            self.denoiser.enable_gradient_checkpointing()
+        self.denoiser.to(device)
+        self.trained = [p for p in self.denoiser.parameters() if p.requires_grad]
+        self.engine = PerUnitGradients(self.denoiser, self.draws)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
         self.plan = plan_one_step(10**5, self.units, noise_multiplicity=self.draws)
         self.randomness = SecretRandomness()
-        rows, side, width = args.units * args.draws, args.side, self.unet.config.cross_attention_dim
-        self.latents, self.noise = torch.randn(2, rows, 4, side, side).to(device)
-        words = torch.randn(rows, 8 if args.shape == "tiny" else 77, width)
-        self.text = {"encoder_hidden_states": words.to(device)}
-        if args.shape == "sdxl":
-            self.text["text_embeds"] = torch.randn(rows, 1280).to(device)
-            self.text["time_ids"] = torch.full((rows, 6), 8.0 * side).to(device)
+        rows, side, channels = args.units * args.draws, args.side, self.denoiser.config.in_channels
+        self.latents, self.noise = torch.randn(2, rows, channels, side, side).to(device)
+        self.text = {
+            name: torch.randn(rows, *sizes).to(device) for name, sizes in shape.text.items()
+        }
         self.quantiles = torch.rand(rows).to(device)
 
     def losses(self, model) -> torch.Tensor:
         """[rows]."""
         with self.accelerator.autocast():
             inputs = (self.latents, self.text, self.noise, self.quantiles)
-            return denoising_loss(partial(StableDiffusion.predict, model), PROCESS, *inputs)
+            return denoising_loss(partial(self.family.predict, model), self.process, *inputs)
 
     def nonprivate(self):
-        self.losses(self.unet).mean().backward()
+        self.losses(self.denoiser).mean().backward()
         self._update()
 
     def private(self, randomness: SecretRandomness | None = None):
         def unit_losses(indices):
-            return self.losses(self.unet).view(self.units, self.draws).mean(1)
+            return self.losses(self.denoiser).view(self.units, self.draws).mean(1)
 
         everyone = torch.arange(self.units)
         total = clipped_gradient_sum(
@@ -161,11 +119,11 @@ class Bench:
         """The same units' share of a selection (`select_saliency.py`)."""
         names = tuple(self.engine.names)
         with self.engine.recording(self.units, norms_only=True) as record:
-            self.losses(self.unet).view(self.units, self.draws).mean(1).sum().backward()
+            self.losses(self.denoiser).view(self.units, self.draws).mean(1).sum().backward()
         Scoring("squared_norm", names, names, 1, 1.0).scores(record.squared_norms()).sum(0)
 
     def opacus_hooks(self):
-        model = GradSampleModule(self.unet, loss_reduction="sum", strict=False)
+        model = GradSampleModule(self.denoiser, loss_reduction="sum", strict=False)
         try:
             self.losses(model).sum().backward()
         finally:
@@ -182,7 +140,7 @@ class Bench:
 
     def opacus_ghost(self):
         model = GradSampleModuleFastGradientClipping(
-            self.unet, loss_reduction="sum", strict=False, max_grad_norm=self.plan.max_grad_norm
+            self.denoiser, loss_reduction="sum", strict=False, max_grad_norm=self.plan.max_grad_norm
         )
         losses = self.losses(model)
         losses.sum().backward(retain_graph=True)
@@ -262,9 +220,9 @@ def main():
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--peak_of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for name, value in SHAPES[args.shape].items():
+    for name in ("units", "draws", "side"):
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, getattr(SHAPES[args.shape], name))
     if args.peak_of:
         bench = Bench(args)
         for _ in range(2):

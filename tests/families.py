@@ -49,8 +49,6 @@ from tests.family_parts import (
 from utils.models.public_models import build_autoencoder, build_tokenizer
 
 SIDE = 32  # of an image, in pixels
-
-
 DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 

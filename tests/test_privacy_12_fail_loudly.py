@@ -10,7 +10,7 @@ from tests.test_house import find_imports
 from tests.worlds import build_plan, train
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.methods.stages import rehearse
+from utils.methods.public_passes import leave_out_unused, rehearse
 from utils.models.targets import resolve_targets
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState
@@ -170,6 +170,28 @@ def test_an_unused_layer_is_found_before_any_image_is_read():
     unet.never_called = nn.Linear(2, 2)
     with pytest.raises(UsageError, match="never_called"):
         rehearse(pipeline, PerUnitGradients(unet, num_draws=2), resolution=16)
+
+
+def test_what_a_model_never_uses_is_left_out_with_a_sentence(capsys):
+    """Here a LoRA beside a layer that nothing calls; the engine then covers all that trains."""
+    pipeline = build_tiny_pipeline()
+    unet = pipeline.unet.requires_grad_(False)
+    unet.spare = nn.ModuleDict({"to_q": nn.Linear(2, 2)}).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    before = {name for name, p in unet.named_parameters() if p.requires_grad}
+    leave_out_unused(pipeline, unet, 16)
+    assert (
+        "left out, since this model never uses them: spare.to_q.lora_A" in capsys.readouterr().out
+    )
+    after = {name for name, p in unet.named_parameters() if p.requires_grad}
+    assert after == {name for name in before if not name.startswith("spare")} != before
+    rehearse(pipeline, PerUnitGradients(unet, num_draws=2), resolution=16)
+    leave_out_unused(pipeline, unet, 16)
+    assert capsys.readouterr().out == ""
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name.startswith("spare"))
+    with pytest.raises(UsageError, match="uses none of what is to train, such as spare"):
+        leave_out_unused(pipeline, unet, 16)
 
 
 def test_targets_match_by_suffix_and_a_miss_names_its_neighbours():

@@ -8,7 +8,8 @@
         curation            the story of a curation: votes, noise, publish; keep, or vary and repeat
         first_stages        selection and means as stages of a training command
         warm_start          ordinary training on a synthetic set, before the first private step
-        stages              what both stories share: their opening, their rehearsal and their end
+        stages              what both stories share: their opening and their end
+        public_passes       what passes on public noise say of a model first
         planning            from the private rows to a plan: previewed, or reserved in the ledger
         outlook             before anything is spent: a verdict, a plan's price, a replay
         forecast            hours, memory and disk, measured on public noise

@@ -49,6 +49,30 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
     assert run.returncode == 2 and "finished pipeline" in run.stderr
 
 
+def test_the_autoencoder_of_another_pipeline_is_taken_as_it_is(
+    run_script, tiny_base, image_folder, tmp_path
+):
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
+    arguments += ["--architecture", "sd3", "--transformer_width", 32, "--transformer_layers", 1]
+    arguments += ["--text_width", 16, "--text_layers", 1, "--train_batch_size", 4]
+    arguments += ["--denoiser_steps", 2, "--autoencoder_from", tiny_base]
+    run = run_script("pretrain_ldm.py", *arguments, "--output_dir", tmp_path / "base")
+    assert run.returncode == 0, run.stderr
+    ours, theirs = load_pipeline(str(tmp_path / "base")).vae, load_pipeline(str(tiny_base)).vae
+    for name, value in theirs.state_dict().items():  # saved in fp16
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert ours.config.shift_factor != 0 and theirs.config.shift_factor is None
+
+
+def test_the_autoencoder_of_a_private_result_is_refused(
+    run_script, image_folder, tmp_path, trained
+):
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
+    arguments += ["--autoencoder_from", trained[0], "--output_dir", tmp_path / "base"]
+    run = run_script("pretrain_ldm.py", *arguments)
+    assert run.returncode == 2 and "is a private result" in run.stderr
+
+
 def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path):
     """In the layout of Stable Diffusion 3; text is what its pipeline makes of it."""
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]

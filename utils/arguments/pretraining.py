@@ -15,6 +15,9 @@ class PretrainArguments:
     autoencoder_channels: list[int] = option(
         "autoencoder widths; n of them divide the resolution by 2^(n-1)", [16, 32, 64]
     )
+    autoencoder_from: str | None = option(
+        "a pipeline, folder or Hub id, whose autoencoder is taken as it is; none is trained", None
+    )
     architecture: str = option(
         "of the denoiser: unet, as in Stable Diffusion 1, trained by DDPM; or sd3, a transformer "
         "as in Stable Diffusion 3, trained as a flow",

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from utils.arguments.methods import LoDAArguments, LoraArguments, StageArguments
 from utils.arguments.publishing import PublishArguments
@@ -38,13 +39,14 @@ from utils.methods.private_run import (
     fine_tune,
     stop_here,
 )
+from utils.methods.public_passes import leave_out_unused, rehearse
 from utils.methods.publishing import (
     check_repository,
     choose_license,
     describe_setup,
     save_samples,
 )
-from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.methods.stages import Stage, collect_settings, finish, load_stage, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.families import find_family
@@ -100,8 +102,7 @@ def run_method(
 
     # Adapt the public model, and choose what was not asked for.
     stage = load_stage(accelerator, model, data, privacy, training)
-    method.adapt(stage.pipeline)
-    modules, data = collect_trained_modules(stage.pipeline), adopt_template(data, model)
+    modules, data = adapt_used(method, stage), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training)
     check_captions(stage.pipeline, found, training)
     facts = collect_facts(modules, found.num_units, method.rate, method.stages.warm_start)
@@ -140,6 +141,15 @@ def run_method(
     accelerator.end_training()
     if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
         print(f"published {publish_model(run.output_dir, hub)}")
+
+
+def adapt_used(method: Method, stage: Stage) -> nn.Module:
+    """Make the method's weights trainable, of layers that the model uses; returns the parts of the
+    pipeline that hold them."""
+    method.adapt(stage.pipeline)
+    modules = collect_trained_modules(stage.pipeline)
+    leave_out_unused(stage.pipeline, modules, stage.resolution)
+    return modules
 
 
 def make_plan_for(

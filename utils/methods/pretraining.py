@@ -21,10 +21,12 @@ from utils.arguments.sampling import DrawingArguments
 from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
+from utils.ledger.verification import read_base_statement
 from utils.models.denoising import denoising_loss
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.families.sd3 import StableDiffusion3
 from utils.models.families.stable_diffusion import StableDiffusion, tokenize_captions
+from utils.models.pipelines import load_pipeline
 from utils.models.processes import Flow, read_process
 from utils.models.public_models import (
     assemble_pipeline,
@@ -202,6 +204,20 @@ def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
 
     steps, rate = args.autoencoder_steps, args.autoencoder_learning_rate
     return fit(accelerator, "autoencoder", objective, sample_batch, steps, rate, args).vae
+
+
+def take_autoencoder(base: str) -> AutoencoderKL:
+    """That of another pipeline.
+
+    Raises:
+        UsageError: see `load_pipeline`; or it is a private result, or has other latents.
+    """
+    if read_base_statement(base, None)[0] is not None:
+        raise UsageError(f"--autoencoder_from {base} is a private result, and this stage is public")
+    vae = load_pipeline(base).vae
+    if not isinstance(vae, AutoencoderKL) or vae.config.latent_channels != 4:
+        raise UsageError(f"--autoencoder_from {base}: an AutoencoderKL of 4 channels is wanted")
+    return vae
 
 
 def train_denoiser(

@@ -37,9 +37,10 @@ from utils.methods.planning import (
     preview,
     reserve,
 )
+from utils.methods.public_passes import leave_out_unused, rehearse
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
 from utils.methods.saliency_file import Saliency
-from utils.methods.stages import Stage, collect_settings, finish, load_stage, rehearse, start
+from utils.methods.stages import Stage, collect_settings, finish, load_stage, start
 from utils.models.drawing import adopt_template
 from utils.models.families import find_family
 from utils.privacy.accounting import account
@@ -63,7 +64,7 @@ def run_selection(
     """
     accelerator, _lock = start(training)
     stage = load_stage(accelerator, model, data, privacy, training)
-    candidates, side = find_candidates(stage.pipeline, args.scope), stage.resolution
+    candidates, side = find_used_candidates(stage, args.scope), stage.resolution
     scoring = build_scoring(list(candidates), args)
     keep = build_keep(candidates, scoring, lora)
     if args.mechanism == "random":  # reads nothing, costs nothing
@@ -77,7 +78,7 @@ def run_selection(
     width = median_width([module.weight.shape for module in candidates.values()])
     facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)
     privacy, training, _ = choose_missing(privacy, training, facts)
-    engine = make_engine(stage, candidates, privacy.noise_multiplicity)
+    engine = PerUnitGradients(find_family(stage.pipeline).denoiser, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
     def plan_for(num_units: int) -> PrivacyPlan:
@@ -92,8 +93,8 @@ def run_selection(
         if later is not None:
             accelerator.print("training, after it:", json.dumps(later.event(), indent=2))
         return
-    settings = collect_settings("selection", args, data, training)
-    agreed = settings | {"base_model_checksum": stage.base_checksum}
+    agreed = collect_settings("selection", args, data, training)
+    agreed["base_model_checksum"] = stage.base_checksum
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
     accelerator.print(announce(plan, len(candidates)))
 
@@ -103,19 +104,20 @@ def run_selection(
 
     # Everything from here on sees the noisy scores only.
     keep = replace(keep, plan=plan_later_training(privacy, training.max_train_steps, plan))
-    scores, is_private = noisy.double().numpy(), stage.randomness.is_private
-    saliency = conclude(scores, scoring, keep, args, stage.base_checksum, plan)
-    saliency = replace(saliency, run=run.branch.run, private=is_private)
+    saliency = conclude(noisy.double().numpy(), scoring, keep, args, stage.base_checksum, plan)
+    saliency = replace(saliency, run=run.branch.run, private=stage.randomness.is_private)
     about = stage.describe_circumstances()
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
     finish(stage, data, training, encoded_dir, describe_selection(saliency, training))
 
 
-def make_engine(stage: Stage, candidates: dict[str, nn.Module], num_draws: int) -> PerUnitGradients:
-    """An engine that measures the gradients of the candidates, and of nothing else."""
+def find_used_candidates(stage: Stage, scope: str) -> dict[str, nn.Module]:
+    """The layers whose weights are ranked; from now on those weights train, and no others."""
+    candidates = find_candidates(stage.pipeline, scope)
     for module in candidates.values():
         module.weight.requires_grad_(True)
-    return PerUnitGradients(find_family(stage.pipeline).denoiser, num_draws)
+    leave_out_unused(stage.pipeline, find_family(stage.pipeline).denoiser, stage.resolution)
+    return {name: module for name, module in candidates.items() if module.weight.requires_grad}
 
 
 def choose_at_random(

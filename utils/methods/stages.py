@@ -1,4 +1,4 @@
-"""What every private stage does on a public model: its opening, its rehearsal and its end.
+"""What every private stage does on a public model: its opening and its end.
 
 A stage (selection, training) is a run in the ledger. Both stories, `selection.run_selection` and
 `fine_tuning.run_method`, open here, on public data alone; plan in `planning`; and end here.
@@ -25,22 +25,17 @@ from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
 from utils.files import LOGS, private_folder
-from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.gradients.recording import MixedRows
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
-from utils.models.denoising import denoising_loss
 from utils.models.drawing import adopt_text_length, read_base_settings
 from utils.models.families import find_family
-from utils.models.pipelines import choose_resolution, list_parts, load_pipeline, trains_text
-from utils.models.processes import read_process
+from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
 from utils.models.shapes import load_shape
 from utils.privacy.plan import name_unit
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import checksum
 
-# Captions of two public units of unequal length.
 SHARDS_WEIGHTS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -199,61 +194,6 @@ def find_base_statement(model: ModelArguments, data: DataArguments) -> dict | No
             "be added up"
         )
     return statement
-
-
-def rehearse(
-    pipeline: DiffusionPipeline,
-    engine: PerUnitGradients,
-    resolution: int,
-    norms_only: bool = False,
-) -> int:
-    """Passes on public noise, before any private image is read.
-
-    Two units with captions of unequal length must get the same gradient alone and together: else
-    the model mixes the rows of a batch.
-
-    Returns the memory that the gradients of one unit take, in bytes.
-
-    Raises:
-        UsageError: a trainable layer is not used by this model, or the model mixes rows.
-    """
-
-    def measure(captions: list[str]) -> torch.Tensor:
-        with engine.recording(len(captions), norms_only, num_draws=1) as record:
-            _public_losses(pipeline, resolution, captions).sum().backward()
-        return record.squared_norms().sum(1)
-
-    captions = list(find_family(pipeline).public_captions[:2])
-    try:
-        alone = torch.cat([measure([caption]) for caption in captions])
-    except MixedRows as error:
-        raise UsageError(
-            f"{error}: leave that layer out (--target_modules, --scope, --trainable); this model "
-            "packs the tokens of all rows together there"
-        ) from error
-    if not torch.allclose(alone, measure(captions), rtol=1e-3):
-        raise UsageError(
-            "this model gives a unit another gradient beside other units than alone: it mixes the "
-            "rows of a batch, so that no unit's gradient can be bounded by itself"
-        )
-    with engine.recording(1, norms_only) as record:
-        _public_losses(pipeline, resolution, [""] * engine.num_draws).mean().backward()
-    return record.nbytes()
-
-
-def _public_losses(
-    pipeline: DiffusionPipeline, resolution: int, captions: list[str]
-) -> torch.Tensor:
-    """The loss of one row a caption, on noise that depends on the caption alone: [U]."""
-    family, process = find_family(pipeline), read_process(pipeline.scheduler)
-    shape = (2, *family.latent_shape(resolution))
-    seeds = (torch.Generator().manual_seed(len(caption)) for caption in captions)
-    rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(family.device)
-    quantiles = torch.tensor([(500.5 + len(caption)) / 1000 for caption in captions])
-    with torch.set_grad_enabled(trains_text(pipeline)):
-        text = family.encode_text(captions, resolution)
-    parts = (process, rows[:, 0], text, rows[:, 1], quantiles.to(family.device))
-    return denoising_loss(family.predictor, *parts)
 
 
 def collect_settings(

@@ -1,0 +1,90 @@
+"""What passes on public noise say of a model, before any private image is read."""
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from utils.errors import UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.gradients.recording import MixedRows
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
+from utils.models.pipelines import trains_text
+from utils.models.processes import read_process
+
+
+def leave_out_unused(pipeline: DiffusionPipeline, modules: nn.Module, resolution: int) -> None:
+    """Freeze the trainable weights that this model never uses (the text branch of a last block,
+    say), and say so: nothing could be learned there.
+
+    Raises:
+        UsageError: there are no others.
+    """
+    trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+    if not trained:
+        return
+    losses = _public_losses(pipeline, resolution, [""])
+    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+    unused = [name for name, found in zip(trained, gradients, strict=True) if found is None]
+    if len(unused) == len(trained):
+        raise UsageError(f"this model uses none of what is to train, such as {unused[0]}")
+    for name in unused:
+        trained[name].requires_grad_(False)
+    if unused and PartialState().is_main_process:
+        print(f"left out, since this model never uses them: {', '.join(unused)}")
+
+
+def rehearse(
+    pipeline: DiffusionPipeline,
+    engine: PerUnitGradients,
+    resolution: int,
+    norms_only: bool = False,
+) -> int:
+    """Passes on public noise, before any private image is read.
+
+    Two units with captions of unequal length must get the same gradient alone and together: else
+    the model mixes the rows of a batch.
+
+    Returns the memory that the gradients of one unit take, in bytes.
+
+    Raises:
+        UsageError: a trainable layer is not used by this model, or the model mixes rows.
+    """
+
+    def measure(captions: list[str]) -> torch.Tensor:
+        with engine.recording(len(captions), norms_only, num_draws=1) as record:
+            _public_losses(pipeline, resolution, captions).sum().backward()
+        return record.squared_norms().sum(1)
+
+    captions = list(find_family(pipeline).public_captions[:2])
+    try:
+        alone = torch.cat([measure([caption]) for caption in captions])
+    except MixedRows as error:
+        raise UsageError(
+            f"{error}: leave that layer out (--target_modules, --scope, --trainable); this model "
+            "packs the tokens of all rows together there"
+        ) from error
+    if not torch.allclose(alone, measure(captions), rtol=1e-3):
+        raise UsageError(
+            "this model gives a unit another gradient beside other units than alone: it mixes the "
+            "rows of a batch, so that no unit's gradient can be bounded by itself"
+        )
+    with engine.recording(1, norms_only) as record:
+        _public_losses(pipeline, resolution, [""] * engine.num_draws).mean().backward()
+    return record.nbytes()
+
+
+def _public_losses(
+    pipeline: DiffusionPipeline, resolution: int, captions: list[str]
+) -> torch.Tensor:
+    """The loss of one row a caption, on noise that depends on the caption alone: [U]."""
+    family, process = find_family(pipeline), read_process(pipeline.scheduler)
+    shape = (2, *family.latent_shape(resolution))
+    seeds = (torch.Generator().manual_seed(len(caption)) for caption in captions)
+    rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(family.device)
+    quantiles = torch.tensor([(500.5 + len(caption)) / 1000 for caption in captions])
+    with torch.set_grad_enabled(trains_text(pipeline)):
+        text = family.encode_text(captions, resolution)
+    parts = (process, rows[:, 0], text, rows[:, 1], quantiles.to(family.device))
+    return denoising_loss(family.predictor, *parts)
