@@ -12,6 +12,7 @@ from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.audit.replay import SetUp, replay
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.methods.saliency import find_candidates
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
@@ -79,6 +80,17 @@ def test_per_unit_gradients_are_those_of_batch_size_one(pipeline, method, draws,
     scales = clip_scales(record.squared_norms(), build_plan(num_units=2, clipping="automatic"))
     contributed = (record.squared_norms() * scales.square()).sum(1).sqrt()
     assert (contributed <= build_plan().max_grad_norm * (1 + 1e-6)).all()
+
+
+def test_a_selection_ranks_no_layer_that_packs_rows(pipeline):
+    family, packed = find_family(pipeline), {"Z-Image": {"cap_embedder.1", "all_x_embedder.2-1"}}
+    layers = {
+        name
+        for name, module in family.denoiser.named_modules()
+        if type(module) in (torch.nn.Linear, torch.nn.Conv2d)
+    }
+    ranked = set(find_candidates(pipeline, "all"))
+    assert layers - ranked == packed.get(family.title, set())
 
 
 @pytest.mark.parametrize("method", ["lora", "attention"])

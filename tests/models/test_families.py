@@ -22,14 +22,17 @@ from peft import PeftModel
 from tests.conftest import train_arguments, train_here
 from tests.families import SIDE, build_family
 from tests.family_inputs import ADAPTERS, draw_inputs, list_captions
+from utils.arguments.sampling import DrawingArguments
 from utils.data.latents import Objective
 from utils.errors import UsageError
 from utils.models.adapters import load_adapter
 from utils.models.denoising import denoising_loss
+from utils.models.drawing import adopt_reading
 from utils.models.families import find_family
 from utils.models.lora import loads_lora, save_lora
 from utils.models.pipelines import load_pipeline, prepare_pipeline
 from utils.models.processes import read_process
+from utils.models.text import embed_captions
 from utils.privacy.randomness import SecretRandomness
 
 SMALL = ["--resolution", SIDE]
@@ -138,6 +141,17 @@ def test_latents_are_undone_by_the_pipeline(pipeline):
     encoded = vae.encode(images)
     expected = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flux_is_told_the_guidance_that_images_are_drawn_with():
+    pipeline = prepare_pipeline(build_family("flux"), "flux")
+    family, digests = find_family(pipeline), []
+    for asked, base, told in ((None, {}, 3.5), (None, {"guidance_scale": 2}, 2), (7, {}, 7)):
+        adopt_reading(pipeline, DrawingArguments(guidance_scale=asked), base)
+        text = embed_captions(pipeline, ["the digit 3"], SIDE)
+        assert text["guidance"].tolist() == [told]
+        digests.append(repr(family.describe_reading()))
+    assert len(set(digests)) == 3  # no cache of another scale is read
 
 
 SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]

@@ -41,7 +41,7 @@ from utils.methods.trial import (
     measure_gradients,
 )
 from utils.methods.workers import open_pool
-from utils.models.drawing import adopt_template, adopt_text_length, read_base_settings
+from utils.models.drawing import adopt_reading, adopt_template, read_base_settings
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
 from utils.privacy.defaults import (
     ADAPTER_RATE,
@@ -165,7 +165,7 @@ def prepare_trials(
     """
     pipeline = load_pipeline(*stand_in.model.source)
     pipeline.to(Accelerator().device)
-    adopt_text_length(pipeline, training, read_base_settings(stand_in.model))
+    adopt_reading(pipeline, training, read_base_settings(stand_in.model))
     side = choose_resolution(pipeline, stand_in.data.resolution)
     encode_units(pipeline, stand_in.trained_on, side, stand_in.folder, training.random_flip)
     base = {"loss": judge(pipeline, encode_judges(pipeline, stand_in), training)}

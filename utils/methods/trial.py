@@ -24,7 +24,7 @@ from utils.evaluation.downstream import LabelledImages, measure_downstream_accur
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.private_run import build_state
 from utils.methods.stand_in import StandIn, list_prompts, read_pixels
-from utils.models.drawing import adopt_text_length, choose_settings, read_base_settings
+from utils.models.drawing import adopt_reading, choose_settings, read_base_settings
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import make_randomness
@@ -139,7 +139,7 @@ def restore(
     torch.manual_seed(seed)
     pipeline = load_pipeline(*stand_in.model.source)
     pipeline.to(accelerator.device)
-    adopt_text_length(pipeline, trial.training, read_base_settings(stand_in.model))
+    adopt_reading(pipeline, trial.training, read_base_settings(stand_in.model))
     adapt(pipeline, trial.settings)
     engine = PerUnitGradients(collect_trained_modules(pipeline), trial.plan.noise_multiplicity)
     state = build_state(engine, trial.plan, trial.training)

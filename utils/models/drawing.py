@@ -121,14 +121,17 @@ def choose_settings(
     )
 
 
-def adopt_text_length(pipeline: DiffusionPipeline, asked: DrawingArguments, base: dict) -> None:
-    """Have captions read as far as prompts are when images are drawn.
+def adopt_reading(pipeline: DiffusionPipeline, asked: DrawingArguments, base: dict) -> None:
+    """Have captions read as far as prompts are when images are drawn, and the model told of the
+    same guidance.
 
     Args:
         base: what sampling.json of the base model says.
     """
-    length = asked.max_sequence_length or base.get("max_sequence_length")
-    find_family(pipeline).text_length = length
+    family = find_family(pipeline)
+    family.text_length = asked.max_sequence_length or base.get("max_sequence_length")
+    scale = asked.guidance_scale
+    family.guidance = base.get("guidance_scale") if scale is None else scale
 
 
 def write_settings(settings: DrawingSettings, folder: Path) -> None:

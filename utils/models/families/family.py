@@ -201,8 +201,19 @@ class Family(ABC):
     def text_length(self, value: int | None) -> None:
         self.pipeline.text_length = value
 
+    @property
+    def guidance(self) -> float:
+        """The scale that images are drawn with, of which some models are told: what was set, or the
+        pipeline's own."""
+        chosen = getattr(self.pipeline, "told_guidance", None)
+        return self.read_default("guidance_scale") if chosen is None else chosen
+
+    @guidance.setter
+    def guidance(self, value: float | None) -> None:
+        self.pipeline.told_guidance = value
+
     def describe_reading(self) -> list:
-        """All rules by which captions become tokens."""
+        """All rules by which captions become tokens, and what else `encode_text` depends on."""
         found = []
         for tokenizer in self.tokenizers:
             rules = json.loads(tokenizer.backend_tokenizer.to_str())

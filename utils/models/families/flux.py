@@ -11,7 +11,7 @@ OF_TEXT = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add
 
 class Flux(Family):
     """FLUX.1: T5 and a pooled CLIP vector; 2 x 2 latents make a token. The scale of guidance is an
-    input of some of its models: it is the pipeline's default in training, too."""
+    input of some of its models: in training it is that with which images are drawn."""
 
     title = "FLUX.1"
     pipelines = ("FluxPipeline",)
@@ -39,8 +39,11 @@ class Flux(Family):
         )
         text = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
         if self.denoiser.config.guidance_embeds:
-            text["guidance"] = torch.full([len(captions)], self.read_default("guidance_scale"))
+            text["guidance"] = torch.full([len(captions)], float(self.guidance))
         return text
+
+    def describe_reading(self) -> list:
+        return [*super().describe_reading(), self.guidance]
 
     def summarise(self, caption: str) -> torch.Tensor:
         return self.encode_text([caption], 0)["pooled_projections"]
