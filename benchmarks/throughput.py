@@ -181,7 +181,7 @@ class Throughput:
         noise or clipping."""
         generator = torch.Generator().manual_seed(0)
         family, process = find_family(self.pipeline), read_process(self.pipeline.scheduler)
-        side = self.args.resolution // self.pipeline.vae_scale_factor
+        side = self.args.resolution // family.pixels_per_side
         width = family.denoiser.config.cross_attention_dim
         latents, noise = torch.randn(2, self.size, 4, side, side, generator=generator)
         words = torch.randn(self.size, 8, width, generator=generator)

@@ -5,6 +5,7 @@ import shutil
 import stat
 import threading
 import time
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -180,7 +181,30 @@ def test_what_a_caption_becomes_does_not_depend_on_how_many_others_there_are(pip
     many = [f"the digit {i} and {i}" for i in range(40)]
     alone = torch.cat([embed_captions(pipeline, [c], 16)["encoder_hidden_states"] for c in many])
     assert torch.equal(embed_captions(pipeline, many, 16)["encoder_hidden_states"], alone)
-    assert len(sizes) == 43 and set(sizes) == {AT_ONCE}
+    assert len(sizes) == 43 and set(sizes) == {AT_ONCE + 1}  # one is empty in every pass
+
+
+def test_one_more_image_changes_nobodys_latent(pipeline, image_folder, tmp_path, monkeypatch):
+    """All passes through the autoencoder have one shape, too."""
+    sizes, found, whole = [], [], StableDiffusion.encode_images
+    monkeypatch.setattr(
+        StableDiffusion,
+        "encode_images",
+        lambda self, images: sizes.append(len(images)) or whole(self, images),
+    )
+    monkeypatch.setattr(latent_files, "PIXELS_AT_ONCE", 3 * 16**2)
+    for count in (40, 38):  # in threes
+        private_set = tiny_set(image_folder, tmp_path)
+        part = replace(
+            private_set,
+            rows=private_set.rows.select(range(count)),
+            captions=private_set.captions[:count],
+            unit_of_row=torch.arange(count),
+            digests=private_set.digests[:count],
+        )
+        found.append(encode_units(pipeline, part, 16, tmp_path / f"{count}")[0].latents)
+    assert set(sizes) == {3}
+    assert len(found[0]) == 40 and torch.equal(found[0][:38], found[1])
 
 
 @pytest.mark.parametrize("change", ["another image", "no image"])

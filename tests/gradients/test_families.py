@@ -12,6 +12,7 @@ from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.audit.replay import SetUp, replay
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.methods.public_passes import leave_out_unused
 from utils.methods.saliency import find_candidates
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
@@ -82,6 +83,23 @@ def test_per_unit_gradients_are_those_of_batch_size_one(pipeline, method, draws,
     assert (contributed <= build_plan().max_grad_norm * (1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_only_what_a_model_never_uses_is_left_out(pipeline, method, capsys):
+    """Stable Diffusion 3's last block makes queries of the text, and nothing of what they find."""
+    family, dead = find_family(pipeline), "transformer_blocks.1.attn.add_q_proj"
+    if method == "all" and family.title in BARE:
+        pytest.skip("what is bare is refused")
+    adapt(pipeline, method)
+    leave_out_unused(pipeline, family.denoiser, SIDE)
+    is_sd3, shown = family.title == "Stable Diffusion 3", capsys.readouterr().out
+    if is_sd3:
+        assert shown.startswith(f"left out, since this model never uses them: {dead}")
+        training = [n for n, p in family.denoiser.named_parameters() if p.requires_grad]
+        assert training and not any(name.startswith(dead) for name in training)
+    else:
+        assert shown == ""
+
+
 def test_a_selection_ranks_no_layer_that_packs_rows(pipeline):
     family, packed = find_family(pipeline), {"Z-Image": {"cap_embedder.1", "all_x_embedder.2-1"}}
     layers = {
@@ -105,6 +123,11 @@ def test_bf16_rounds_no_worse_than_autograd(pipeline, method):
         assert ours.dtype == torch.float32
         ratios.append(((ours - exact).norm() / (ordinary - exact).norm()).item())
     assert median(ratios) < 1.25
+
+
+def test_the_added_unit_of_a_replay_has_the_longest_caption(pipeline):
+    lengths = [len(caption) for caption in find_family(pipeline).public_captions]
+    assert lengths == sorted(set(lengths)) and len(lengths) > 2
 
 
 def test_nobody_elses_part_changes_because_of_one_unit(pipeline, accelerator):

@@ -9,7 +9,6 @@ from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.families.dit import NO_CLASS
 from utils.models.pipelines import load_pipeline
-from utils.models.shapes import build_from_configs
 
 BY_NAME = ["--resolution", SIDE, "--caption_template", "{label}"]
 
@@ -57,12 +56,3 @@ def test_a_model_of_other_classes_is_refused(folder, tmp_path):
     pipeline.transformer.register_to_config(num_embeds_ada_norm=10)
     with pytest.raises(UsageError, match="it knows 10 classes"):
         find_family(pipeline).check_parts()
-
-
-@pytest.mark.parametrize("name", ["dit", "pixart"])
-def test_it_can_be_planned_from_its_configuration(tmp_path, name):
-    """Under the older name of its transformer's class, with the names of its classes."""
-    save_family(name, tmp_path)
-    planned, real = build_from_configs(tmp_path), load_pipeline(str(tmp_path))
-    assert type(planned.transformer) is type(real.transformer)
-    assert getattr(planned, "labels", {}) == getattr(real, "labels", {})

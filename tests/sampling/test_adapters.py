@@ -1,14 +1,20 @@
 """Which files of an adapter are found: a run's folder, its weights, or another program's LoRA."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from tests.families import build_family
+from utils.arguments.methods import LoraArguments
 from utils.errors import UsageError
 from utils.models.adapters import fetch_adapter, load_adapter
-from utils.models.pipelines import load_pipeline
+from utils.models.lora import add_lora, save_lora
+from utils.models.pipelines import load_pipeline, prepare_pipeline
 from utils.sampling.generation import hash_adapter
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -59,6 +65,57 @@ def test_a_folder_that_lost_its_weights_is_not_taken_for_another(tmp_path, train
     (tmp_path / "run" / NAME).rename(tmp_path / "run" / "mine.safetensors")
     assert fetch_adapter(str(tmp_path / "run")) == tmp_path / "run"
     assert fetch_adapter(str(tmp_path / "run" / "mine.safetensors")) == tmp_path / "run"
+
+
+def save_adapted(name: str, folder, **settings) -> None:
+    """A LoRA of a family, as training exports it, whose weights are not zero."""
+    pipeline = prepare_pipeline(build_family(name), name)
+    add_lora(pipeline, LoraArguments(rank=2, **settings))
+    for parameter in pipeline.transformer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    folder.mkdir()
+    save_lora(pipeline, folder)
+
+
+def rename(folder, pattern: str, by: str) -> None:
+    """Other names of the weights in the only file of a folder."""
+    (path,) = folder.glob("*.safetensors")
+    weights = {re.sub(pattern, by, key): value for key, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
+MISFITS = {
+    "weights of a U-Net": ("sd3", "sd3", lambda f: rename(f, "^transformer", "unet")),
+    "another transformer": ("flux", "sd3", lambda f: None),
+    "names with a prefix": ("dit", "dit", lambda f: rename(f, "model.model", "model.model.part")),
+    "names without one": ("dit", "dit", lambda f: rename(f, "^base_model.model.", "")),
+    "with layers of another": ("pixart", "dit", lambda f: None),
+    "one of diffusers, where it loads none": ("sd3", "pixart", lambda f: None),
+    "of diffusers and of peft": (
+        "sd3",
+        "sd3",
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_an_adapter_that_does_not_fit_is_refused(misfit, tmp_path):
+    """Rather than loaded in part, or not at all: the images would be those of the base."""
+    made_for, used_on, change = MISFITS[misfit]
+    save_adapted(made_for, tmp_path / "adapter")
+    change(tmp_path / "adapter")
+    pipeline = prepare_pipeline(build_family(used_on), used_on)
+    with pytest.raises(UsageError, match="cannot load the adapter"):
+        load_adapter(pipeline, tmp_path / "adapter")
+
+
+def test_alpha_is_among_the_digests_of_a_peft_adapter(tmp_path):
+    save_adapted("dit", tmp_path / "adapter", lora_alpha=5)
+    before, path = hash_adapter(tmp_path / "adapter"), tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 5', '"lora_alpha": 6'))
+    assert hash_adapter(tmp_path / "adapter") != before
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all"])

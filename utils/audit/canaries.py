@@ -70,7 +70,7 @@ class GradientCanaries:
     def _blank_losses(self, count: int) -> torch.Tensor:
         """Losses on the smallest blank images that the model takes: only that it runs matters."""
         family, process = find_family(self.pipeline), read_process(self.pipeline.scheduler)
-        side = family.smallest_side * self.pipeline.vae_scale_factor
+        side = family.smallest_side * family.pixels_per_side
         latents = torch.zeros(count, *family.latent_shape(side), device=family.device)
         quantiles = torch.zeros(count, device=family.device)
         text = family.encode_text([""] * count, side)

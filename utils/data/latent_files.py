@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from utils.models.families import find_family
 from utils.models.pipelines import trains_text
 from utils.models.text import AT_ONCE, embed_captions
 
-ENCODING = 3  # raise it whenever images or captions are read, resized or encoded otherwise
+ENCODING = 4  # raise it whenever images or captions are read, resized or encoded otherwise
 PIXELS_AT_ONCE = 2**20  # that the autoencoder reads: four images of 512 pixels
 TEXT_LIMIT = 8 * 2**30  # bytes of conditioning on disk; beyond, captions are encoded when sampled
 LATENTS_FILE, TEXT_PREFIX = "latents.f32", "text-"
@@ -177,9 +178,11 @@ class _Job:
             _show_progress(last - first, "images") as bar,
         ):
             for pixels in batches:
-                view = scale_to_unit_range(pixels.to(family.device))
+                count, blank = len(pixels), (*[0] * 7, batch_size - len(pixels))
+                # Always as many: else one more image would change the rounding of the others.
+                view = scale_to_unit_range(F.pad(pixels, blank).to(family.device))
                 views = [view, view.flip(-1)] if flips else [view]
-                write(torch.stack([family.encode_images(view) for view in views], 1))
+                write(torch.stack([family.encode_images(view)[:count] for view in views], 1))
                 cut += family.count_cut(self.private_set.captions[first : first + len(pixels)])
                 first += len(pixels)
                 bar.update(len(pixels))

@@ -15,8 +15,8 @@ from utils.models.drawing import DrawingSettings
 METHODS = {
     "dp-lora": "DP-LoRA adapter",
     "dp-loda": "DP-LoDA adapter",
-    "dp-ldm": "DP-LDM: a U-Net whose attention was fine-tuned with differential privacy",
-    "dp-diffusion": "DP-Diffusion: a U-Net fine-tuned with differential privacy",
+    "dp-ldm": "DP-LDM: a denoiser whose attention was fine-tuned with differential privacy",
+    "dp-diffusion": "DP-Diffusion: a denoiser fine-tuned with differential privacy",
 }
 PLACEHOLDER = "this/adapter"  # stands for the repository's name, which it gets when uploaded
 RECOMPUTE = """import json
@@ -148,7 +148,8 @@ image = pipeline(
 def _front_matter(facts: Facts, statement: dict) -> str:
     base = facts.base.pretrained_model_name_or_path
     is_local = Path(base).exists()
-    family = ["lora", "template:sd-lora"] if facts.method == "dp-lora" else []
+    loads = hasattr(getattr(diffusers, facts.pipeline), "load_lora_weights")
+    family = ["lora", "template:sd-lora"] if facts.method == "dp-lora" and loads else []
     count = min(len(facts.prompts), facts.num_samples, 10)
     widget = [
         {"text": facts.prompts[i] or "(no prompt)", "output": {"url": f"samples/{i:04}.png"}}

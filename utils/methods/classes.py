@@ -92,6 +92,11 @@ def build_nearest(model: ModelArguments, prompts: list[str]) -> Nearest:
             "model to compare captions with prompts"
         )
     pipeline = load_pipeline(*model.source)
+    if not find_family(pipeline).encoders:
+        raise UsageError(
+            f"{name} has no text encoder to compare captions with prompts: give --label_column and "
+            "--class_names"
+        )
     of_prompts = torch.cat([embed_text(pipeline, prompt) for prompt in prompts])
     known: dict[str, int] = {}
 

@@ -28,7 +28,7 @@ from utils.methods.planning import PrivateRows
 from utils.sampling.generation import ADAPTER_FILES, load_drawing
 from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
 from utils.sampling.sources import find_source
-from utils.sampling.variations import read_drawing, vary
+from utils.sampling.variations import make_varying, read_drawing, vary
 
 OTHERWISE = "draw the candidates with sample.py or release_means.py"
 
@@ -95,7 +95,8 @@ def call_election(
     """Find the candidates, what they cost, and how they are compared; no private image is read.
 
     Raises:
-        UsageError: see `find_paid_set`, `match_classes`, `build_extractor` and `read_drawing`.
+        UsageError: see `find_paid_set`, `match_classes`, `build_extractor`, `read_drawing` and
+            `make_varying`.
     """
     state = PartialState()
     ledger = find_ledger(Path(training.output_dir), privacy)
@@ -119,10 +120,10 @@ def call_election(
         pipeline, settings, files = load_drawing(*drawing, source, state)
         if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
             raise UsageError(f"the adapter that drew {args.synthetic} has changed since")
-        strength = args.variation_strength
+        varying, strength = make_varying(pipeline), args.variation_strength
 
         def vary_images(pictures, prompts, seed):
-            return vary(pipeline, pictures, prompts, strength, settings, seed)
+            return vary(varying, pictures, prompts, strength, settings, seed)
 
     extractor = build_extractor(extracting, state.device)
     return Election(paid, prior, builds_on, candidates, classes, nearest, extractor, vary_images)

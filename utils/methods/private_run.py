@@ -1,6 +1,7 @@
 """The private steps of a run: its state, as new or as a checkpoint has it; the steps, and between
 them images and checkpoints."""
 
+import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from utils.ledger.runs import Run
 from utils.methods.film import draw_sheet, is_due
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
+from utils.models.families import find_family
 from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import park
 from utils.privacy.accounting import account
@@ -36,8 +38,10 @@ def collect_adapter_tensors(stage: Stage) -> dict[str, torch.Tensor]:
 def describe_weights(
     stage: Stage, engine: PerUnitGradients, adapter: dict[str, torch.Tensor]
 ) -> dict:
-    """What a checkpoint must agree with, of the weights."""
+    """What a checkpoint must agree with, of the weights and of how captions are read."""
+    reading = repr(find_family(stage.pipeline).describe_reading())
     return {
+        "reading": hashlib.sha256(reading.encode()).hexdigest(),
         "base_model_checksum": stage.base_checksum,
         "trained": engine.names,
         "adapter": {name: list(tensor.shape) for name, tensor in adapter.items()},

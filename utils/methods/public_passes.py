@@ -1,5 +1,7 @@
 """What passes on public noise say of a model, before any private image is read."""
 
+import re
+
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -15,8 +17,8 @@ from utils.models.processes import read_process
 
 
 def leave_out_unused(pipeline: DiffusionPipeline, modules: nn.Module, resolution: int) -> None:
-    """Freeze the trainable weights that this model never uses (the text branch of a last block,
-    say), and say so: nothing could be learned there.
+    """Freeze the layers that this model never uses (the queries of the text in a last block, say),
+    and say so: nothing but noise would train there. No gradient reaches them, or zeros alone.
 
     Raises:
         UsageError: there are no others.
@@ -26,11 +28,17 @@ def leave_out_unused(pipeline: DiffusionPipeline, modules: nn.Module, resolution
         return
     losses = _public_losses(pipeline, resolution, [""])
     gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
-    unused = [name for name, found in zip(trained, gradients, strict=True) if found is None]
-    if len(unused) == len(trained):
+    layers = [re.split(r"\.lo(?:ra|da)_[AB]\.|\.(?=\w+$)", name)[0] for name in trained]
+    used = {
+        layer
+        for layer, found in zip(layers, gradients, strict=True)
+        if found is not None and found.any()
+    }
+    unused = [layer for layer in dict.fromkeys(layers) if layer not in used]
+    if not used:
         raise UsageError(f"this model uses none of what is to train, such as {unused[0]}")
-    for name in unused:
-        trained[name].requires_grad_(False)
+    for layer, parameter in zip(layers, trained.values(), strict=True):
+        parameter.requires_grad_(layer in used)
     if unused and PartialState().is_main_process:
         print(f"left out, since this model never uses them: {', '.join(unused)}")
 

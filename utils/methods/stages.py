@@ -28,7 +28,7 @@ from utils.files import LOGS, private_folder
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
-from utils.models.drawing import adopt_reading, read_base_settings
+from utils.models.drawing import adopt_reading, choose_settings, read_base_settings
 from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
 from utils.models.shapes import load_shape
@@ -157,6 +157,7 @@ def load_stage(
     pipeline = load(*model.source)
     resolution = choose_resolution(pipeline, data.resolution)
     choose_objective(pipeline, training, num_draws=1)  # refuses options that do not fit the model
+    choose_settings(pipeline, training, resolution, base_settings)  # refuses what it cannot draw
     adopt_reading(pipeline, training, base_settings)
     pipeline.to(accelerator.device)
     if training.gradient_checkpointing:

@@ -1,5 +1,6 @@
 """Loading what a training script published, to generate images with it."""
 
+import re
 from pathlib import Path
 
 import httpx2
@@ -13,11 +14,13 @@ from utils.errors import UsageError
 from utils.files import LORA_WEIGHTS, PUBLISHED, STATEMENT
 from utils.models.families import FAMILIES, find_family
 from utils.models.loda.loda import load_loda
-from utils.models.pipelines import freeze
+from utils.models.lora import loads_lora
+from utils.models.pipelines import freeze, list_parts
 
 PARTS = sorted({family.part for family in FAMILIES.values()})
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoDA; of a LoRA where diffusers loads none
 ADAPTER_PARTS = [*PARTS, ADAPTER_CONFIG, LORA_WEIGHTS]
+DOWN = re.compile(r"lora_A|lora[._]down")  # one weight a layer
 WEIGHTS = (LORA_WEIGHTS, "adapter_model.safetensors")
 
 
@@ -64,6 +67,8 @@ def load_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
             _add_lora(pipeline, str(folder.parent), folder.name)
             return
         parts = [name for name in ADAPTER_PARTS if (folder / name).exists()]
+        if {ADAPTER_CONFIG, LORA_WEIGHTS} <= set(parts):
+            raise ValueError(f"it holds both {ADAPTER_CONFIG} and {LORA_WEIGHTS}: remove one")
         if not parts:
             part = find_family(pipeline).part
             raise ValueError(f"it holds no LoRA, no LoDA and no {part}/")
@@ -85,8 +90,7 @@ def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
     elif name != ADAPTER_CONFIG:
         _add_lora(pipeline, folder, LORA_WEIGHTS)
     elif PeftConfig.from_pretrained(folder).peft_type == PeftType.LORA:
-        wrapped = PeftModel.from_pretrained(family.denoiser, folder)
-        setattr(pipeline, family.part, wrapped.merge_and_unload())
+        setattr(pipeline, family.part, _merge_lora(family.denoiser, folder))
     else:
         load_loda(family.denoiser, folder)
 
@@ -95,7 +99,35 @@ def list_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
+def _merge_lora(denoiser: nn.Module, folder: str) -> nn.Module:
+    """`denoiser` with the LoRA of a folder of PEFT added to its weights."""
+    wrapped = PeftModel(denoiser, PeftConfig.from_pretrained(folder))
+    outcome = wrapped.load_adapter(folder, "default")
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(
+            f"it was made for another model: {len(missing)} of its layers have no weights, and "
+            f"{len(outcome.unexpected_keys)} of its weights no layer"
+        )
+    return wrapped.merge_and_unload()
+
+
 def _add_lora(pipeline: DiffusionPipeline, folder: str, name: str) -> None:
+    if not loads_lora(pipeline):
+        raise ValueError(
+            f"diffusers loads no LoRA into a {type(pipeline).__name__}: a folder with PEFT's "
+            f"{ADAPTER_CONFIG} is needed"
+        )
     pipeline.load_lora_weights(folder, weight_name=name)
+    loaded = sum(
+        ".lora_A." in key for part in list_parts(pipeline) for key, _ in part.named_parameters()
+    )
+    found = pipeline.lora_state_dict(folder, weight_name=name)
+    names = found[0] if isinstance(found, tuple) else found
+    expected = sum(bool(DOWN.search(key)) for key in names)
+    if loaded != expected or not loaded:
+        raise ValueError(
+            f"it was made for another model: of its {expected} layers this one has {loaded}"
+        )
     pipeline.fuse_lora()  # so that sampling with it costs no more than without
     pipeline.unload_lora_weights()

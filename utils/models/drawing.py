@@ -110,6 +110,11 @@ def choose_settings(
     for name in ("negative_prompt", "max_sequence_length"):
         if find(name) is not None and not family.takes(name):
             raise UsageError(f"--{name} is nothing that {family.title} takes")
+    if (find("max_sequence_length") or 0) > family.longest_text:
+        raise UsageError(
+            f"--max_sequence_length {find('max_sequence_length')}: {family.title} reads at most "
+            f"{family.longest_text} tokens"
+        )
     return DrawingSettings(
         resolution=choose_resolution(pipeline, find("resolution")),
         scheduler=find("scheduler"),

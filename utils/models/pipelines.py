@@ -112,7 +112,8 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if Path(name).is_file() and name.endswith(".safetensors") and isinstance(error, OSError):
         return f"its configuration is not on this machine ({reason}). {_how_to_convert(name)}"
-    files = [path.name.split(".") for path in Path(name).glob("unet/*") if Path(name).is_dir()]
+    paths = [path for part in ("unet", "transformer") for path in Path(name).glob(f"{part}/*")]
+    files = [path.name.split(".") for path in paths]
     variants = {parts[1] for parts in files if len(parts) == 3 and parts[2] != "index"}
     plain = any(len(parts) == 2 and parts[1] in ("safetensors", "bin") for parts in files)
     if variants and not plain and variant not in variants:

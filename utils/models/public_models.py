@@ -218,6 +218,8 @@ def build_random_model(
     for name, tensor in (dict(model.named_buffers()) | model.state_dict()).items():
         if name.endswith("position_ids"):
             tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
+        elif not tensor.is_floating_point():
+            tensor.zero_()
         elif tensor.ndim == 1:
             tensor.fill_(float("norm" in name and name.endswith("weight")))
         else:

@@ -19,7 +19,7 @@ from utils.models.families import FAMILIES, Family
 from utils.models.pipelines import UNREADABLE, load_pipeline, prepare_pipeline
 from utils.models.public_models import build_random_model, build_stable_diffusion
 
-CONFIGS = ["*.json", "*.txt", "*.model"]  # of a pipeline, without its weights
+CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a pipeline, without its weights
 # Where nothing can be downloaded: the layers of these are known.
 KNOWN = {"stable-diffusion-v1": "1.5", "stable-diffusion-2": "2.1"}
 

@@ -27,7 +27,7 @@ from utils.files import (
     write_durably,
 )
 from utils.ledger.statement import write_statement
-from utils.models.adapters import PARTS, load_adapter
+from utils.models.adapters import ADAPTER_CONFIG, PARTS, load_adapter
 from utils.models.drawing import (
     DrawingSettings,
     choose_settings,
@@ -74,12 +74,12 @@ def generate(
 
 
 def hash_adapter(adapter: Path) -> dict[str, str]:
-    """The SHA-256 of each of its weights, and of its statement, by name."""
+    """The SHA-256 of each of its weights, of what scales them, and of its statement, by name."""
     if adapter.is_file():
         return {adapter.name: hash_file(adapter)}
     paths = [*adapter.glob("*.safetensors")]
     paths += [path for part in PARTS for path in adapter.glob(f"{part}/*.safetensors")]
-    paths += [adapter / STATEMENT] if (adapter / STATEMENT).exists() else []
+    paths += [adapter / name for name in (STATEMENT, ADAPTER_CONFIG) if (adapter / name).exists()]
     return {str(path.relative_to(adapter)): hash_file(path) for path in sorted(paths)}
 
 

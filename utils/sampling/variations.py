@@ -1,5 +1,6 @@
 """Variations of synthetic images, by image-to-image with the model that drew them."""
 
+import inspect
 import math
 
 import torch
@@ -31,9 +32,30 @@ def read_drawing(settings: dict, argument: str) -> tuple[ModelArguments, Samplin
         ) from error
 
 
+def make_varying(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline for image-to-image, of the same parts.
+
+    Raises:
+        UsageError: diffusers has none for such a model, or one that leaves the strength open.
+    """
+    try:
+        varying = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UsageError(_explain(pipeline)) from error
+    if "strength" not in inspect.signature(varying.__call__).parameters:
+        raise UsageError(_explain(pipeline))
+    varying.set_progress_bar_config(disable=True)
+    return varying
+
+
+def _explain(pipeline: DiffusionPipeline) -> str:
+    kind = type(pipeline).__name__
+    return f"diffusers cannot vary images with a {kind}: leave --rounds at 1"
+
+
 @torch.no_grad()
 def vary(
-    pipeline: DiffusionPipeline,
+    varying: DiffusionPipeline,
     images: list[Image.Image],
     prompts: list[str],
     strength: float,
@@ -44,16 +66,9 @@ def vary(
     """One variation an image: noised to `strength` of the way, and denoised from there. Image i
     takes noise of `seed` and i, whatever its batch.
 
-    Raises:
-        UsageError: diffusers has no image-to-image pipeline for such a model.
+    Args:
+        varying: of `make_varying`.
     """
-    try:
-        varying = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError as error:
-        raise UsageError(
-            f"diffusers cannot vary images with a {type(pipeline).__name__}: leave --rounds at 1"
-        ) from error
-    varying.set_progress_bar_config(disable=True)
     call = {
         "strength": strength,
         "num_inference_steps": max(settings.num_inference_steps, math.floor(1 / strength) + 1),
@@ -61,6 +76,8 @@ def vary(
     }
     if settings.max_sequence_length is not None:
         call["max_sequence_length"] = settings.max_sequence_length
+    if "height" in inspect.signature(varying.__call__).parameters:
+        call |= {"height": settings.resolution, "width": settings.resolution}
     varied = []
     for start in tqdm(range(0, len(images), batch_size), "variations"):
         part = slice(start, start + batch_size)

@@ -25,6 +25,7 @@ class Family(ABC):
         unused: parts that training and drawing do without, with what stands for them.
         autoencoders: those whose latents can be trained on.
         text_dtype: that conditioning is kept in; masks are numbers there, too.
+        longest_text: tokens, beyond which the pipeline's call refuses to read.
         process: the name of how its models were trained to see noise (`processes`).
         call: what the pipeline's call needs beside the prompt, to draw as it was trained.
         weighting_scheme: that the diffusers example for it trains with, if it is a flow.
@@ -42,6 +43,7 @@ class Family(ABC):
     unused: ClassVar[dict] = {}
     autoencoders: ClassVar[tuple[type, ...]] = (AutoencoderKL,)
     text_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    longest_text: ClassVar[float] = math.inf
     process: ClassVar[str] = "Flow"
     call: ClassVar[dict] = {}
     weighting_scheme: ClassVar[str] = "none"
@@ -146,7 +148,8 @@ class Family(ABC):
         shape = self.latent_shape(resolution)
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
         latents = self.pack(noise).to(self.device, self.denoiser.dtype)
-        return {"prompt": list(prompts), "latents": latents}
+        # The generators are also for samplers that add noise at each step.
+        return {"prompt": list(prompts), "latents": latents, "generator": generators}
 
     def describe_prompt(self, prompt: str) -> str:
         """The prompt, as Python that calls the pipeline has it."""
@@ -219,8 +222,13 @@ class Family(ABC):
             rules = json.loads(tokenizer.backend_tokenizer.to_str())
             for passing in ("padding", "truncation"):  # as its last caller left them
                 rules.pop(passing)
-            found.append((rules, tokenizer.pad_token_id))
-        return found
+            found.append((rules, tokenizer.pad_token_id, tokenizer.chat_template))
+        return found + ([self.guidance] if self.is_told_guidance else [])
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Is the scale of guidance an input of the model?"""
+        return False
 
     def count_cut(self, captions: list[str]) -> int:
         """How many captions have more tokens than the (last) text encoder reads."""

@@ -18,6 +18,7 @@ class Flux(Family):
     encoder_parts = ("text_encoder", "text_encoder_2")
     tokenizer_parts = ("tokenizer", "tokenizer_2")
     unused = {"image_encoder": None, "feature_extractor": None}
+    longest_text = 512
     default_targets = ATTENTION + OF_TEXT
     all_targets = [
         *default_targets,
@@ -38,12 +39,18 @@ class Flux(Family):
             list(captions), None, device=self.device, max_sequence_length=self.text_length
         )
         text = {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-        if self.denoiser.config.guidance_embeds:
-            text["guidance"] = torch.full([len(captions)], float(self.guidance))
+        if self.is_told_guidance:
+            scale = float(self.guidance)
+            text["guidance"] = torch.full([len(captions)], scale, device=self.device)
         return text
 
-    def describe_reading(self) -> list:
-        return [*super().describe_reading(), self.guidance]
+    @property
+    def is_told_guidance(self) -> bool:
+        return self.denoiser.config.guidance_embeds
+
+    def takes(self, name: str) -> bool:
+        """A negative prompt is read only with true guidance, which nothing here asks for."""
+        return name != "negative_prompt" and super().takes(name)
 
     def summarise(self, caption: str) -> torch.Tensor:
         return self.encode_text([caption], 0)["pooled_projections"]

@@ -34,6 +34,9 @@ class Sana(Family):
         )
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
+    def describe_reading(self) -> list:
+        return [*super().describe_reading(), self.read_default("complex_human_instruction")]
+
     def summarise(self, caption: str) -> torch.Tensor:
         text = self.encode_text([caption], 0)
         mask = text["encoder_attention_mask"][..., None]

@@ -25,6 +25,7 @@ class StableDiffusion3(Family):
     default_targets = ATTENTION + OF_TEXT
     all_targets = ATTENTION + OF_TEXT + FEED_FORWARD
     weighting_scheme = "logit_normal"
+    longest_text = 512
 
     @property
     def smallest_side(self) -> int:
