@@ -5,11 +5,11 @@
     python push_to_hub.py --output_dir runs/scans --hub_model_id user/scans \
         --metrics_file runs/synthetic/metrics.json                    # with evaluate.py's figures
 
-Uploads the weights that privacy.json accounts for, privacy.json, the model card and the samples, in
-one commit; nothing else ever leaves the folder. First it verifies them, as `privacy_report.py
-verify` does: what does not verify, or is stamped NOT PRIVATE, is not published. Doing it again is
-safe. Figures that read private images stay off the card unless --publish_private_metrics asks for
-them.
+Uploads the weights that privacy.json accounts for, privacy.json, the model card, sampling.json and
+the samples, in one commit; nothing else ever leaves the folder. First it verifies them, as
+`privacy_report.py verify` does: what does not verify, or is stamped NOT PRIVATE, is not published.
+Doing it again is safe. Figures that read private images stay off the card unless
+--publish_private_metrics asks for them.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,11 @@ def main():
     push, hub, metrics = parse(PushArguments, HubArguments, MetricsArguments, description=__doc__)
     if hub.hub_model_id is None and not push.dry_run:
         raise UsageError("give --hub_model_id, the repository to publish in")
+    if hub.hub_license is not None:
+        raise UsageError(
+            "--hub_license is for the scripts that write the card: here, edit `license` in the "
+            "README.md of --output_dir"
+        )
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.hub.upload import list_files_to_publish, publish_model
 

@@ -1,11 +1,11 @@
 """Noisy means of private images, released once, and a synthetic set that matches them.
 
     python release_means.py --config examples/digits/dp_lora.yaml --target_epsilon 3 \\
-        --output_dir runs/digits/means
+        --grey --output_dir runs/digits/means
 
     # train from there, in the same ledger: --target_epsilon is for both
     python train_dp_lora.py --config examples/digits/dp_lora.yaml \\
-        --warm_start runs/digits/means/set --output_dir runs/digits/warm
+        --warm_start runs/digits/means/set --learning_rate 4e-3 --output_dir runs/digits/warm
 
 The mean over the private images of their features, by class, is released with noise (DP-MERF,
 Harder et al. 2021; DP-MEPF, Harder et al. 2023). A small generator is then fitted to what was

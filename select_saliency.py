@@ -9,10 +9,11 @@
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency
 
 The gradients of the private images say which weight matrices of the public model matter, and noise
-makes that private (Gong et al. 2026). Takes the arguments of train_dp_lora.py, so one config serves
-both stages: --target_epsilon is for both together, and the selection takes --selection_share of it.
-Writes saliency.json (noisy scores and the selected names), saliency.png, privacy.json, and an entry
-in the ledger; its cost is composed with that of the training that follows.
+makes that private (Gong et al. 2026). Takes the arguments of train_dp_lora.py but those of a warm
+start, so one config serves both stages: --target_epsilon is for both together, and the selection
+takes --selection_share of it. Writes saliency.json (noisy scores and the selected names),
+saliency.png, privacy.json, and an entry in the ledger; its cost is composed with that of the
+training that follows.
 """
 
 from utils.arguments.methods import SHARED, LoraArguments, SaliencyArguments

@@ -6,7 +6,7 @@
     accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml \\
         --trainable_blocks down_blocks.1 mid_block
 
-    # DP-Diffusion: every weight of the U-Net
+    # DP-Diffusion: every weight of the denoiser
     accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml --trainable all
 
 Attention modules only (Liu et al. 2023, "Differentially private latent diffusion models"), or all

@@ -5,10 +5,11 @@
     # what would it cost? prints the plan and stops
     accelerate launch train_dp_loda.py --config examples/digits/dp_loda.yaml --dry_run
 
-Beside every frozen convolution and linear layer runs B(LeakyReLU(A(x))) with r channels between
-(Liu et al., "Efficient differentially private fine-tuning of diffusion models", section II). Writes
-adapter_config.json and adapter_model.safetensors, with loda.py and pipeline.py beside them so that
-people without this repository can load it, the privacy statement, a model card and samples.
+Beside frozen attention, projection, feed-forward and convolution layers runs B(LeakyReLU(A(x)))
+with r channels between (Liu et al., "Efficient differentially private fine-tuning of diffusion
+models", section II). Writes adapter_config.json and adapter_model.safetensors, with loda.py (and,
+of Stable Diffusion 1 and 2, pipeline.py) beside them so that people without this repository can
+load it, the privacy statement, a model card and samples.
 """
 
 from dataclasses import replace

@@ -15,13 +15,15 @@
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency
 
     # a warm start: spend a share of it on noisy means, and start from images that match them
-    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --release_means
+    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --release_means \\
+        --grey --learning_rate 4e-3
 
 LoRA on the attention and projection layers of the denoiser, trained by DP-SGD (Tsai et al. 2025);
 with --saliency_file or --select_saliency, on the matrices that a private ranking selects (Gong et
 al. 2026).
-Writes pytorch_lora_weights.safetensors, which plain diffusers loads, the privacy statement
-privacy.json, a model card and samples. No loss is shown: it is not private.
+Writes pytorch_lora_weights.safetensors, which plain diffusers loads (of PixArt-Sigma and DiT a
+folder that plain peft loads), the privacy statement privacy.json, a model card and samples. No loss
+is shown: it is not private.
 """
 
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """What the progress bar says of a private run."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -12,8 +14,11 @@ from utils.privacy.training import TrainingState, _Progress
 
 
 @pytest.mark.parametrize("first, recharged", [(0, 0), (3, 2)])
-def test_the_bar_says_epsilon_ahead_and_images_a_second(accelerator, monkeypatch, first, recharged):
-    plan, clock = build_plan(steps=20), [100.0]
+@pytest.mark.parametrize("steps", [4, 5, 8, 20, 47])
+def test_the_bar_says_epsilon_ahead_and_images_a_second(
+    accelerator, monkeypatch, steps, first, recharged
+):
+    plan, clock = build_plan(steps=steps), [100.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -21,15 +26,20 @@ def test_the_bar_says_epsilon_ahead_and_images_a_second(accelerator, monkeypatch
     state.recharged = recharged
     progress = _Progress(accelerator, plan, state)
     seen = []
-    for _ in range(20 - first):
+    for _ in range(steps - first):
         clock[0] += 2.0
         progress.step(0.5)
         seen.append((progress.bar.n, progress.bar.postfix))
-    # Every second step, and the last: a time for each step would tell the sizes of the batches.
-    shown = list(dict.fromkeys(step for step, _ in seen))
-    assert shown == sorted({first + 1, *range(first + 1 + first % 2, 21, 2), 20} - {0})
-    for step, text in seen:
-        ahead = min((step - 1) // 2 * 2 + 2, 20) + recharged
-        epsilon = pld_epsilon(plan.events(ahead), plan.delta)
+    # A time for each step would tell the sizes of the batches.
+    shown = [first, *dict.fromkeys(step for step, _ in seen if step > first)]
+    pauses = [after - before for before, after in pairwise(shown)]
+    assert shown[-1] == steps and len(shown) <= 14
+    assert min(pauses) >= min(2, steps - first)
+    for done, (at, text) in enumerate(seen, first + 1):
+        if at == first:
+            continue
+        ahead = min((step for step in shown if step > at), default=steps)
+        epsilon = pld_epsilon(plan.events(ahead + recharged), plan.delta)
+        assert at <= done <= ahead
         assert text == f"epsilon <= {epsilon:.2f}, 30 images/s"  # B = 60 in two seconds
     progress.close()

@@ -61,7 +61,7 @@ class LdmArguments:
     """Which weights train."""
 
     trainable: str = option(
-        "attention blocks (DP-LDM) or the whole U-Net (DP-Diffusion)",
+        "attention blocks (DP-LDM) or the whole denoiser (DP-Diffusion)",
         "attention",
         choices=["attention", "all"],
     )

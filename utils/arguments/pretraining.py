@@ -16,7 +16,9 @@ class PretrainArguments:
         "autoencoder widths; n of them divide the resolution by 2^(n-1)", [16, 32, 64]
     )
     autoencoder_from: str | None = option(
-        "a pipeline, folder or Hub id, whose autoencoder is taken as it is; none is trained", None
+        "a public pipeline, folder or Hub id, whose autoencoder (of four channels) is taken as it "
+        "is: none is trained",
+        None,
     )
     architecture: str = option(
         "of the denoiser: unet, as in Stable Diffusion 1, trained by DDPM; or sd3, a transformer "

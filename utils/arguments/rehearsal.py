@@ -30,8 +30,8 @@ class RehearsalArguments:
         "learning rates; default: a third of --learning_rate, that, and three times it", None
     )
     tried_steps: list[int] | None = option(
-        "numbers of steps, K changed so that the passes stay the same; default: half of "
-        "--max_train_steps, that, and twice it",
+        "numbers of steps, K changed so that the passes stay the same; default: "
+        "--max_train_steps, half of that and, if K is above 1, twice it",
         None,
     )
     num_held_out: int = option("stand-in images that nothing is trained on, to be judged by", 256)

@@ -14,10 +14,14 @@ class DrawingArguments:
     """How images are drawn; what is not given is what sampling.json beside the model says."""
 
     num_inference_steps: int | None = option(
-        "steps of the scheduler; default: the model's, or else 25", None
+        "steps of the scheduler; default: the model's, or else 25 (Stable Diffusion 1, 2, XL) or "
+        "the pipeline's",
+        None,
     )
     guidance_scale: float | None = option(
-        "classifier-free guidance, 1 is none; default: the model's, or else the pipeline's", None
+        "classifier-free guidance, 1 is none; of FLUX.1 [dev] an input, in training, too; default: "
+        "the model's, or else the pipeline's",
+        None,
     )
     negative_prompt: str | None = option("what the images should not show", None)
     max_sequence_length: int | None = option(

@@ -76,7 +76,8 @@ class ModelArguments:
     """The public pipeline to start from."""
 
     pretrained_model_name_or_path: str = option(
-        "Stable Diffusion pipeline: folder, Hub id, or .safetensors file of a whole checkpoint"
+        "diffusers pipeline of a known family (docs/models.md): folder or Hub id; of Stable "
+        "Diffusion 1, 2 and XL also a .safetensors file of a whole checkpoint"
     )
     revision: str | None = option("revision of a Hub id", None)
     variant: str | None = option("variant of the weights' files, such as fp16", None)
@@ -182,7 +183,7 @@ class TrainingArguments(DrawingArguments):
     snr_gamma: float | None = option("min-SNR weighting of a DDPM's loss, such as 5", None)
     weighting_scheme: str | None = option(
         "which noise levels a flow-matching model trains on, or how it weighs them; default: as "
-        "the diffusers example for it",
+        "the diffusers example for it (logit_normal for Stable Diffusion 3, else none)",
         None,
         choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"],
     )
@@ -202,8 +203,8 @@ class TrainingArguments(DrawingArguments):
         None,
     )
     base_precision: str = option(
-        "of the frozen weights of the U-Net: bf16 halves their memory, and needs --mixed_precision "
-        "bf16; what trains stays in fp32, and images are drawn in fp32",
+        "of the frozen weights of the denoiser: bf16 halves their memory, and needs "
+        "--mixed_precision bf16; what trains stays in fp32, and images are drawn in fp32",
         "fp32",
         choices=["fp32", "bf16"],
     )

@@ -16,7 +16,9 @@ from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
 
 
-def leave_out_unused(pipeline: DiffusionPipeline, modules: nn.Module, resolution: int) -> None:
+def leave_out_unused(
+    pipeline: DiffusionPipeline, modules: nn.Module, resolution: int, silently: bool = False
+) -> None:
     """Freeze the layers that this model never uses (the queries of the text in a last block, say),
     and say so: nothing but noise would train there. No gradient reaches them, or zeros alone.
 
@@ -39,7 +41,7 @@ def leave_out_unused(pipeline: DiffusionPipeline, modules: nn.Module, resolution
         raise UsageError(f"this model uses none of what is to train, such as {unused[0]}")
     for layer, parameter in zip(layers, trained.values(), strict=True):
         parameter.requires_grad_(layer in used)
-    if unused and PartialState().is_main_process:
+    if unused and not silently and PartialState().is_main_process:
         print(f"left out, since this model never uses them: {', '.join(unused)}")
 
 

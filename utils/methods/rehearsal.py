@@ -28,6 +28,7 @@ from utils.files import make_private, private_folder, write_durably
 from utils.methods.outlook import collect_facts
 from utils.methods.planning import load_private_rows, plan_training
 from utils.methods.plots import plot_rehearsal
+from utils.methods.public_passes import leave_out_unused
 from utils.methods.stand_in import StandIn, list_prompts, load_stand_in
 from utils.methods.trial import (
     MethodArguments,
@@ -170,6 +171,7 @@ def prepare_trials(
     encode_units(pipeline, stand_in.trained_on, side, stand_in.folder, training.random_flip)
     base = {"loss": judge(pipeline, encode_judges(pipeline, stand_in), training)}
     adapt(pipeline, settings)
+    leave_out_unused(pipeline, collect_trained_modules(pipeline), side)
     rate = WEIGHTS_RATE if isinstance(settings, LdmArguments) else ADAPTER_RATE
     facts = collect_facts(collect_trained_modules(pipeline), num_units, rate)
     trials = list_trials(facts, privacy, training, settings, args)

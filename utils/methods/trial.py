@@ -15,6 +15,7 @@ from utils.arguments.sampling import DrawingArguments
 from utils.arguments.training import TrainingArguments
 from utils.data.images import crop_to_pixels
 from utils.data.latents import (
+    OF_SCHEMES,
     EncodedUnits,
     PrivateLosses,
     choose_objective,
@@ -23,6 +24,7 @@ from utils.data.latents import (
 from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.private_run import build_state
+from utils.methods.public_passes import leave_out_unused
 from utils.methods.stand_in import StandIn, list_prompts, read_pixels
 from utils.models.drawing import adopt_reading, choose_settings, read_base_settings
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
@@ -141,7 +143,9 @@ def restore(
     pipeline.to(accelerator.device)
     adopt_reading(pipeline, trial.training, read_base_settings(stand_in.model))
     adapt(pipeline, trial.settings)
-    engine = PerUnitGradients(collect_trained_modules(pipeline), trial.plan.noise_multiplicity)
+    modules, side = collect_trained_modules(pipeline), stand_in.data.resolution
+    leave_out_unused(pipeline, modules, choose_resolution(pipeline, side), silently=True)
+    engine = PerUnitGradients(modules, trial.plan.noise_multiplicity)
     state = build_state(engine, trial.plan, trial.training)
     if (trial.folder / STATE).exists():
         state.load_state_dict(torch.load(trial.folder / STATE, weights_only=True))
@@ -212,9 +216,8 @@ def measure_gradients(
 def judge(pipeline: DiffusionPipeline, judges: EncodedUnits, training: TrainingArguments) -> float:
     """The mean denoising loss of the images that judge, at noise and timesteps that are the same
     for every trial."""
-    objective = choose_objective(
-        pipeline, replace(training, snr_gamma=None, weighting_scheme=None), JUDGED_AT
-    )
+    usual = dict.fromkeys(["snr_gamma", "weighting_scheme", *OF_SCHEMES])
+    objective = choose_objective(pipeline, replace(training, **usual), JUDGED_AT)
     compute_losses = PrivateLosses(pipeline, judges, objective, make_randomness(False, 0))
     parts = torch.arange(len(judges.count)).split(64)
     return torch.cat([compute_losses(part) for part in parts]).mean().item()

@@ -244,15 +244,16 @@ def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 class _Progress:
     """A bar with the step, epsilon so far and images per second: nothing that depends on the data.
 
-    Images per second counts the expected batch size, not the batches that were sampled.
+    It moves after two steps at least: the time of one would give the size of its batch away. Images
+    per second counts the expected batch size, not the batches that were sampled.
     """
 
     def __init__(self, accelerator, plan: PrivacyPlan, state: TrainingState, updates: int = 10):
         self.accelerator, self.plan = accelerator, plan
-        self.every = max(1, plan.steps // updates)
+        self.every = max(2, plan.steps // updates)
         self.first = self.done = state.step
         self.recharged = state.recharged
-        self.epsilon, self.start = 0.0, time.perf_counter()
+        self.start = time.perf_counter()
         self.bar = tqdm(
             total=plan.steps,
             initial=self.first,
@@ -260,21 +261,29 @@ class _Progress:
             unit="step",
             disable=not accelerator.is_main_process,
         )
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """To the step at which the bar will move, and what is spent until then."""
+        ahead = self.done + 2
+        ahead += -ahead % self.every
+        self.next = ahead if self.plan.steps - ahead >= 2 else self.plan.steps
+        if self.accelerator.is_main_process:
+            self.epsilon = pld_epsilon(
+                self.plan.events(self.next + self.recharged), self.plan.delta
+            )
 
     def step(self, learning_rate: float) -> None:
-        due = self.done == self.first or self.done % self.every == 0
-        if self.accelerator.is_main_process and due:
-            ahead = min(self.done - self.done % self.every + self.every, self.plan.steps)
-            self.epsilon = pld_epsilon(self.plan.events(ahead + self.recharged), self.plan.delta)
         self.done += 1
-        if not due and self.done < self.plan.steps:
-            return  # not each step: its time would give the size of the batch away
+        if self.done < self.next or not self.accelerator.is_main_process:
+            return
+        values = {"learning_rate": learning_rate, "epsilon": self.epsilon}
+        self._look_ahead()
         seconds = time.perf_counter() - self.start
         rate = (self.done - self.first) * self.plan.expected_batch_size / seconds
         self.bar.update(self.done - self.bar.n)
         self.bar.set_postfix_str(f"epsilon <= {self.epsilon:.2f}, {rate:.0f} images/s")
-        if self.accelerator.trackers and due:
-            values = {"learning_rate": learning_rate, "epsilon": self.epsilon}
+        if self.accelerator.trackers:
             self.accelerator.log(values, step=self.done)
 
     def close(self) -> None:
