@@ -28,7 +28,8 @@ def leave_out_unused(
     trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     if not trained:
         return
-    losses = _public_losses(pipeline, resolution, [""])
+    # Of several words: among the keys of one there is nothing to attend to.
+    losses = _public_losses(pipeline, resolution, [find_family(pipeline).public_captions[-1]])
     gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
     layers = [re.split(r"\.lo(?:ra|da)_[AB]\.|\.(?=\w+$)", name)[0] for name in trained]
     used = {
