@@ -14,6 +14,7 @@ from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
+from utils.models.text import quiet
 
 
 def leave_out_unused(
@@ -95,7 +96,7 @@ def _public_losses(
     seeds = (torch.Generator().manual_seed(len(caption)) for caption in captions)
     rows = torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(family.device)
     quantiles = torch.tensor([(500.5 + len(caption)) / 1000 for caption in captions])
-    with torch.set_grad_enabled(trains_text(pipeline)):
+    with quiet(), torch.set_grad_enabled(trains_text(pipeline)):
         text = family.encode_text(captions, resolution)
     parts = (process, rows[:, 0], text, rows[:, 1], quantiles.to(family.device))
     return denoising_loss(family.predictor, *parts)
