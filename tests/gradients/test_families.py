@@ -91,7 +91,7 @@ def test_only_what_a_model_never_uses_is_left_out(pipeline, method, capsys):
         pytest.skip("what is bare is refused")
     adapt(pipeline, method)
     leave_out_unused(pipeline, family.denoiser, SIDE)
-    is_sd3, shown = family.title == "Stable Diffusion 3", capsys.readouterr().out
+    is_sd3, shown = family.title == "Stable Diffusion 3", capsys.readouterr().err
     if is_sd3:
         assert shown.startswith(f"left out, since this model never uses them: {dead}")
         training = [n for n, p in family.denoiser.named_parameters() if p.requires_grad]

@@ -1,6 +1,7 @@
 """What passes on public noise say of a model, before any private image is read."""
 
 import re
+import sys
 
 import torch
 from accelerate import PartialState
@@ -44,7 +45,8 @@ def leave_out_unused(
     for layer, parameter in zip(layers, trained.values(), strict=True):
         parameter.requires_grad_(layer in used)
     if unused and not silently and PartialState().is_main_process:
-        print(f"left out, since this model never uses them: {', '.join(unused)}")
+        names = ", ".join(unused)
+        print(f"left out, since this model never uses them: {names}", file=sys.stderr)
 
 
 def rehearse(
