@@ -60,7 +60,11 @@ class PerUnitGradients:
 
     @contextmanager
     def recording(
-        self, num_units: int, norms_only: bool = False, num_draws: int | None = None
+        self,
+        num_units: int,
+        norms_only: bool = False,
+        num_draws: int | None = None,
+        allow_silent: bool = False,
     ) -> Iterator[Recording]:
         """Run forward and backward inside; the recording is filled when the context is left.
 
@@ -69,6 +73,7 @@ class PerUnitGradients:
 
         Args:
             num_draws: K in this pass; default: that of the engine.
+            allow_silent: to see which parameters receive no gradient.
 
         Raises:
             UsageError: on leaving, if a trainable parameter received no gradient.
@@ -86,7 +91,7 @@ class PerUnitGradients:
                 if forward is not None:
                     module.forward = forward
         silent = [n for n, p in zip(self.names, self.parameters, strict=True) if not record.has(p)]
-        if silent:
+        if silent and not allow_silent:
             raise UsageError(
                 f"no gradient reached {len(silent)} trainable parameter(s), such as {silent[0]}: "
                 "this model does not use that layer"

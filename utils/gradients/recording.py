@@ -89,6 +89,12 @@ class Recording:
     def has(self, parameter: nn.Parameter) -> bool:
         return parameter in self._rows or parameter in self._uses
 
+    def is_zero(self, parameter: nn.Parameter) -> bool:
+        """Whether nothing was recorded of it, or zeros alone."""
+        if parameter in self._rows:
+            return not self._rows[parameter].any()
+        return not any(x.any() and grads.any() for _, x, grads in self._uses.get(parameter, []))
+
     def nbytes(self) -> int:
         """Memory that this recording holds."""
         kept = list(self._rows.values())

@@ -27,22 +27,23 @@ def leave_out_unused(
     Raises:
         UsageError: there are no others.
     """
-    trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-    if not trained:
-        return
+    engine = PerUnitGradients(modules)
     # Of several words: among the keys of one there is nothing to attend to.
-    losses = _public_losses(pipeline, resolution, [find_family(pipeline).public_captions[-1]])
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
-    layers = [re.split(r"\.lo(?:ra|da)_[AB]\.|\.(?=\w+$)", name)[0] for name in trained]
-    used = {
-        layer
-        for layer, found in zip(layers, gradients, strict=True)
-        if found is not None and found.any()
-    }
+    captions = [find_family(pipeline).public_captions[-1]]
+    try:
+        with engine.recording(1, allow_silent=True) as record:
+            losses = _public_losses(pipeline, resolution, captions)
+            if losses.requires_grad:
+                losses.sum().backward()
+    except MixedRows:
+        return  # `rehearse` says what is wrong
+    layers = [re.split(r"\.lo(?:ra|da)_[AB]\.|\.(?=\w+$)", name)[0] for name in engine.names]
+    each = list(zip(layers, engine.parameters, strict=True))
+    used = {layer for layer, parameter in each if not record.is_zero(parameter)}
     unused = [layer for layer in dict.fromkeys(layers) if layer not in used]
     if not used:
         raise UsageError(f"this model uses none of what is to train, such as {unused[0]}")
-    for layer, parameter in zip(layers, trained.values(), strict=True):
+    for layer, parameter in each:
         parameter.requires_grad_(layer in used)
     if unused and not silently and PartialState().is_main_process:
         names = ", ".join(unused)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from utils.arguments.methods import LoraArguments
 from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.loda.loda import save_adapter
-from utils.models.targets import choose_targets, resolve_targets
+from utils.models.targets import choose_targets, inject_adapter, resolve_targets
 
 
 def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
@@ -28,7 +28,7 @@ def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
     config = LoraConfig(
         r=args.rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
     )
-    inject_adapter_in_model(config, family.denoiser)
+    inject_adapter(family.denoiser, config)
     if args.freeze_lora_a:
         for name, parameter in family.denoiser.named_parameters():
             if ".lora_A." in name:

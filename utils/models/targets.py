@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from diffusers import DiffusionPipeline
+from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from utils.arguments.methods import LoDAArguments, LoraArguments
@@ -38,6 +39,12 @@ def resolve_targets(model: nn.Module, patterns: list[str]) -> list[str]:
             raise UsageError(_explain_no_match(pattern, leaves))
         chosen.update(matched)
     return [name for name in leaves if name in chosen]
+
+
+def inject_adapter(model: nn.Module, config: PeftConfig) -> None:
+    """Put an adapter into a model; also into those that diffusers has no `add_adapter` for."""
+    inject_adapter_in_model(config, model)
+    model._hf_peft_config_loaded = True  # diffusers: there are adapters to enable and disable
 
 
 def _explain_no_match(pattern: str, leaves: list[str]) -> str:

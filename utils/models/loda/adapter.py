@@ -4,13 +4,12 @@ import shutil
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from peft import inject_adapter_in_model
 
 from utils.arguments.methods import LoDAArguments
 from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.loda import loda
-from utils.models.targets import choose_targets, resolve_targets
+from utils.models.targets import choose_targets, inject_adapter, resolve_targets
 
 
 def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
@@ -32,7 +31,7 @@ def add_loda(pipeline: DiffusionPipeline, args: LoDAArguments) -> None:
         )
     except ValueError as error:
         raise UsageError(f"--rank {args.rank}: {error}") from error
-    inject_adapter_in_model(config, family.denoiser)
+    inject_adapter(family.denoiser, config)
 
 
 def describe_loda(pipeline: DiffusionPipeline) -> str:
