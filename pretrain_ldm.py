@@ -27,11 +27,12 @@ from utils.arguments.training import DataArguments
 from utils.errors import UsageError, run_script
 
 
-def check_resolution(resolution: int | None, args: PretrainArguments, halvings: int) -> None:
-    """Raises: UsageError if none was given, or the models cannot halve it often enough."""
+def check_resolution(resolution: int | None, halvings: int, args: PretrainArguments) -> None:
+    """Raises: UsageError if none was given, or the models cannot halve it often enough, of which
+    the autoencoder does `halvings`."""
     if resolution is None:
         raise UsageError("give --resolution, the side of the images in pixels")
-    factor = 2**halvings  # by the autoencoder
+    factor = 2**halvings
     if args.architecture == "unet":
         factor *= 2 ** (len(args.unet_channels) - 1)
     if resolution % factor:
@@ -41,7 +42,8 @@ def check_resolution(resolution: int | None, args: PretrainArguments, halvings: 
 def main():
     data, args = parse(DataArguments, PretrainArguments, description=__doc__)
     output_dir = Path(args.output_dir)
-    check_resolution(data.resolution, args, len(args.autoencoder_channels) - 1)
+    own = args.autoencoder_from is None
+    check_resolution(data.resolution, len(args.autoencoder_channels) - 1 if own else 0, args)
     if (output_dir / "model_index.json").exists():
         raise UsageError(
             f"{output_dir} already holds a finished pipeline; name another --output_dir"
@@ -74,11 +76,11 @@ def main():
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
 
-    if args.autoencoder_from is None:
+    if own:
         vae = pretraining.train_autoencoder(accelerator, pixels, args)
     else:
         vae = pretraining.take_autoencoder(args.autoencoder_from).to(accelerator.device)
-        check_resolution(data.resolution, args, len(vae.config.block_out_channels) - 1)
+        check_resolution(data.resolution, len(vae.config.block_out_channels) - 1, args)
     latents = pretraining.encode_all(vae, pixels, accelerator.device)
     shift = float(latents.mean()) if args.architecture == "sd3" else 0.0
     vae.register_to_config(scaling_factor=float(1 / latents.std()))

@@ -179,18 +179,18 @@ def test_what_a_model_never_uses_is_left_out_with_a_sentence(capsys):
     unet.spare = nn.ModuleDict({"to_q": nn.Linear(2, 2)}).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     before = {name for name, p in unet.named_parameters() if p.requires_grad}
-    leave_out_unused(pipeline, unet, 16)
+    leave_out_unused(pipeline, 16)
     shown = capsys.readouterr().err
     assert shown == "left out, since this model never uses them: spare.to_q\n"
     after = {name for name, p in unet.named_parameters() if p.requires_grad}
     assert after == {name for name in before if not name.startswith("spare")} != before
     rehearse(pipeline, PerUnitGradients(unet, num_draws=2), resolution=16)
-    leave_out_unused(pipeline, unet, 16)
+    leave_out_unused(pipeline, 16)
     assert capsys.readouterr().err == ""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name.startswith("spare"))
     with pytest.raises(UsageError, match="uses none of what is to train, such as spare"):
-        leave_out_unused(pipeline, unet, 16)
+        leave_out_unused(pipeline, 16)
 
 
 def test_targets_match_by_suffix_and_a_miss_names_its_neighbours():

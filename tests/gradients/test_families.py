@@ -90,7 +90,7 @@ def test_only_what_a_model_never_uses_is_left_out(pipeline, method, capsys):
     if method == "all" and family.title in BARE:
         pytest.skip("what is bare is refused")
     adapt(pipeline, method)
-    leave_out_unused(pipeline, family.denoiser, SIDE)
+    leave_out_unused(pipeline, SIDE)
     is_sd3, shown = family.title == "Stable Diffusion 3", capsys.readouterr().err
     if is_sd3:
         assert shown.startswith(f"left out, since this model never uses them: {dead}")

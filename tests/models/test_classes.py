@@ -39,14 +39,15 @@ def test_no_class_is_dropped_at_random(folder):
         assert torch.equal(*(family.predictor(noise, time, text) for _ in range(2)))
 
 
+@pytest.mark.parametrize("script", ["train_dp_lora", "select_saliency"])
 @pytest.mark.parametrize(
     "wrong", [CAPTION, ["--validation_prompt", "the digit 0"]], ids=["captions", "prompts"]
 )
 def test_what_is_no_class_is_refused_before_anything_is_spent(
-    folder, image_folder, tmp_path, wrong
+    folder, image_folder, tmp_path, wrong, script
 ):
     arguments = train_arguments(folder, image_folder, tmp_path / "run", *BY_NAME, *wrong)
-    shown = train_here(arguments)
+    shown = train_here(arguments, script)
     assert shown.startswith("error: ") and "no class of this model" in shown
     assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
 

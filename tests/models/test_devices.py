@@ -16,7 +16,7 @@ from utils.arguments.training import TrainingArguments
 from utils.data import latents
 from utils.data.latents import EncodedUnits, Objective, PrivateLosses, group_rows_by_unit
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.methods.public_passes import _public_losses
+from utils.methods.public_passes import compute_public_losses
 from utils.methods.trial import adapt
 from utils.models import processes
 from utils.models.pipelines import (
@@ -121,7 +121,7 @@ def test_a_model_of_any_family_stays_on_its_device(monkeypatch, family):
     processes._build.cache_clear()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            losses = _public_losses(move_to_gpu(pipeline), SIDE, [""])
+            losses = compute_public_losses(move_to_gpu(pipeline), SIDE, [""])
     finally:
         processes._build.cache_clear()
     assert losses.device.type == GPU

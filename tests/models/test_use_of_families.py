@@ -77,6 +77,17 @@ def test_more_tokens_than_are_read_are_refused_before_anything_is_spent(
     assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
 
 
+def test_a_run_is_not_resumed_with_captions_read_otherwise(image_folder, tmp_path):
+    """Here FLUX.1 would be told of another guidance, which is free to change elsewhere."""
+    save_family("flux", tmp_path / "base")
+    more = ["--resolution", SIDE, "--num_validation_images", 0]
+    arguments = train_arguments(tmp_path / "base", image_folder, tmp_path / "run", *more)
+    assert "saved the weights" in train_here(arguments)
+    again = [*arguments, "--resume_from_checkpoint", "latest"]
+    assert "saved the weights" in train_here(again)
+    assert train_here([*again, "--guidance_scale", 7]).startswith("error: ")
+
+
 def test_a_negative_prompt_that_flux_would_ignore_is_refused():
     pipeline = prepare_pipeline(build_family("flux"), "flux")
     asked = DrawingArguments(negative_prompt="blurred")

@@ -18,7 +18,7 @@ from torch import nn
 from utils.errors import UsageError
 from utils.gradients.leaves import check_leaf, run_leaf
 from utils.gradients.lora_leaf import find_lora_layers, run_lora
-from utils.gradients.recording import NormRecording, Recording
+from utils.gradients.recording import NormRecording, Recording, UseRecording
 
 MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
 READS_DATA = ("eva", "corda", "lora_ga")  # adapter inits computed from the training data
@@ -60,11 +60,7 @@ class PerUnitGradients:
 
     @contextmanager
     def recording(
-        self,
-        num_units: int,
-        norms_only: bool = False,
-        num_draws: int | None = None,
-        allow_silent: bool = False,
+        self, num_units: int, norms_only: bool = False, num_draws: int | None = None
     ) -> Iterator[Recording]:
         """Run forward and backward inside; the recording is filled when the context is left.
 
@@ -73,29 +69,42 @@ class PerUnitGradients:
 
         Args:
             num_draws: K in this pass; default: that of the engine.
-            allow_silent: to see which parameters receive no gradient.
 
         Raises:
             UsageError: on leaving, if a trainable parameter received no gradient.
         """
         num_rows = num_units * (self.num_draws if num_draws is None else num_draws)
         record = (NormRecording if norms_only else Recording)(self.parameters, num_units, num_rows)
+        with self._through_leaves(record):
+            yield record
+        silent = [n for n, p in zip(self.names, self.parameters, strict=True) if not record.has(p)]
+        if silent:
+            raise UsageError(
+                f"no gradient reached {len(silent)} trainable parameter(s), such as {silent[0]}: "
+                "this model does not use that layer"
+            )
+
+    @contextmanager
+    def watching(self) -> Iterator[set[nn.Parameter]]:
+        """Run forward and backward of one row inside; the set has, when the context is left, the
+        parameters that received a gradient other than zeros."""
+        record = UseRecording(self.parameters, 1, 1)
+        with self._through_leaves(record):
+            yield record.used
+
+    @contextmanager
+    def _through_leaves(self, record: Recording) -> Iterator[None]:
+        """Within this context the trainable layers hand their gradients to `record`."""
         before = {module: vars(module).get("forward") for module in self._forwards}
         for module, forward in self._forwards.items():
             module.forward = partial(forward, record)
         try:
-            yield record
+            yield
         finally:
             for module, forward in before.items():
                 del module.forward
                 if forward is not None:
                     module.forward = forward
-        silent = [n for n, p in zip(self.names, self.parameters, strict=True) if not record.has(p)]
-        if silent and not allow_silent:
-            raise UsageError(
-                f"no gradient reached {len(silent)} trainable parameter(s), such as {silent[0]}: "
-                "this model does not use that layer"
-            )
 
     def assign(self, flat: torch.Tensor) -> None:
         """Set every parameter's `.grad` from one flat vector [P]."""

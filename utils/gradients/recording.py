@@ -89,12 +89,6 @@ class Recording:
     def has(self, parameter: nn.Parameter) -> bool:
         return parameter in self._rows or parameter in self._uses
 
-    def is_zero(self, parameter: nn.Parameter) -> bool:
-        """Whether nothing was recorded of it, or zeros alone."""
-        if parameter in self._rows:
-            return not self._rows[parameter].any()
-        return not any(x.any() and grads.any() for _, x, grads in self._uses.get(parameter, []))
-
     def nbytes(self) -> int:
         """Memory that this recording holds."""
         kept = list(self._rows.values())
@@ -211,3 +205,18 @@ class NormRecording(Recording):
         if parameter in self._squared:
             raise UsageError("a layer that is used twice in one pass cannot be ranked")
         self._squared[parameter] = squared
+
+
+class UseRecording(Recording):
+    """Only which tensors received a gradient other than zeros: `used`."""
+
+    def __init__(self, parameters: list[nn.Parameter], num_units: int, num_rows: int):
+        super().__init__(parameters, num_units, num_rows)
+        self.used: set[nn.Parameter] = set()
+
+    def add_rows(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        if gradient.any():
+            self.used.add(parameter)
+
+    def add_factors(self, leaf: nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> None:
+        self.add_rows(leaf.weight, grad_output)

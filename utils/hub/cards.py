@@ -11,6 +11,7 @@ from utils.arguments.training import ModelArguments
 from utils.hub.privacy_words import describe_formally, describe_plainly
 from utils.ledger.statement import quote_total
 from utils.models.drawing import DrawingSettings
+from utils.models.lora import loads_lora
 
 METHODS = {
     "dp-lora": "DP-LoRA adapter",
@@ -148,8 +149,8 @@ image = pipeline(
 def _front_matter(facts: Facts, statement: dict) -> str:
     base = facts.base.pretrained_model_name_or_path
     is_local = Path(base).exists()
-    loads = hasattr(getattr(diffusers, facts.pipeline), "load_lora_weights")
-    family = ["lora", "template:sd-lora"] if facts.method == "dp-lora" and loads else []
+    is_lora = facts.method == "dp-lora" and loads_lora(getattr(diffusers, facts.pipeline))
+    family = ["lora", "template:sd-lora"] if is_lora else []
     count = min(len(facts.prompts), facts.num_samples, 10)
     widget = [
         {"text": facts.prompts[i] or "(no prompt)", "output": {"url": f"samples/{i:04}.png"}}

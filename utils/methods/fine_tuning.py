@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from utils.arguments.methods import LoDAArguments, LoraArguments, StageArguments
 from utils.arguments.publishing import PublishArguments
@@ -26,7 +25,6 @@ from utils.ledger.runs import Run
 from utils.methods.outlook import collect_facts, replay_if_asked, show_plan, show_verdict
 from utils.methods.planning import (
     PlanFor,
-    check_captions,
     load_private_rows,
     plan_training,
     preview,
@@ -50,7 +48,6 @@ from utils.methods.stages import Stage, collect_settings, finish, load_stage, st
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.families import find_family
-from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import halve_frozen, ready_to_draw
 from utils.models.targets import choose_targets
 from utils.privacy.accounting import account
@@ -102,9 +99,9 @@ def run_method(
 
     # Adapt the public model, and choose what was not asked for.
     stage = load_stage(accelerator, model, data, privacy, training)
-    modules, data = adapt_used(method, stage), adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training)
-    check_captions(stage.pipeline, found, training)
+    method.adapt(stage.pipeline)
+    modules, data = leave_out_unused(stage.pipeline, stage.resolution), adopt_template(data, model)
+    found = load_private_rows(accelerator, data, training, stage.pipeline)
     facts = collect_facts(modules, found.num_units, method.rate, method.stages.warm_start)
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
@@ -141,15 +138,6 @@ def run_method(
     accelerator.end_training()
     if hub.push_to_hub and accelerator.is_main_process:  # nobody waits for the upload
         print(f"published {publish_model(run.output_dir, hub)}")
-
-
-def adapt_used(method: Method, stage: Stage) -> nn.Module:
-    """Make the method's weights trainable, of layers that the model uses; returns the parts of the
-    pipeline that hold them."""
-    method.adapt(stage.pipeline)
-    modules = collect_trained_modules(stage.pipeline)
-    leave_out_unused(stage.pipeline, modules, stage.resolution)
-    return modules
 
 
 def make_plan_for(

@@ -39,30 +39,30 @@ class PrivateRows:
 
 
 def load_private_rows(
-    accelerator: Accelerator, data: DataArguments, training: TrainingArguments
+    accelerator: Accelerator,
+    data: DataArguments,
+    training: TrainingArguments,
+    told: DiffusionPipeline | None = None,
 ) -> PrivateRows:
     """Whatever `datasets` caches of the images stays under OUTPUT_DIR/private.
 
+    Args:
+        told: the model that is to be told the captions, and the prompts.
+
     Raises:
-        UsageError: see `load_rows`, `read_captions`.
+        UsageError: see `load_rows`, `read_captions`; or that model cannot be told one of them.
     """
+    if told is not None:
+        find_family(told).check_captions(training.validation_prompt or [])
     if training.num_units is not None:
         return PrivateRows(data, None, training.num_units)
     with accelerator.main_process_first():
         rows = load_rows(data, private_folder(training.output_dir) / CACHE)
-    read_captions(rows, data)
+    captions = read_captions(rows, data)
+    if told is not None:
+        find_family(told).check_captions(captions)
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
     return PrivateRows(data, rows, num_units)
-
-
-def check_captions(
-    pipeline: DiffusionPipeline, found: PrivateRows, training: TrainingArguments
-) -> None:
-    """Raises: UsageError if the model cannot be told a caption or a prompt; before any cost."""
-    family = find_family(pipeline)
-    family.check_captions(training.validation_prompt or [])
-    if found.rows is not None:
-        family.check_captions(read_captions(found.rows, found.data))
 
 
 def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:

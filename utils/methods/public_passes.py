@@ -13,33 +13,36 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.gradients.recording import MixedRows
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
-from utils.models.pipelines import trains_text
+from utils.models.pipelines import collect_trained_modules, trains_text
 from utils.models.processes import read_process
 from utils.models.text import quiet
 
 
 def leave_out_unused(
-    pipeline: DiffusionPipeline, modules: nn.Module, resolution: int, silently: bool = False
-) -> None:
+    pipeline: DiffusionPipeline, resolution: int, silently: bool = False
+) -> nn.Module:
     """Freeze the layers that this model never uses (the queries of the text in a last block, say),
     and say so: nothing but noise would train there. No gradient reaches them, or zeros alone.
 
+    Returns the parts of the pipeline that hold what still trains.
+
     Raises:
-        UsageError: there are no others.
+        UsageError: there is nothing else.
     """
+    modules = collect_trained_modules(pipeline)
     engine = PerUnitGradients(modules)
     # Of several words: among the keys of one there is nothing to attend to.
     captions = [find_family(pipeline).public_captions[-1]]
     try:
-        with engine.recording(1, allow_silent=True) as record:
-            losses = _public_losses(pipeline, resolution, captions)
+        with engine.watching() as reached:
+            losses = compute_public_losses(pipeline, resolution, captions)
             if losses.requires_grad:
                 losses.sum().backward()
     except MixedRows:
-        return  # `rehearse` says what is wrong
+        return modules  # `rehearse` says what is wrong
     layers = [re.split(r"\.lo(?:ra|da)_[AB]\.|\.(?=\w+$)", name)[0] for name in engine.names]
     each = list(zip(layers, engine.parameters, strict=True))
-    used = {layer for layer, parameter in each if not record.is_zero(parameter)}
+    used = {layer for layer, parameter in each if parameter in reached}
     unused = [layer for layer in dict.fromkeys(layers) if layer not in used]
     if not used:
         raise UsageError(f"this model uses none of what is to train, such as {unused[0]}")
@@ -48,6 +51,7 @@ def leave_out_unused(
     if unused and not silently and PartialState().is_main_process:
         names = ", ".join(unused)
         print(f"left out, since this model never uses them: {names}", file=sys.stderr)
+    return modules
 
 
 def rehearse(
@@ -69,7 +73,7 @@ def rehearse(
 
     def measure(captions: list[str]) -> torch.Tensor:
         with engine.recording(len(captions), norms_only, num_draws=1) as record:
-            _public_losses(pipeline, resolution, captions).sum().backward()
+            compute_public_losses(pipeline, resolution, captions).sum().backward()
         return record.squared_norms().sum(1)
 
     captions = list(find_family(pipeline).public_captions[:2])
@@ -86,11 +90,11 @@ def rehearse(
             "rows of a batch, so that no unit's gradient can be bounded by itself"
         )
     with engine.recording(1, norms_only) as record:
-        _public_losses(pipeline, resolution, [""] * engine.num_draws).mean().backward()
+        compute_public_losses(pipeline, resolution, [""] * engine.num_draws).mean().backward()
     return record.nbytes()
 
 
-def _public_losses(
+def compute_public_losses(
     pipeline: DiffusionPipeline, resolution: int, captions: list[str]
 ) -> torch.Tensor:
     """The loss of one row a caption, on noise that depends on the caption alone: [U]."""

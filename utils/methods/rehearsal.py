@@ -43,7 +43,7 @@ from utils.methods.trial import (
 )
 from utils.methods.workers import open_pool
 from utils.models.drawing import adopt_reading, adopt_template, read_base_settings
-from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
+from utils.models.pipelines import choose_resolution, load_pipeline
 from utils.privacy.defaults import (
     ADAPTER_RATE,
     WEIGHTS_RATE,
@@ -171,9 +171,9 @@ def prepare_trials(
     encode_units(pipeline, stand_in.trained_on, side, stand_in.folder, training.random_flip)
     base = {"loss": judge(pipeline, encode_judges(pipeline, stand_in), training)}
     adapt(pipeline, settings)
-    leave_out_unused(pipeline, collect_trained_modules(pipeline), side)
+    modules = leave_out_unused(pipeline, side)
     rate = WEIGHTS_RATE if isinstance(settings, LdmArguments) else ADAPTER_RATE
-    facts = collect_facts(collect_trained_modules(pipeline), num_units, rate)
+    facts = collect_facts(modules, num_units, rate)
     trials = list_trials(facts, privacy, training, settings, args)
     draws = trials[0].plan.noise_multiplicity
     return trials, base | measure_gradients(pipeline, stand_in, training, draws)

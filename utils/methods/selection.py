@@ -30,7 +30,6 @@ from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
-    check_captions,
     describe,
     load_private_rows,
     plan_later_training,
@@ -73,8 +72,7 @@ def run_selection(
 
     # Plan the one release, and reserve it.
     data = adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training)
-    check_captions(stage.pipeline, found, training)
+    found = load_private_rows(accelerator, data, training, stage.pipeline)
     width = median_width([module.weight.shape for module in candidates.values()])
     facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)
     privacy, training, _ = choose_missing(privacy, training, facts)
@@ -116,7 +114,7 @@ def find_used_candidates(stage: Stage, scope: str) -> dict[str, nn.Module]:
     candidates = find_candidates(stage.pipeline, scope)
     for module in candidates.values():
         module.weight.requires_grad_(True)
-    leave_out_unused(stage.pipeline, find_family(stage.pipeline).denoiser, stage.resolution)
+    leave_out_unused(stage.pipeline, stage.resolution)
     return {name: module for name, module in candidates.items() if module.weight.requires_grad}
 
 

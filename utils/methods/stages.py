@@ -147,7 +147,7 @@ def load_stage(
 
     Raises:
         UsageError: see `make_randomness`, `load_pipeline`, `choose_resolution`,
-            `choose_objective` and `find_base_statement`.
+            `choose_objective`, `choose_settings` and `find_base_statement`.
     """
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     base_statement, base_settings = on_main_process(

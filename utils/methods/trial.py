@@ -143,9 +143,10 @@ def restore(
     pipeline.to(accelerator.device)
     adopt_reading(pipeline, trial.training, read_base_settings(stand_in.model))
     adapt(pipeline, trial.settings)
-    modules, side = collect_trained_modules(pipeline), stand_in.data.resolution
-    leave_out_unused(pipeline, modules, choose_resolution(pipeline, side), silently=True)
-    engine = PerUnitGradients(modules, trial.plan.noise_multiplicity)
+    side = choose_resolution(pipeline, stand_in.data.resolution)
+    engine = PerUnitGradients(
+        leave_out_unused(pipeline, side, silently=True), trial.plan.noise_multiplicity
+    )
     state = build_state(engine, trial.plan, trial.training)
     if (trial.folder / STATE).exists():
         state.load_state_dict(torch.load(trial.folder / STATE, weights_only=True))

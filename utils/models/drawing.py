@@ -4,7 +4,6 @@ The settings belong to the model: an adapter that was trained at 256 pixels draw
 its base does. What the command line says wins; then come the adapter, its base, and the defaults.
 """
 
-import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,6 +19,7 @@ from utils.errors import UsageError, on_main_process
 from utils.fetching import fetch_file
 from utils.files import SAMPLING_SETTINGS, read_text, write_durably
 from utils.models.families import FAMILIES, find_family
+from utils.models.families.family import list_call_arguments
 from utils.models.pipelines import choose_resolution
 from utils.models.processes import FLOW_SAMPLERS, SAMPLERS, read_process
 
@@ -74,7 +74,7 @@ class DrawingSettings:
             **tokens,
             **FAMILIES[pipeline].call,
         }
-        taken = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+        taken = list_call_arguments(getattr(diffusers, pipeline))
         return {name: value for name, value in call.items() if name in taken}
 
 

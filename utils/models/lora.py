@@ -35,7 +35,7 @@ def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
                 parameter.requires_grad_(False)
 
 
-def loads_lora(pipeline: DiffusionPipeline) -> bool:
+def loads_lora(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> bool:
     """Does plain diffusers load a LoRA into such a pipeline?"""
     return hasattr(pipeline, "load_lora_weights")
 

@@ -1,6 +1,5 @@
 """Variations of synthetic images, by image-to-image with the model that drew them."""
 
-import inspect
 import math
 
 import torch
@@ -12,6 +11,7 @@ from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.errors import UsageError
 from utils.models.drawing import DrawingSettings
+from utils.models.families.family import list_call_arguments
 
 
 def read_drawing(settings: dict, argument: str) -> tuple[ModelArguments, SamplingArguments]:
@@ -42,7 +42,7 @@ def make_varying(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         varying = AutoPipelineForImage2Image.from_pipe(pipeline)
     except ValueError as error:
         raise UsageError(_explain(pipeline)) from error
-    if "strength" not in inspect.signature(varying.__call__).parameters:
+    if "strength" not in list_call_arguments(type(varying)):
         raise UsageError(_explain(pipeline))
     varying.set_progress_bar_config(disable=True)
     return varying
@@ -76,7 +76,7 @@ def vary(
     }
     if settings.max_sequence_length is not None:
         call["max_sequence_length"] = settings.max_sequence_length
-    if "height" in inspect.signature(varying.__call__).parameters:
+    if "height" in list_call_arguments(type(varying)):
         call |= {"height": settings.resolution, "width": settings.resolution}
     varied = []
     for start in tqdm(range(0, len(images), batch_size), "variations"):

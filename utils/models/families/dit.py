@@ -19,6 +19,7 @@ class DiT(Family):
     encoder_parts = tokenizer_parts = ()
     text_dtype = torch.float32
     process = "Ddpm"
+    has_shift = False
     default_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     all_targets = [*default_targets, "ff.net.0.proj", "ff.net.2", "norm1.linear"]
     public_captions = ("", "7", "207")
@@ -43,9 +44,6 @@ class DiT(Family):
                 f"it knows {count} classes: its pipeline draws with guidance only from a model of "
                 f"{NO_CLASS:,}, since that is its number for no class"
             )
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        return self.pipeline.vae.encode(images).latent_dist.mode() * self.scaling_factor
 
     def find_class(self, caption: str) -> int | None:
         """The number of a class; None if there is no such class."""

@@ -15,6 +15,16 @@ from torch import nn
 from utils.errors import UsageError
 
 
+def list_call_arguments(pipeline: type[DiffusionPipeline]) -> set[str]:
+    """What the call of a pipeline takes."""
+    return set(inspect.signature(pipeline.__call__).parameters)
+
+
+def average_words(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the words of a caption: [n, T, W], and [n, T] which of them count -> [n, W]."""
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
 class Family(ABC):
     """A pipeline, seen as one of its family.
 
@@ -24,6 +34,7 @@ class Family(ABC):
         encoder_parts, tokenizer_parts: of the text encoders, in one order.
         unused: parts that training and drawing do without, with what stands for them.
         autoencoders: those whose latents can be trained on.
+        has_shift: are latents shifted before they are scaled?
         text_dtype: that conditioning is kept in; masks are numbers there, too.
         longest_text: tokens, beyond which the pipeline's call refuses to read.
         process: the name of how its models were trained to see noise (`processes`).
@@ -42,6 +53,7 @@ class Family(ABC):
     tokenizer_parts: ClassVar[tuple[str, ...]] = ("tokenizer",)
     unused: ClassVar[dict] = {}
     autoencoders: ClassVar[tuple[type, ...]] = (AutoencoderKL,)
+    has_shift: ClassVar[bool] = True
     text_dtype: ClassVar[torch.dtype] = torch.bfloat16
     longest_text: ClassVar[float] = math.inf
     process: ClassVar[str] = "Flow"
@@ -129,12 +141,9 @@ class Family(ABC):
         """Images [n, 3, h, w] in [-1, 1] -> latents as the denoiser wants them: [n, c, r, r]."""
         vae = self.pipeline.vae
         latents = vae.encode(images).latent_dist.mode()
-        return (latents - vae.config.shift_factor) * self.scaling_factor
-
-    @property
-    def scaling_factor(self) -> float:
-        """That brings latents to the size of the noise."""
-        return self.pipeline.vae.config.scaling_factor
+        if self.has_shift:
+            latents = latents - vae.config.shift_factor
+        return latents * vae.config.scaling_factor
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [n, c, r, r] as the pipeline takes its first noise."""
@@ -243,7 +252,7 @@ class Family(ABC):
 
     def takes(self, name: str) -> bool:
         """Whether this is an argument of the pipeline's call."""
-        return name in inspect.signature(type(self.pipeline).__call__).parameters
+        return name in list_call_arguments(type(self.pipeline))
 
     def read_default(self, name: str) -> object:
         """What the pipeline's own call does where an argument of it is not given."""

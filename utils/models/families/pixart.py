@@ -5,7 +5,7 @@ Chen et al. 2024.
 
 import torch
 
-from utils.models.families.family import Family
+from utils.models.families.family import Family, average_words
 
 
 class PixArtSigma(Family):
@@ -14,6 +14,7 @@ class PixArtSigma(Family):
     title = "PixArt-Sigma"
     pipelines = ("PixArtSigmaPipeline",)
     process = "Ddpm"
+    has_shift = False
     default_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     all_targets = [*default_targets, "ff.net.0.proj", "ff.net.2"]
     # At the size that is asked for; of the captions as they are, not cleaned where two more
@@ -23,9 +24,6 @@ class PixArtSigma(Family):
     @property
     def smallest_side(self) -> int:
         return self.denoiser.config.patch_size
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        return self.pipeline.vae.encode(images).latent_dist.mode() * self.scaling_factor
 
     def encode_text(self, captions: list[str], resolution: int) -> dict[str, torch.Tensor]:
         """`encoder_hidden_states` [n, T, W] and their `encoder_attention_mask` [n, T]."""
@@ -39,9 +37,7 @@ class PixArtSigma(Family):
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
     def summarise(self, caption: str) -> torch.Tensor:
-        text = self.encode_text([caption], 0)
-        mask = text["encoder_attention_mask"][..., None]
-        return (text["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
+        return average_words(*self.encode_text([caption], 0).values())
 
     @staticmethod
     def predict(denoiser, noisy, time, text) -> torch.Tensor:

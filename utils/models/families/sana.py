@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderDC
 
-from utils.models.families.family import Family
+from utils.models.families.family import Family, average_words
 
 
 class Sana(Family):
@@ -38,9 +38,7 @@ class Sana(Family):
         return [*super().describe_reading(), self.read_default("complex_human_instruction")]
 
     def summarise(self, caption: str) -> torch.Tensor:
-        text = self.encode_text([caption], 0)
-        mask = text["encoder_attention_mask"][..., None]
-        return (text["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
+        return average_words(*self.encode_text([caption], 0).values())
 
     @staticmethod
     def predict(denoiser, noisy, time, text) -> torch.Tensor:

@@ -22,6 +22,7 @@ class StableDiffusion(Family):
     autoencoders = (AutoencoderKL, AsymmetricAutoencoderKL)
     text_dtype = torch.float32
     process = "Ddpm"
+    has_shift = False
     can_train_text = has_loda_pipeline = True
     default_targets, all_targets = DEFAULT_TARGETS, ALL_TARGETS
 
@@ -43,10 +44,6 @@ class StableDiffusion(Family):
     @property
     def longest_caption(self) -> int:
         return self.tokenizers[0].model_max_length
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        return vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
 
     def tokenize(self, captions: list[str]) -> list[torch.Tensor]:
         """Token ids for each text encoder: [n, T], padded and cut as the pipeline does."""

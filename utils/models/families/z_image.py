@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.models.families.family import Family
+from utils.models.families.family import Family, average_words
 
 MULTIPLE = 32  # captions end with tokens that stand for nothing, up to such a number
 
@@ -43,8 +43,7 @@ class ZImage(Family):
         return {"hidden": hidden, "mask": mask}
 
     def summarise(self, caption: str) -> torch.Tensor:
-        text = self.encode_text([caption], 0)
-        return text["hidden"].sum(1) / text["mask"].sum(1, keepdim=True)
+        return average_words(*self.encode_text([caption], 0).values())
 
     @staticmethod
     def predict(denoiser, noisy, time, text) -> torch.Tensor:
