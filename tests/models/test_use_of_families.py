@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 
 import pytest
 import sentencepiece
+import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image
 
@@ -93,6 +94,16 @@ def test_a_negative_prompt_that_flux_would_ignore_is_refused():
     asked = DrawingArguments(negative_prompt="blurred")
     with pytest.raises(UsageError, match="negative_prompt is nothing that FLUX.1 takes"):
         choose_settings(pipeline, asked, SIDE)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana", "z_image", "pixart"])
+def test_what_fills_a_caption_up_says_nothing_of_what_it_is_about(name):
+    """By its summary a caption counts towards the nearest of some prompts."""
+    family, found = find_family(prepare_pipeline(build_family(name), name)), []
+    for family.text_length in (100, 160):
+        with torch.no_grad():
+            found.append(family.summarise("the digit 3"))
+    torch.testing.assert_close(*found)
 
 
 def test_what_else_captions_depend_on_is_known():
