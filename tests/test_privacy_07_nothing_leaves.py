@@ -44,7 +44,7 @@ def test_trackers_see_nothing_that_depends_on_the_data(trained):
 
 
 def told(accelerator, monkeypatch, kind: str) -> list:
-    """All that three steps on 200 units of one kind tell the trackers and the progress bar."""
+    """All that six steps on 200 units of one kind tell the trackers and the progress bar."""
     heard = []
     with monkeypatch.context() as patch:
         patch.setattr(accelerator, "trackers", ["somebody"])
@@ -59,7 +59,7 @@ def told(accelerator, monkeypatch, kind: str) -> list:
         optimizer = torch.optim.SGD(world.engine.parameters, lr=1.0)
         constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         state = TrainingState(world.engine, optimizer, constant)
-        train(accelerator, state, world.losses, build_plan(steps=3), SecretRandomness(), 64)
+        train(accelerator, state, world.losses, build_plan(steps=6), SecretRandomness(), 64)
     return heard
 
 

@@ -175,6 +175,7 @@ def test_an_unused_layer_is_found_before_any_image_is_read():
 def test_what_a_model_never_uses_is_left_out_with_a_sentence(capsys):
     """Here a LoRA beside a layer that nothing calls; the engine then covers all that trains."""
     pipeline = build_tiny_pipeline()
+    pipeline.text_encoder.requires_grad_(False)
     unet = pipeline.unet.requires_grad_(False)
     unet.spare = nn.ModuleDict({"to_q": nn.Linear(2, 2)}).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
