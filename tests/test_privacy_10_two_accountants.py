@@ -10,11 +10,14 @@ from scipy.stats import norm
 import utils.privacy.accounting
 from tests.conftest import train_arguments, train_here
 from tests.worlds import build_plan
+from utils.arguments.training import SMALLEST_NOISE
 from utils.errors import UsageError
 from utils.privacy.accounting import (
     ADD_OR_REMOVE_ONE,
+    NOISE_TOLERANCE,
     REPLACE_ONE,
     account,
+    calibrate_noise_multiplier,
     pld_epsilon,
     prv_epsilon,
 )
@@ -86,12 +89,28 @@ def test_events_compose_and_split_runs_cost_what_whole_runs_do():
     assert pld_epsilon([event(1.0, 0.05, 100), event(5.0, 1.0, 1)], 1e-5) > whole
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 3.0, 10.0])
-def test_calibration_meets_the_budget_and_wastes_little(epsilon):
-    plan = planned(target_epsilon=epsilon)
-    spent = account([plan.event()], plan.delta)
-    assert 0.98 * epsilon < spent.add_or_remove_one <= epsilon
-    assert spent.replace_one > spent.add_or_remove_one
+@pytest.mark.parametrize("prior", [(), (event(3.0), event(1.5, 0.02, 30))])
+@pytest.mark.parametrize(
+    "epsilon, q, steps",
+    [(0.5, 0.05, 40), (3.0, 0.05, 40), (10.0, 1.0, 8), (2.5, 0.01, 5000), (40.0, 0.3, 2)],
+)
+def test_calibration_meets_the_budget_and_wastes_nothing(epsilon, q, steps, prior):
+    epsilon += pld_epsilon(list(prior), 1e-5) if prior else 0
+
+    def spent(sigma):
+        return pld_epsilon([*prior, event(sigma, q, steps)], 1e-5)
+
+    sigma = calibrate_noise_multiplier(epsilon, 1e-5, q, steps, prior)
+    assert spent(sigma) <= epsilon < spent(sigma - 1.01 * NOISE_TOLERANCE)
+    both = account([*prior, event(sigma, q, steps)], 1e-5)
+    assert both.replace_one > both.add_or_remove_one == spent(sigma)
+
+
+def test_noise_stays_within_its_range():
+    assert calibrate_noise_multiplier(500.0, 1e-5, 0.01, 1) == SMALLEST_NOISE
+    for epsilon in (1e-3, 1e-4):
+        with pytest.raises(UsageError, match="above 10000: allow a larger epsilon"):
+            calibrate_noise_multiplier(epsilon, 1e-5, 1.0, 10**6)
 
 
 @pytest.mark.parametrize("relation", [ADD_OR_REMOVE_ONE, REPLACE_ONE])

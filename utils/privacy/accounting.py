@@ -7,12 +7,15 @@ or removing one unit, and also given for replacing one.
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant
-from scipy.optimize import minimize_scalar
+from dp_accounting.pld.common import DifferentialPrivacyParameters
+from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
+from scipy.optimize import brentq, minimize_scalar
 
 from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
 from utils.errors import UsageError
@@ -20,6 +23,8 @@ from utils.errors import UsageError
 ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
 PLD_INTERVAL = 1e-3  # discretisation of the privacy loss; PLD rounds it up, never down
+NOISE_TOLERANCE = 1e-4
+BRACKET = 1.1  # how near a guessed sigma is looked for, at first
 PRV_EPSILON_ERROR, PRV_RELATIVE_ERROR = 0.01, 1e-3
 # Beyond these, fp64 is too coarse for one of the accountants.
 SMALLEST_DELTA, LARGEST_EPSILON = 1e-12, 600.0
@@ -139,8 +144,8 @@ def _prv_epsilon(numbers: Numbers, delta: float, relation, error: float) -> floa
 def calibrate_noise_multiplier(
     epsilon: float, delta: float, q: float, steps: int, prior: tuple[dict, ...] = ()
 ) -> float:
-    """The smallest sigma (to 1e-4) whose PLD epsilon, composed with the events in `prior`, is at
-    most `epsilon`, add or remove one.
+    """The smallest sigma (to `NOISE_TOLERANCE`) whose PLD epsilon, composed with the events in
+    `prior`, is at most `epsilon`, add or remove one.
 
     Raises:
         UsageError: epsilon is not positive, above `LARGEST_EPSILON`, or too small for any noise up
@@ -153,39 +158,55 @@ def calibrate_noise_multiplier(
             f"--target_epsilon {epsilon:g} is above {LARGEST_EPSILON:g}: it protects nobody, and "
             "is more than the accountants can compute; common budgets are 1 to 10"
         )
-
-    def event(sigma: float) -> dp_accounting.DpEvent:
-        return _dp_event((*_list_numbers(list(prior)), (sigma, q, steps)))
-
-    def spent(sigma: float) -> float:
-        return (
-            PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(event(sigma)).get_epsilon(delta)
-        )
-
     if prior and pld_epsilon(list(prior), delta) >= epsilon:
         raise UsageError(
             f"--target_epsilon {epsilon:g} is spent already by what this run builds on, which "
             f"comes to {pld_epsilon(list(prior), delta):.3f} at delta {delta:g}"
         )
-    low, high = SMALLEST_NOISE, 1.0
-    while spent(high) > epsilon:
-        low, high = high, 2 * high
-        if high > LARGEST_NOISE:
-            raise UsageError(
-                f"--target_epsilon {epsilon:g} at delta {delta:g} needs a noise multiplier above "
-                f"{LARGEST_NOISE:g}: allow a larger epsilon, or take fewer steps"
-            )
-    if low == SMALLEST_NOISE and spent(low) <= epsilon:
+    before = _list_numbers(list(prior))
+
+    def spent(sigma: float) -> float:
+        return _pld_epsilon((*before, (sigma, q, steps)), delta, ADD_OR_REMOVE_ONE)
+
+    low, high = _bracket_noise(spent, epsilon, _guess_noise(epsilon, delta, q, steps))
+    if spent(high) > epsilon:
+        raise UsageError(
+            f"--target_epsilon {epsilon:g} at delta {delta:g} needs a noise multiplier above "
+            f"{LARGEST_NOISE:g}: allow a larger epsilon, or take fewer steps"
+        )
+    if low == high:
         return low
-    sigma = dp_accounting.calibrate_dp_mechanism(
-        lambda: PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL),
-        event,
-        epsilon,
-        delta,
-        dp_accounting.ExplicitBracketInterval(low, high),
-        tol=1e-4,
-    )
+
+    def excess(sigma: float) -> float:
+        return math.log(min(max(spent(sigma), 1e-9), 1e9) / epsilon)
+
+    sigma = brentq(excess, low, high, xtol=NOISE_TOLERANCE / 2)
+    while spent(sigma) > epsilon:
+        sigma += NOISE_TOLERANCE / 2
     return float(sigma)
+
+
+def _guess_noise(epsilon: float, delta: float, q: float, steps: int) -> float:
+    """Sigma in a closed form: exact for q = 1 (Balle and Wang 2018, theorem 8), else by the central
+    limit of Bu et al. 2020, which is no bound but comes near."""
+    budget = DifferentialPrivacyParameters(epsilon, delta)
+    sigma = GaussianPrivacyLoss.from_privacy_guarantee(budget).standard_deviation
+    if q == 1:
+        return sigma * math.sqrt(steps)
+    return 1 / math.sqrt(math.log1p(1 / (sigma * q) ** 2 / steps))
+
+
+def _bracket_noise(spent: Callable, epsilon: float, guess: float) -> tuple[float, float]:
+    """Two sigmas, near the guess, that spend more than epsilon and at most epsilon; the smallest
+    there is, twice, if that spends no more, and the largest as the second if all spend more."""
+    low = high = min(max(guess, SMALLEST_NOISE), LARGEST_NOISE)
+    while high < LARGEST_NOISE and spent(high) > epsilon:
+        low, high = high, min(BRACKET * high, LARGEST_NOISE)
+    while low == high or spent(low) <= epsilon:
+        if high == SMALLEST_NOISE:
+            return high, high
+        low, high = max(low / BRACKET, SMALLEST_NOISE), low
+    return low, high
 
 
 @dataclass(frozen=True)
