@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from tests.families import FAMILIES, save_family
+from tests.forks import run_in_fork
 from utils.errors import UsageError
 from utils.models.public_models import (
     assemble_pipeline,
@@ -104,13 +105,10 @@ def run_script():
     """Run a script of the repository as a user does; returns the completed process."""
 
     def run(script: str, *arguments, launch: bool = False, cwd: Path = ROOT):
-        start = [sys.executable]
-        if launch:
-            start += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-        command = [*start, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=cwd, env=quiet_environment(), capture_output=True, text=True
+        start = (
+            ["-m", "accelerate.commands.launch", "--num_processes", 1, "--cpu"] if launch else []
         )
+        return run_in_fork([*start, ROOT / script, *arguments], cwd, quiet_environment())
 
     return run
 

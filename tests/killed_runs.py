@@ -7,7 +7,7 @@ and the weights must verify; epsilon must be the planned one; and every step who
 existed must be on record. The last line is a summary in JSON.
 
 Training runs in forked children of this process, which imports everything once and computes nothing
-itself, so that a trial takes seconds.
+but the cost of the plan, so that a trial takes seconds.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import train_dp_lora
 import utils.methods.fine_tuning  # so that the forks need not
 import utils.models.lora  # noqa: F401
 from tests.conftest import train_arguments
+from tests.forks import remember_costs
 from utils.errors import run_script
 from utils.ledger import charges, checkpoints, ledger, reservations, runs, statement
 from utils.ledger.verification import find_problems, read_source
@@ -200,6 +201,7 @@ def main():
     at = arguments.index("--target_epsilon")
     arguments[at : at + 2] = ["--noise_multiplier", SIGMA]
 
+    remember_costs({"noise_multiplier": SIGMA, "steps": STEPS})
     start = time.time()
     assert in_a_child([*arguments, "--output_dir", args.folder / "reference"]) == 0
     whole = time.time() - start

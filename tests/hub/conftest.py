@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, train_arguments
+from tests.forks import run_in_fork
 from tests.hub_stand_in import TOKEN, hub_stand_in
 
 SAMPLES = ["samples/0000.png", "samples/0001.png", "samples/grid.png"]
@@ -39,6 +40,8 @@ def on_hub(hub, tmp_path):
 
     def run(*command, token: str | None = TOKEN, cwd=ROOT, **more):
         environment = hub.environment(tmp_path / "hf_home", token) | more
+        if str(command[0]).endswith(".py"):
+            return run_in_fork(command, cwd, environment)
         return subprocess.run(
             [sys.executable, *map(str, command)],
             cwd=cwd, env=environment, capture_output=True, text=True,

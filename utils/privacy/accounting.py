@@ -57,8 +57,12 @@ def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) ->
 
 @functools.lru_cache(maxsize=512)  # a run asks for the same several times, each time for seconds
 def _pld_epsilon(numbers: Numbers, delta: float, relation) -> float:
-    accountant = PLDAccountant(relation, PLD_INTERVAL)
-    return accountant.compose(_dp_event(numbers)).get_epsilon(delta)
+    return _compose(numbers, relation).get_epsilon(delta)
+
+
+@functools.lru_cache(maxsize=16)  # each is megabytes where epsilon is in the hundreds
+def _compose(numbers: Numbers, relation) -> PLDAccountant:
+    return PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(numbers))
 
 
 def pld_both_relations(events: list[dict], delta: float) -> dict[str, float]:
@@ -80,7 +84,7 @@ def split_budget(events: list[dict], delta: float) -> list[float]:
 
 def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> list[float]:
     """The epsilon of `events`, by PLD, at each of `deltas`."""
-    accountant = PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(_list_numbers(events)))
+    accountant = _compose(_list_numbers(events), relation)
     return [accountant.get_epsilon(delta) for delta in deltas]
 
 
@@ -91,9 +95,7 @@ def membership_power(events: list[dict], rates: tuple[float, ...] = (0.01, 0.001
     For every epsilon, TPR <= e^epsilon FPR + delta(epsilon) (Kairouz et al. 2015, theorem 2.1), so
     the smallest of these bounds holds, too. It is convex in e^epsilon.
     """
-    accountant = PLDAccountant(ADD_OR_REMOVE_ONE, PLD_INTERVAL).compose(
-        _dp_event(_list_numbers(events))
-    )
+    accountant = _compose(_list_numbers(events), ADD_OR_REMOVE_ONE)
 
     def bound(epsilon: float, rate: float) -> float:
         return math.exp(epsilon) * rate + accountant.get_delta(epsilon)
