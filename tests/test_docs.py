@@ -1,6 +1,7 @@
 """README and docs: every command is understood by its script, every link leads somewhere."""
 
 import importlib.util
+import math
 import re
 import shlex
 import sys
@@ -120,3 +121,29 @@ def test_the_pages_name_every_recipe():
     for recipe in (ROOT / "examples").rglob("*.yaml"):
         if recipe.name not in ("accelerate.yaml", "base.yaml"):
             assert str(recipe.relative_to(ROOT)) in text, recipe
+
+
+def test_the_privacy_page_answers_what_an_officer_asks():
+    """And the tests that it names exist."""
+    text = " ".join((ROOT / "docs" / "privacy.md").read_text().split())
+    answers = {
+        "who is protected?": "all rows of one person together",
+        "against whom?": "against everybody",
+        "how sure?": "2.8 in a hundred at epsilon 1",
+        "a family?": "k times epsilon",
+        "who sees the images?": "Whoever runs the training sees the images",
+        "what is public?": "how many units there are (N)",
+        "what is left out?": "What the base model learned from its own data",
+        "and by watching the machine?": "no epsilon covers that",
+        "what must be kept?": "**Keep the ledger**",
+        "how do I check?": "python privacy_report.py verify",
+        "who says so?": "not who wrote it",
+    }
+    assert [question for question, answer in answers.items() if answer not in text] == []
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(set(named)) >= 12
+    assert [name for name in named if f"def {name}(" not in sources] == []
+    arithmetic = {1: 2.8, 3: 21}  # e^epsilon times one in a hundred, rounded up
+    for epsilon, percent in arithmetic.items():
+        assert percent - 1 < math.exp(epsilon) <= percent and f"{percent} " in text

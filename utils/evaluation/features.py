@@ -37,6 +37,7 @@ RESIZE = "short side to {0} pixels by Pillow's antialiased bilinear filter, cent
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BATCH = 64
+EXTRACTOR_STEPS = 1000  # of the classifier that is trained on public images
 
 # uint8 [n, 3, R, R] -> features [n, d], and class logits [n, c] or None
 Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -194,7 +195,7 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
     names = sorted(set(labels))
     numbers = torch.tensor([names.index(label) for label in labels])
     pixels = torch.cat(list(read_pixel_batches(images, 32, 256)))
-    model = train_classifier(pixels, numbers, Recipe("cnn", len(names), 1000, 0), device)
+    model = train_classifier(pixels, numbers, Recipe("cnn", len(names), EXTRACTOR_STEPS, 0), device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as aside:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside)
