@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a virtual environment in .venv, from requirements.txt.
+# Every target sets up what it needs: a virtual environment in .venv, from requirements-dev.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
@@ -9,11 +9,11 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.venv/.installed: requirements.txt
+.venv/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
 	@touch $@
 
 demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about six minutes)

@@ -1,0 +1,63 @@
+"""What is imported is named, with one version, in the file that installs it."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_house import list_files
+
+OURS = {"utils", "tests", *(path.stem for path in list_files())} - {"evaluate"}
+
+
+def read_requirements(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    pins = [line.split("==") for line in lines if line[0].isalpha()]
+    assert all(len(pin) == 2 for pin in pins), pins
+    return dict(pins)
+
+
+def find_libraries(path: Path) -> set[str]:
+    """The distributions that a file imports, wherever in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules.add(node.module.split(".")[0])
+    homes = packages_distributions()
+    return {homes.get(m, [m])[0] for m in modules - OURS - set(sys.stdlib_module_names)}
+
+
+def find_unnamed(path: Path) -> set[str]:
+    named = set(read_requirements("requirements.txt"))
+    if path.is_relative_to(ROOT / "tests") or path.name == "mutants.py":
+        named |= set(read_requirements("requirements-dev.txt"))
+    if path.name == "mutants.py":  # `make mutants` installs more
+        named |= {"coverage", *re.findall(r"([\w-]+)==", (ROOT / "Makefile").read_text())}
+    return {normalise(name) for name in find_libraries(path)} - {normalise(n) for n in named}
+
+
+def normalise(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_library_that_is_imported_is_named():
+    unnamed = {str(path.relative_to(ROOT)): find_unnamed(path) for path in list_files()}
+    assert {path: names for path, names in unnamed.items() if names} == {}
+
+
+def test_one_that_is_not_named_is_found(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import json, torch\ndef f():\n    import pytest\n    from anyio import run\n")
+    assert find_unnamed(path) == {"pytest", "anyio"}
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_what_is_installed_is_what_is_named(name):
+    for library, pinned in read_requirements(name).items():
+        assert version(library).split("+")[0] == pinned, library
