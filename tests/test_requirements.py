@@ -7,9 +7,11 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.test_house import list_files
+from utils.version import VERSION
 
 OURS = {"utils", "tests", *(path.stem for path in list_files())} - {"evaluate"}
 
@@ -61,3 +63,16 @@ def test_one_that_is_not_named_is_found(tmp_path):
 def test_what_is_installed_is_what_is_named(name):
     for library, pinned in read_requirements(name).items():
         assert version(library).split("+")[0] == pinned, library
+
+
+def test_the_version_is_the_same_everywhere():
+    changes = re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert changes[0] == citation["version"] == VERSION
+
+
+def test_the_workflow_runs_what_everybody_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    job = workflow["jobs"]["tests"]
+    assert any(step.get("run") == ".ci/run" for step in job["steps"])
+    assert job["strategy"]["matrix"]["python"][0] == "3.11"
