@@ -1,7 +1,8 @@
-"""Show, verify and plan what privacy costs.
+"""Show, verify, explain and plan what privacy costs.
 
     python privacy_report.py show runs/digits/adapter        # a folder, a ledger or a Hub id
     python privacy_report.py verify runs/digits/adapter      # exit code 1 if anything is wrong
+    python privacy_report.py officer runs/digits/adapter     # a page for whoever must sign
 
     # how much noise does epsilon 8 need? and what does noise 1.1 cost?
     python privacy_report.py plan --num_units 60000 --expected_batch_size 2000 \\
@@ -61,6 +62,15 @@ class VerifyArguments:
 
 
 @dataclass
+class OfficerArguments:
+    """a page for whoever must sign: what is promised, and what to ask; exit code as verify's"""
+
+    path: str = option("run folder, synthetic set or Hub id", positional=True)
+    revision: str | None = option("revision of a Hub id", None)
+    output_file: str = option("the page, one HTML file", "officer.html")
+
+
+@dataclass
 class PlanArguments:
     """how much noise for how much epsilon"""
 
@@ -94,32 +104,16 @@ class GiveUpArguments:
 
 
 def show(args: ShowArguments) -> None:
-    from utils.ledger.charges import summarise_runs
-    from utils.ledger.verification import read_source
-    from utils.privacy.accounting import account, membership_power, pld_epsilon, split_budget
+    from utils.ledger.verification import read_source, summarise_spending
     from utils.privacy.plots import plot_spent
 
     source = read_source(args.path, args.revision)
     events, delta = source.events(), source.delta()
     if not events:
         raise UsageError(f"{args.path} has no events: nothing was spent")
-    spent = account(events, delta)
-    rows = [
-        {**event, "epsilon": pld_epsilon([event], delta), "adds": added}
-        for event, added in zip(events, split_budget(events, delta), strict=True)
-    ]
-    report = {
-        "delta": delta,
-        "events": rows,
-        "epsilon": {
-            "pld": spent.both_relations(),
-            "prv": {"add_or_remove_one": spent.prv, "replace_one": spent.prv_replace_one},
-        },
-        "membership_inference": membership_power(events),
-        "runs": summarise_runs(source.ledger.records()) if source.ledger else [],
-    }
+    report = summarise_spending(source)
     print("purpose     steps  sampling rate  noise multiplier  epsilon alone    adds")
-    for row in rows:
+    for row in report["events"]:
         print(
             f"{row['purpose']:10} {row['steps']:6}  {row['sampling_rate']:13.6g}  "
             f"{row['noise_multiplier']:16.4f}  {row['epsilon']:13.3f}  {row['adds']:6.3f}"
@@ -127,8 +121,9 @@ def show(args: ShowArguments) -> None:
     for run in report["runs"]:
         print(f"run {run['run']}: {run['released']} of {run['planned']} steps, {run['state']}")
     print(f"\ntogether, at delta {delta:g}    PLD      PRV")
-    print(f"add or remove one   {spent.add_or_remove_one:8.3f} {spent.prv:8.3f}")
-    print(f"replace one         {spent.replace_one:8.3f} {spent.prv_replace_one:8.3f}")
+    for relation, name in (("add_or_remove_one", "add or remove one"), ("replace_one",) * 2):
+        pld, prv = (report["epsilon"][by][relation] for by in ("pld", "prv"))
+        print(f"{name.replace('_', ' '):19} {pld:8.3f} {prv:8.3f}")
     for rate, power in report["membership_inference"].items():
         print(f"membership inference, false-positive rate {rate}: at most {power:.4f} are found")
     plot_spent(events, delta, args.plot)
@@ -148,6 +143,20 @@ def verify(args: VerifyArguments) -> None:
             print(f"- {problem}", file=sys.stderr)
         sys.exit(1)
     print("\n".join(describe_verified(source)))
+
+
+def officer(args: OfficerArguments) -> None:
+    from utils.hub.officer import write_officers_page
+    from utils.ledger.verification import find_problems, read_source
+
+    source = read_source(args.path, args.revision)
+    if source.statement is None:
+        raise UsageError(f"{args.path} holds no privacy.json: there is nothing to sign")
+    problems = find_problems(source)
+    write_officers_page(args.path, source, problems, Path(args.output_file))
+    print(f"see {args.output_file}")
+    if problems:
+        sys.exit(1)
 
 
 def rehearse_run(args: PlanArguments, config: dict) -> dict:
@@ -269,6 +278,7 @@ def give_up(args: GiveUpArguments) -> None:
 WORK = {
     ShowArguments: show,
     VerifyArguments: verify,
+    OfficerArguments: officer,
     PlanArguments: plan,
     GiveUpArguments: give_up,
 }

@@ -57,6 +57,8 @@
         upload              exactly the files that are meant, verified first
         cards               model and dataset cards
         privacy_words       a privacy statement in words
+        officer             the page for whoever must sign
+        pages               HTML pages of one file each
         evaluation_card     a card's section on evaluate.py's figures
     data/           rows to images, captions, latents and losses
         folders             an image folder: its files and classes, as rows
@@ -118,6 +120,7 @@
     fetching        one file of a folder, or of a repository on the Hub
     files           names of what a run leaves; files whole or absent, digests, modes
     version         which version of this code made something
+    chatter         what libraries say that helps nobody
     errors          how a script ends: a mistake in one sentence, or a clean stop
 
 The way of one image: a row (`data.rows`) is checked and decoded (`data.images`), becomes a latent

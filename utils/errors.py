@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 
+from utils.chatter import drop_chatter
+
 PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
 
 
@@ -94,6 +96,7 @@ def run_script(main: Callable[[], None]) -> None:
     process was lost.
     """
     where = f" (process {_rank()})" if _rank() else ""
+    drop_chatter()
     if _world_size() > 1:
         _join_on_cpu()
     try:

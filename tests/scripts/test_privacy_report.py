@@ -255,3 +255,31 @@ def test_a_dead_run_is_given_up(report, tmp_path):
 def test_mistakes_get_a_sentence(report, arguments, sentence):
     code, shown = report(*arguments)
     assert code == 2 and sentence in shown
+
+
+def test_the_officers_page_answers_for_one_adapter(published, report, tmp_path):
+    code, shown = report("officer", published)
+    assert code == 0 and "see officer.html" in shown
+    text = (tmp_path / "officer.html").read_text()
+    statement = read_json(published / "privacy.json")
+    epsilon = statement["epsilon"]["add_or_remove_one"]
+    for fact in (f"{epsilon:.3g}", "One image, with its caption", "Against everybody who sees"):
+        assert fact in text, fact
+    assert f"4 times epsilon, {4 * epsilon:.3g}" in text
+    assert all(point[1:] in text for point in statement["not_covered"])
+    assert "follows from the events" in text and "Name, date, signature" in text
+    assert "<script" not in text and "http" not in text
+
+
+@pytest.mark.parametrize("tampering", ["the ledger's total left out", "more released since"])
+def test_the_officers_page_says_do_not_sign(published, report, tmp_path, tampering):
+    copy = copy_folder(published, tmp_path / "copy")
+    TAMPERINGS[tampering](copy)
+    code, _ = report("officer", copy)
+    text = (tmp_path / "officer.html").read_text()
+    assert code == 1 and "Do not sign" in text and "Name, date, signature" not in text
+
+
+def test_without_a_statement_there_is_nothing_to_sign(published, report):
+    code, shown = report("officer", published / LEDGER)
+    assert code == 2 and "nothing to sign" in shown

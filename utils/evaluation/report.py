@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import re
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -13,10 +12,8 @@ from PIL import Image
 from utils.errors import UsageError
 from utils.evaluation.memorisation import Neighbours
 from utils.evaluation.plots import plot_neighbour_distances, plot_quality_trade_off
-from utils.files import write_durably
+from utils.hub.pages import lay_out_numbers, lay_out_stages, mark_up, write_page
 from utils.hub.privacy_words import describe_formally, describe_plainly, name_one
-from utils.ledger.statement import list_all_events, quote_total
-from utils.privacy.accounting import split_budget
 
 FIDELITY = {
     "frechet_distance": ("Fréchet distance", "lower is better"),
@@ -28,7 +25,6 @@ FIDELITY = {
     "coverage": ("coverage", "share of real images with a synthetic one near"),
 }
 MARK = '<div class="private">not covered by epsilon</div>'
-STYLE = Path(__file__).with_name("report.css")
 
 
 @dataclass(frozen=True)
@@ -80,22 +76,14 @@ def write_report(page: Page, path: Path) -> None:
         _memorisation(page),
         _comparison(page),
     ]
-    body = "\n".join(part for part in parts if part)
-    write_durably(
-        path,
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(page.title)}: evaluation</title>\n"
-        f"<style>\n{STYLE.read_text()}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n",
-    )
+    write_page(path, f"{page.title}: evaluation", parts)
 
 
 def _privacy(page: Page) -> str:
     epsilon, words = page.results.get("epsilon"), ""
     if page.statement is not None:
-        words = _mark_up(describe_plainly(page.statement, "these images"))
-        words += _mark_up(describe_formally(page.statement))
+        words = mark_up(describe_plainly(page.statement, "these images"))
+        words += mark_up(describe_formally(page.statement))
     elif epsilon is not None:
         words = (
             "<p>No adapter was used. Whatever the model's training data were, this page promises "
@@ -112,8 +100,9 @@ def _privacy(page: Page) -> str:
         if page.statement is not None:
             cells += [("delta", f"{page.statement['delta']:g}")]
             cells += [("privacy unit", name_one(page.statement))]
-        tiles = "".join(f"<div><b>{escape(v)}</b>{escape(k)}</div>" for k, v in cells)
-        numbers = f'<div class="numbers">{tiles}</div>{_stages(page.statement)}'
+        numbers = lay_out_numbers(cells)
+        if page.statement is not None:
+            numbers += lay_out_stages(page.statement)
     private = any(not entry["covered_by_epsilon"] for entry in page.results.values())
     note = ""
     if private:
@@ -123,28 +112,6 @@ def _privacy(page: Page) -> str:
             "this page, unless the people in those images agreed to it.</p>"
         )
     return f'<section class="card" aria-label="Privacy">{numbers}{words}{note}</section>'
-
-
-def _stages(statement: dict | None) -> str:
-    """A bar of epsilon, cut into what each stage adds."""
-    if statement is None or not statement["private"] or len(list_all_events(statement)) < 2:
-        return ""
-    events, (_, delta) = list_all_events(statement), quote_total(statement)
-    parts = zip(events, split_budget(events, delta), strict=True)
-    cells = "".join(
-        f'<div style="flex-grow:{max(added, 0):.4f}"><b>{escape(event["purpose"])}</b> '
-        f"{added:.2f}</div>"
-        for event, added in parts
-    )
-    return f'<div class="stages" aria-label="What each stage adds to epsilon">{cells}</div>'
-
-
-def _mark_up(markdown: str) -> str:
-    """Markdown as HTML paragraphs; only bold and code are understood."""
-    text = escape(markdown, quote=False)
-    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
-    text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
-    return "".join(f"<p>{part}</p>" for part in text.split("\n\n"))
 
 
 def _fidelity(page: Page) -> str:

@@ -13,10 +13,11 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from utils.errors import UsageError
 from utils.fetching import fetch_file
 from utils.files import CARD, CHECKPOINTS, LEDGER, MEANS, PRIVATE, PUBLISHED, STATEMENT, hash_file
-from utils.ledger.charges import find_smallest_delta, list_charged_events
+from utils.ledger.charges import find_smallest_delta, list_charged_events, summarise_runs
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS
+from utils.privacy.accounting import account, membership_power, pld_epsilon, split_budget
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
@@ -183,6 +184,25 @@ def describe_verified(source: Source) -> list[str]:
     else:
         sentences.append("ok: the ledger is whole, and agrees with the statement and checkpoints")
     return sentences
+
+
+def summarise_spending(source: Source) -> dict:
+    """Every event of a source, and what all come to, as numbers."""
+    events, delta = source.events(), source.delta()
+    spent = account(events, delta)
+    return {
+        "delta": delta,
+        "events": [
+            {**event, "epsilon": pld_epsilon([event], delta), "adds": added}
+            for event, added in zip(events, split_budget(events, delta), strict=True)
+        ],
+        "epsilon": {
+            "pld": spent.both_relations(),
+            "prv": {"add_or_remove_one": spent.prv, "replace_one": spent.prv_replace_one},
+        },
+        "membership_inference": membership_power(events),
+        "runs": summarise_runs(source.ledger.records()) if source.ledger else [],
+    }
 
 
 def _check_with_ledger(source: Source) -> list[str]:
