@@ -76,3 +76,10 @@ def test_the_workflow_runs_what_everybody_runs():
     job = workflow["jobs"]["tests"]
     assert any(step.get("run") == ".ci/run" for step in job["steps"])
     assert job["strategy"]["matrix"]["python"][0] == "3.11"
+
+
+def test_nothing_private_gets_into_a_container():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {"runs", "**/private", ".git"} <= set(ignored)
+    box = (ROOT / "Dockerfile").read_text()
+    assert "-r requirements.txt" in box and "XDG_STATE_HOME=/app/runs" in box
