@@ -20,7 +20,7 @@ demo: .venv/.installed  ## a private adapter for real handwritten digits, from n
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed  ## run the tests (about half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants
