@@ -36,8 +36,9 @@ def run_in_fork(command: list, cwd: Path, environment: dict) -> subprocess.Compl
     """As `subprocess.run([sys.executable, *command], ..., capture_output=True, text=True)`, of a
     script or, after `-m`, a module."""
     command = list(map(str, command))
-    # Libraries read these while they are imported.
+    # Libraries read these while they are imported; the token, whenever they need it.
     read = {key: value for key, value in environment.items() if key.startswith("HF_")}
+    read.pop("HF_TOKEN", None)
     server = _start(tuple(sorted(read.items())))
     with tempfile.TemporaryDirectory() as folder:
         streams = [os.path.join(folder, name) for name in ("stdout", "stderr")]

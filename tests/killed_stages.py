@@ -22,7 +22,7 @@ from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation, fine_tuning, first_stages, means, selection
-from utils.privacy.accounting import account
+from utils.privacy.accounting import account, calibrate_noise_multiplier, membership_power
 from utils.sampling import generation, synthetic_sets
 
 SIGMA = {"--release_epsilon": 2, "--selection_noise_multiplier": 4, "--noise_multiplier": 0.9}
@@ -102,7 +102,11 @@ def main():
     assert [e["purpose"] for e in expected] == ["means", "selection", "training"], expected
     kills = 0
     for number in range(3):  # what the forks would compute again, each for seconds
-        account(expected[: number + 1], DELTA)
+        spent = account(expected[: number + 1], DELTA)
+        membership_power(expected[: number + 1])
+    *prior, training = expected
+    everyone = (1.0, training["steps"], tuple(prior))  # in every step: what a verdict asks
+    calibrate_noise_multiplier(spent.add_or_remove_one, DELTA, *everyone)
     for number, (where, point) in enumerate(POINTS.items()):
         print(where, flush=True)
         output = args.folder / f"run-{number}"

@@ -1,6 +1,7 @@
 """What is imported is named, with one version, in the file that installs it."""
 
 import ast
+import functools
 import re
 import sys
 from importlib.metadata import packages_distributions, version
@@ -31,8 +32,11 @@ def find_libraries(path: Path) -> set[str]:
             modules |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules.add(node.module.split(".")[0])
-    homes = packages_distributions()
+    homes = find_homes()
     return {homes.get(m, [m])[0] for m in modules - OURS - set(sys.stdlib_module_names)}
+
+
+find_homes = functools.cache(packages_distributions)  # a second each time
 
 
 def find_unnamed(path: Path) -> set[str]:

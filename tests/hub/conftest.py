@@ -35,11 +35,13 @@ def hub(tiny_base):
 
 
 @pytest.fixture
-def on_hub(hub, tmp_path):
-    """Run a script of the repository, or any Python, against the stand-in."""
+def on_hub(hub, tmp_path_factory):
+    """Run a script of the repository, or any Python, against the stand-in; what was downloaded
+    stays for the tests after it."""
+    home = tmp_path_factory.getbasetemp() / f"home_of_{hub.url.rsplit(':')[-1]}"
 
     def run(*command, token: str | None = TOKEN, cwd=ROOT, **more):
-        environment = hub.environment(tmp_path / "hf_home", token) | more
+        environment = hub.environment(home, token) | more
         if str(command[0]).endswith(".py"):
             return run_in_fork(command, cwd, environment)
         return subprocess.run(
