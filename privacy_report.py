@@ -287,6 +287,9 @@ WORK = {
 def main():
     commands = {work.__name__: kind for kind, work in WORK.items()}
     args = parse_command(commands, description=__doc__)
+    for name in {"plot", "output_file"} & set(vars(args)):
+        if not Path(getattr(args, name)).resolve().parent.is_dir():
+            raise UsageError(f"--{name} {getattr(args, name)}: there is no such folder")
     WORK[type(args)](args)
 
 

@@ -283,3 +283,9 @@ def test_the_officers_page_says_do_not_sign(published, report, tmp_path, tamperi
 def test_without_a_statement_there_is_nothing_to_sign(published, report):
     code, shown = report("officer", published / LEDGER)
     assert code == 2 and "nothing to sign" in shown
+
+
+@pytest.mark.parametrize("command, option", [("officer", "output_file"), ("show", "plot")])
+def test_a_file_in_no_folder_is_a_sentence(published, report, command, option):
+    code, shown = report(command, published, f"--{option}", "nowhere/it")
+    assert code == 2 and "no such folder" in shown and "Traceback" not in shown
