@@ -11,7 +11,7 @@ from utils.hub.pages import (
     mark_up_words,
     write_page,
 )
-from utils.hub.privacy_words import describe_formally, describe_plainly, name_one
+from utils.hub.privacy_words import describe_formally, describe_plainly, name_one, per_hundred
 from utils.ledger.statement import quote_total
 from utils.ledger.verification import Source, describe_verified
 from utils.privacy.accounting import pld_epsilon
@@ -70,7 +70,7 @@ def _how_sure(statement: dict) -> str:
     unit = name_one(statement)
     rows = "".join(
         f'<tr><td class="number">{100 * float(rate):g} %</td>'
-        f'<td class="number">{100 * power:.1f} %</td></tr>'
+        f'<td class="number">{per_hundred(power)} %</td></tr>'
         for rate, power in statement.get("membership_inference", {}).items()
     )
     table = (

@@ -42,13 +42,13 @@ def describe_membership_inference(statement: dict) -> str:
     unit, often, rarely = name_one(statement), power["0.01"], power["0.001"]
     return (
         f" Whoever tries to tell for each {unit} whether it was used, and is wrong about one in a "
-        f"hundred of those that were not, is right about at most {_per_hundred(often)} in a "
+        f"hundred of those that were not, is right about at most {per_hundred(often)} in a "
         f"hundred of those that were; if wrong about one in a thousand, about at most "
-        f"{_per_hundred(rarely)} in a hundred."
+        f"{per_hundred(rarely)} in a hundred."
     )
 
 
-def _per_hundred(share: float) -> str:
+def per_hundred(share: float) -> str:
     """Rounded up, so that it stays a bound."""
     return f"{math.ceil(1000 * share) / 10:g}"
 
