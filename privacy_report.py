@@ -27,80 +27,26 @@ import importlib
 import io
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from utils.arguments.parsing import option, parse_command, read_yaml
+from utils.arguments.parsing import parse_command, read_yaml
+from utils.arguments.reports import (
+    SCRIPTS,
+    GiveUpArguments,
+    OfficerArguments,
+    PlanArguments,
+    ShowArguments,
+    VerifyArguments,
+)
 from utils.errors import CannotLoad, UsageError, run_script
 
 NUMBERS = ["expected_batch_size", "max_train_steps", "target_delta", "target_epsilon"]
 NUMBERS += ["noise_multiplier"]
-SCRIPTS = {"dp-lora": "train_dp_lora", "dp-loda": "train_dp_loda", "dp-ldm": "train_dp_ldm"}
 OWN_OPTIONS = {
     "dp-loda": {"activation", "negative_slope"},
     "dp-ldm": {"trainable", "trainable_blocks", "train_text_encoder", "text_encoder_rank"},
 }
-
-
-@dataclass
-class ShowArguments:
-    """every event, the epsilon of all, two plots"""
-
-    path: str = option("run folder, ledger (.jsonl), statement (.json) or Hub id", positional=True)
-    revision: str | None = option("revision of a Hub id", None)
-    plot: str = option("file of the plot", "privacy_report.png")
-    json: bool = option("print one JSON object at the end", False)
-
-
-@dataclass
-class VerifyArguments:
-    """recompute and compare; exit code 1 if anything is wrong"""
-
-    path: str = option("run folder, ledger (.jsonl), statement (.json) or Hub id", positional=True)
-    revision: str | None = option("revision of a Hub id", None)
-
-
-@dataclass
-class OfficerArguments:
-    """a page for whoever must sign: what is promised, and what to ask; exit code as verify's"""
-
-    path: str = option("run folder, synthetic set or Hub id", positional=True)
-    revision: str | None = option("revision of a Hub id", None)
-    output_file: str = option("the page, one HTML file", "officer.html")
-
-
-@dataclass
-class PlanArguments:
-    """how much noise for how much epsilon"""
-
-    num_units: int = option("N, the number of privacy units")
-    config: str | None = option(
-        "YAML file of a run, for what is not given here; if it names a model, the run is timed on "
-        "public noise",
-        None,
-    )
-    method: str | None = option(
-        "whose run --config is; default: dp-loda or dp-ldm if the file has an option of theirs, or "
-        "is named so, else dp-lora",
-        None,
-        choices=list(SCRIPTS),
-    )
-    expected_batch_size: float | None = option("B, units a step", None)
-    max_train_steps: int | None = option("private steps", None)
-    target_delta: float | None = option("delta of epsilon, below 1/N", None)
-    target_epsilon: float | None = option("find the noise for this epsilon", None)
-    noise_multiplier: float | None = option("sigma: find its epsilon, instead", None)
-    plot: str = option("file of the plot", "privacy_plan.png")
-    json: bool = option("print one JSON object at the end", False)
-
-
-@dataclass
-class GiveUpArguments:
-    """hand back what a dead run had reserved"""
-
-    ledger: str = option("ledger file", positional=True)
-    run: str = option("run, as `show` names it", positional=True)
 
 
 def show(args: ShowArguments) -> None:
@@ -121,9 +67,9 @@ def show(args: ShowArguments) -> None:
     for run in report["runs"]:
         print(f"run {run['run']}: {run['released']} of {run['planned']} steps, {run['state']}")
     print(f"\ntogether, at delta {delta:g}    PLD      PRV")
-    for relation, name in (("add_or_remove_one", "add or remove one"), ("replace_one",) * 2):
-        pld, prv = (report["epsilon"][by][relation] for by in ("pld", "prv"))
-        print(f"{name.replace('_', ' '):19} {pld:8.3f} {prv:8.3f}")
+    pld, prv = report["epsilon"]["pld"], report["epsilon"]["prv"]
+    print(f"add or remove one   {pld['add_or_remove_one']:8.3f} {prv['add_or_remove_one']:8.3f}")
+    print(f"replace one         {pld['replace_one']:8.3f} {prv['replace_one']:8.3f}")
     for rate, power in report["membership_inference"].items():
         print(f"membership inference, false-positive rate {rate}: at most {power:.4f} are found")
     plot_spent(events, delta, args.plot)

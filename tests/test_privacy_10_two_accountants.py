@@ -107,6 +107,8 @@ def test_calibration_meets_the_budget_and_wastes_nothing(epsilon, q, steps, prio
 
 
 def test_noise_stays_within_its_range():
+    tiny = calibrate_noise_multiplier(1e-10, 0.3, 1.0, 1)  # delta alone covers nearly everything
+    assert pld_epsilon([event(tiny)], 0.3) <= 1e-10
     assert calibrate_noise_multiplier(500.0, 1e-5, 0.01, 1) == SMALLEST_NOISE
     for epsilon in (1e-3, 1e-4):
         with pytest.raises(UsageError, match="above 10000: allow a larger epsilon"):

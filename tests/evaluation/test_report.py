@@ -15,7 +15,9 @@ from utils.evaluation.features import ExtractedFeatures
 from utils.evaluation.fidelity import measure_fidelity
 from utils.evaluation.memorisation import compare, summarise_neighbours
 from utils.evaluation.report import Page, read_runs, write_report
+from utils.hub.officer import write_officers_page
 from utils.ledger.statement import Circumstances, build_statement
+from utils.ledger.verification import Source
 from utils.privacy.accounting import account
 
 BROWSER = (
@@ -51,6 +53,18 @@ def results(epsilon: float | None = 9.98) -> dict:
     return entries
 
 
+def build_mnist_statement() -> dict:
+    plan = build_plan(
+        num_units=60000,
+        expected_batch_size=3000,
+        steps=120,
+        noise_multiplier=0.654,
+        max_grad_norm=0.2,
+        delta=1e-5,
+    )
+    return build_statement(plan, plan.events(), account(plan.events(), 1e-5), Circumstances())
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """A page with everything on it."""
@@ -61,16 +75,9 @@ def report(tmp_path_factory):
     runs = [("public model", results(0.0)), ("a < b", results(1.0)), ("no statement", {})]
     everything = results() | summarise_neighbours(spaces)
     path = tmp_path_factory.mktemp("report") / "report.html"
-    plan = build_plan(
-        num_units=60000,
-        expected_batch_size=3000,
-        steps=120,
-        noise_multiplier=0.654,
-        max_grad_norm=0.2,
-        delta=1e-5,
+    write_report(
+        Page("scans & more", everything, build_mnist_statement(), sheets, spaces, runs), path
     )
-    statement = build_statement(plan, plan.events(), account(plan.events(), 1e-5), Circumstances())
-    write_report(Page("scans & more", everything, statement, sheets, spaces, runs), path)
     return path
 
 
@@ -166,6 +173,17 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(report, width, dark):
         "Do they give anyone away?",
         "Against other runs",
     ]
+
+
+@in_a_browser
+def test_the_officers_page_fits_a_phone(tmp_path):
+    path = tmp_path / "report.html"
+    statement = build_mnist_statement()
+    statement["made_by"]["commit"] = "0123456789abcdef" * 4  # a word longer than a phone is wide
+    write_officers_page("scans", Source(None, statement, None), [], path)
+    page = looked_at(path, 375, dark=True)
+    assert page["width"] <= 375 and page["worst"] >= 4.5, page
+    assert page["headings"][1] == "Who is protected" and page["headings"][-1] == "Before signing"
 
 
 def test_runs_to_compare_are_named_and_checked(tmp_path):

@@ -180,7 +180,7 @@ def calibrate_noise_multiplier(
         return low
 
     def excess(sigma: float) -> float:
-        return math.log(min(max(spent(sigma), 1e-9), 1e9) / epsilon)
+        return math.log(min(max(spent(sigma) / epsilon, 1e-9), 1e9))
 
     sigma = brentq(excess, low, high, xtol=NOISE_TOLERANCE / 2)
     while spent(sigma) > epsilon:
