@@ -8,7 +8,8 @@ Every round times, in turn: an ordinary step; ours (per-unit gradients, clipping
 --secure_noise; where the model's own weights train, the scoring of the same units by DP-SAPF;
 Opacus' hooks, which clip the mean of each unit's K copies as we do; and Opacus' ghost clipping,
 where it runs and K is 1. Same model, micro-batch, K and precision. Medians of the rounds, after one
-that does not count; peak memory of each kind is that of a process of its own.
+that does not count; peak memory of each kind is that of a process of its own, or, on a GPU, what its
+first timed step allocates at the most.
 
 Shapes: `tiny` is the digits model of examples/digits; with random weights, `sd15` is the U-Net of
 Stable Diffusion 1.5, on 32 x 32 latents; `sdxl` that of XL, on 128 x 128 ones, for a GPU; `sd3`
@@ -37,7 +38,7 @@ from peft import LoraConfig
 from shapes import SHAPES
 
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.memory import peak_of_process
+from utils.memory import measure_memory, peak_of_process
 from utils.methods.saliency import Scoring
 from utils.models.denoising import denoising_loss
 from utils.models.loda.loda import LoDAConfig
@@ -181,21 +182,24 @@ def kinds_that_run(bench: Bench, args) -> list[str]:
     return running
 
 
-def timed(args) -> dict[str, float]:
+def timed(args) -> tuple[dict[str, float], dict[str, int]]:
+    """Of each kind that runs: seconds of a step, and on a GPU its peak memory."""
     bench = Bench(args)
     kinds = kinds_that_run(bench, args)
-    seconds = {kind: [] for kind in kinds}
+    seconds, peaks = {kind: [] for kind in kinds}, {}
     for turn in range(args.rounds):
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
-            start = time.perf_counter()
-            getattr(bench, kind)()
-            torch.cuda.synchronize() if args.device == "cuda" else None
-            seconds[kind].append(time.perf_counter() - start)
-    return {kind: median(values) for kind, values in seconds.items()}
+            with measure_memory(bench.accelerator.device) as memory:
+                start = time.perf_counter()
+                getattr(bench, kind)()
+                torch.cuda.synchronize() if args.device == "cuda" else None
+                seconds[kind].append(time.perf_counter() - start)
+            peaks.setdefault(kind, memory.peak)
+    return {kind: median(values) for kind, values in seconds.items()}, peaks
 
 
-def peak_bytes(args, kind: str) -> int | None:
-    """Of a fresh process that does two steps of one kind; None if it cannot.
+def peak_bytes(kind: str) -> int | None:
+    """Of a fresh process that does two steps of one kind on the CPU; None if it cannot.
 
     Ask before this process grows: a child's peak counts from what its parent held at the fork.
     """
@@ -227,11 +231,12 @@ def main():
         bench = Bench(args)
         for _ in range(2):
             getattr(bench, args.peak_of)()
-        print(peak_of_process() if args.device == "cpu" else torch.cuda.max_memory_allocated())
+        print(peak_of_process())
         return
 
-    peaks = {kind: peak_bytes(args, kind) for kind in KINDS}
-    seconds = timed(args)
+    peaks = {kind: peak_bytes(kind) for kind in KINDS} if args.device == "cpu" else {}
+    seconds, on_gpu = timed(args)
+    peaks = peaks or on_gpu
     result = {
         "shape": args.shape,
         "method": args.method,
