@@ -31,6 +31,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+REPEAT = 1_000_003  # a prime, so that no two rows of a matrix are alike
+
 
 def build_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from `captions`.
@@ -210,11 +212,13 @@ STABLE_DIFFUSION = {
 def build_random_model(
     dtype: torch.dtype, kind: Callable[..., nn.Module], *configuration, **more
 ) -> nn.Module:
-    """A model whose weights are made quickly: small, and ones where they scale a norm."""
+    """A model whose weights are made quickly: small, and ones where they scale a norm. Each tensor
+    reads the same numbers, `REPEAT` of them over and over, from a place of its own on."""
     with torch.device("meta"):
         model = kind(*configuration, **more)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
+    numbers = torch.empty(REPEAT).uniform_(-0.03, 0.03, generator=generator)
     for name, tensor in (dict(model.named_buffers()) | model.state_dict()).items():
         if name.endswith("position_ids"):
             tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
@@ -223,7 +227,9 @@ def build_random_model(
         elif tensor.ndim == 1:
             tensor.fill_(float("norm" in name and name.endswith("weight")))
         else:
-            tensor.uniform_(-0.03, 0.03, generator=generator)
+            start = int(torch.randint(REPEAT, (), generator=generator))
+            for part in tensor.view(-1).split(REPEAT):
+                part.copy_(numbers.roll(-start)[: len(part)])
     return model if dtype == torch.float32 else model.to(dtype)
 
 
