@@ -14,10 +14,11 @@ Trains on public images as the private run would, as noisily, from the same base
 rates, numbers of steps and draws, and for LoRA with and without its first matrix. The worse half of
 the trials ends after a quarter, and after a half of the steps; the rest is judged by the denoising
 loss on public images that were held out, and, where there are classes, by how well a classifier
-learns from the images that the best two draw. Fewer images suffice, since what they save in noise
-is added. Nothing private is read, but how many units there are (or --num_units says it), so losses
-and gradients are shown, and nothing is spent. Stages before training are not rehearsed. In
---output_dir: best.yaml, for --config of the training script; rehearsal.json, rehearsal.png.
+learns from the images that the best of the low, the middle and the high rates draw. Fewer images
+suffice, since what they save in noise is added. Nothing private is read, but how many units there
+are (or --num_units says it), so losses and gradients are shown, and nothing is spent. Stages before
+training are not rehearsed. In --output_dir: best.yaml, for --config of the training script;
+rehearsal.json, rehearsal.png.
 """
 
 import argparse

@@ -8,8 +8,8 @@ Every round times, in turn: an ordinary step; ours (per-unit gradients, clipping
 --secure_noise; where the model's own weights train, the scoring of the same units by DP-SAPF;
 Opacus' hooks, which clip the mean of each unit's K copies as we do; and Opacus' ghost clipping,
 where it runs and K is 1. Same model, micro-batch, K and precision. Medians of the rounds, after one
-that does not count; peak memory of each kind is that of a process of its own, or, on a GPU, what its
-first timed step allocates at the most.
+that does not count; peak memory of each kind is that of a process of its own, or, on a GPU, what
+its first timed step allocates at the most.
 
 Shapes: `tiny` is the digits model of examples/digits; with random weights, `sd15` is the U-Net of
 Stable Diffusion 1.5, on 32 x 32 latents; `sdxl` that of XL, on 128 x 128 ones, for a GPU; `sd3`

@@ -14,6 +14,7 @@ import torch
 from tests.conftest import build_tiny_pipeline, train_arguments, train_here
 from utils.data import latent_files
 from utils.data.images import ImageRows, find_readable_rows
+from utils.data.latent_files import _add_up
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
 from utils.data.rows import load_split
@@ -86,6 +87,17 @@ def test_the_files_are_readable_by_their_owner_only(pipeline, image_folder, tmp_
     }
     for folder in (tmp_path / "latents", made):
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_change_anywhere_in_a_weight_is_seen(dtype):
+    weight = torch.zeros(100, 100).to(dtype)
+    known = {_add_up(weight)}
+    for place in (0, 4095, 4096, 9999):
+        changed = weight.clone()
+        changed.view(-1)[place] = 1
+        known.add(_add_up(changed))
+    assert len(known) == 4 and _add_up(weight.clone()) in known  # within a run, places are alike
 
 
 CHANGES = {

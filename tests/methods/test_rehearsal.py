@@ -62,8 +62,10 @@ def test_what_is_tried(tmp_path):
     assert [t.training.learning_rate for t in asked] == [0.1, 0.2]
 
 
-def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch):
-    """Losses that only the rate decides: the ranking is known."""
+@pytest.mark.parametrize("classes", [[""], ["a", "b"]])
+def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch, classes):
+    """Losses that only the rate decides, so that the ranking is known; where there are classes,
+    images that the highest rate draws best."""
     trials, seen = build_trials(tmp_path=tmp_path, tried_steps=[8]), []
 
     class Now:
@@ -89,13 +91,21 @@ def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch)
 
     monkeypatch.setattr(rehearsal, "open_pool", lambda _: Now())
     monkeypatch.setattr(rehearsal, "advance", advance)
-    monkeypatch.setattr(rehearsal, "list_prompts", lambda _: [""])  # no classes
+    monkeypatch.setattr(rehearsal, "list_prompts", lambda _: classes)
+    monkeypatch.setattr(
+        rehearsal, "measure_accuracy", lambda _, trial, seed: 0.5 if trial is None else trial.pace
+    )
     tried, accuracy = rehearsal.halve(None, trials, None, 0)
-    assert accuracy is None and len(tried) == len(trials)
-    assert [len(t.outcomes) for t in tried] == [3, 3, 2, 1, 1, 1]
-    assert [t.outcomes[-1].step for t in tried] == [8, 8, 4, 2, 2, 2]
-    assert tried[0].loss == min(t.loss for t in tried)
-    assert len(seen) == 6 + 3 + 2
+    assert len(tried) == len(trials) == 6
+    # The better half of six are three, and of four two: the highest rate is not among them.
+    assert [t.outcomes[-1].step for t in tried] == [8, 8, 8, 8, 2, 2]
+    if classes == [""]:
+        assert accuracy is None and all(t.accuracy is None for t in tried)
+        assert [t.loss for t in tried[:4]] == sorted(t.loss for t in tried[:4])
+        assert tried[0].loss == min(t.loss for t in tried) and len(seen) == 6 + 4 + 4
+    else:
+        assert accuracy == 0.5 and [t.accuracy for t in tried] == [2, 1, 0, None, None, None]
+        assert tried[0].loss > tried[1].loss and len(seen) == 6 + 4 + 4 + 4
 
 
 REHEARSAL = ["--tried_rates", 0.003, 0.02, "--tried_steps", 4, "--num_held_out", 16]

@@ -16,8 +16,10 @@ from utils.arguments.sampling import DrawingArguments
 from utils.errors import UsageError
 from utils.models.drawing import choose_settings
 from utils.models.families import find_family
-from utils.models.pipelines import load_pipeline, prepare_pipeline
+from utils.models.pipelines import list_parts, load_pipeline, prepare_pipeline
+from utils.models.placement import halve_frozen, ready_to_draw
 from utils.models.shapes import CONFIGS, build_from_configs
+from utils.models.text import embed_captions
 from utils.sampling.generation import generate
 from utils.sampling.variations import make_varying, vary
 
@@ -141,3 +143,19 @@ def test_where_images_cannot_be_varied_that_is_said(name):
     """When it is asked for: not after the votes were paid for."""
     with pytest.raises(UsageError, match="cannot vary images .* leave --rounds at 1"):
         make_varying(build_family(name))
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"dit"}))
+def test_text_encoders_in_half_the_memory_read_almost_the_same(name):
+    pipeline = prepare_pipeline(build_family(name), name)
+    family = find_family(pipeline)
+    whole = embed_captions(pipeline, list_captions(family), SIDE)
+    halve_frozen(pipeline, family.denoiser.parameters())
+    assert {p.dtype for part in family.encoders for p in part.parameters()} == {torch.bfloat16}
+    for kind, values in embed_captions(pipeline, list_captions(family), SIDE).items():
+        off = (values - whole[kind]).float().norm() / whole[kind].float().norm()
+        assert values.dtype == whole[kind].dtype and off < 0.03, (kind, off)
+    with ready_to_draw(pipeline):
+        assert {p.dtype for part in list_parts(pipeline) for p in part.parameters()} == {
+            torch.float32
+        }

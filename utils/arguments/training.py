@@ -203,7 +203,7 @@ class TrainingArguments(DrawingArguments):
         None,
     )
     base_precision: str = option(
-        "of the frozen weights of the denoiser: bf16 halves their memory, and needs "
+        "of the frozen weights of denoiser and text encoders: bf16 halves their memory, and needs "
         "--mixed_precision bf16; what trains stays in fp32, and images are drawn in fp32",
         "fp32",
         choices=["fp32", "bf16"],

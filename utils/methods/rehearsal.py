@@ -201,10 +201,11 @@ def list_trials(
         asked, longer, _ = choose_missing(asked, longer, facts)
         plan = plan_training(facts.num_units, asked, steps=steps)
         usual_rate = longer.learning_rate
-        for rate in args.tried_rates or [usual_rate / THIRD, usual_rate, usual_rate * THIRD]:
+        rates = args.tried_rates or [usual_rate / THIRD, usual_rate, usual_rate * THIRD]
+        for pace, rate in enumerate(sorted(rates)):
             for part in parts:
                 tried = replace(longer, learning_rate=float(f"{rate:.2g}"))
-                trials.append(Trial(plan, part, tried, folder / str(len(trials))))
+                trials.append(Trial(plan, part, tried, folder / str(len(trials)), pace))
     shutil.rmtree(folder, ignore_errors=True)
     return trials
 
@@ -213,7 +214,9 @@ def halve(
     stand_in: StandIn, trials: list[Trial], workers: int | None, seed: int
 ) -> tuple[list[Tried], float | None]:
     """Successive halving (Jamieson and Talwalkar 2016): after a quarter and a half of their steps
-    the better half of the trials goes on, and the best are compared by the images they draw.
+    the better half of the trials goes on, and the best of each pace. Where there are classes, these
+    are then compared by the images they draw: a rate that is too high to draw well can have the
+    least loss.
 
     Returns all, the best first, and the accuracy with images of the base model; None without
     classes.
@@ -232,17 +235,27 @@ def halve(
             ]
             alive.sort(key=lambda t: t.loss)
             kept = len(alive) if share == 1 else max(FINALISTS, math.ceil(len(alive) / 2))
-            alive, ended = alive[:kept], [*alive[kept:], *ended]
-        accuracies = [None] * (FINALISTS + 1)
-        if 1 < len(list_prompts(stand_in)) <= MOST_CLASSES:
-            best = [None, *(t.trial for t in alive[:FINALISTS])]
-            jobs = [pool.submit(measure_accuracy, stand_in, trial, seed) for trial in best]
-            accuracies = [job.result() for job in tqdm(jobs, "images of the best")]
-    base, *of_best = accuracies
-    finals = [replace(t, accuracy=a) for t, a in zip(alive, of_best, strict=False)]
-    if base is not None:
-        finals.sort(key=lambda t: -t.accuracy)
-    return [*finals, *alive[len(finals) :], *ended], base
+            first = _find_best_of_each_pace(alive)
+            worse = [t for t in alive[kept:] if t not in first]
+            alive, ended = [t for t in alive if t not in worse], [*worse, *ended]
+        if not 1 < len(list_prompts(stand_in)) <= MOST_CLASSES:
+            return [*alive, *ended], None
+        finals = _find_best_of_each_pace(alive)
+        finals += [t for t in alive if t not in finals][: max(0, FINALISTS - len(finals))]
+        drawn = [None, *(t.trial for t in finals)]
+        jobs = [pool.submit(measure_accuracy, stand_in, trial, seed) for trial in drawn]
+        base, *accuracies = [job.result() for job in tqdm(jobs, "images of the best")]
+    others = [t for t in alive if t not in finals]
+    finals = [replace(t, accuracy=a) for t, a in zip(finals, accuracies, strict=True)]
+    return [*sorted(finals, key=lambda t: -t.accuracy), *others, *ended], base
+
+
+def _find_best_of_each_pace(alive: Sequence[Tried]) -> list[Tried]:
+    """`alive` has the best first, and so has what is returned."""
+    best: dict[int, Tried] = {}
+    for tried in alive:
+        best.setdefault(tried.trial.pace, tried)
+    return list(best.values())
 
 
 def print_table(tried: Sequence[Tried], base: dict) -> None:

@@ -35,7 +35,7 @@ from utils.sampling.generation import generate
 
 MEASURED = 64  # public units whose gradients are looked at
 JUDGED_AT = 4  # noise levels an image
-DRAWN_PER_CLASS, CLASSIFIER_STEPS = 30, 200
+DRAWN, CLASSIFIER_STEPS = 1000, 400
 STATE = "state.pt"
 MethodArguments = LoraArguments | LoDAArguments | LdmArguments
 
@@ -47,12 +47,14 @@ class Trial:
     Attributes:
         plan: of the private run. settings: of the method.
         training: with the rate and the steps. folder: where its state is kept between rounds.
+        pace: which of the rates that were tried with as many steps it has, the lowest first.
     """
 
     plan: PrivacyPlan
     settings: MethodArguments
     training: TrainingArguments
     folder: Path
+    pace: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,8 @@ def encode_judges(pipeline: DiffusionPipeline, stand_in: StandIn) -> EncodedUnit
 
 
 def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float:
-    """Accuracy on the images that judge of a small classifier that saw only images drawn by the
-    trial's model, or by the base; the class is the caption."""
+    """Accuracy on the stand-in, all of it, since few images judge, of a small classifier that saw
+    only images drawn by the trial's model, or by the base; the class is the caption."""
     os.environ["TQDM_DISABLE"] = "1"
     if trial is None:
         pipeline = load_pipeline(*stand_in.model.source)
@@ -176,14 +178,17 @@ def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float
     )
     drawing.use_scheduler(pipeline)
     prompts = list_prompts(stand_in)
-    labels = [prompts[i % len(prompts)] for i in range(DRAWN_PER_CLASS * len(prompts))]
+    labels = [prompts[i % len(prompts)] for i in range(DRAWN)]
     images = []
     for start in range(0, len(labels), 32):
         part = range(start, min(start + 32, len(labels)))
         images += generate(pipeline, [labels[i] for i in part], list(part), seed, drawing)
     drawn = LabelledImages(torch.stack([crop_to_pixels(image, side) for image in images]), labels)
-    judges = stand_in.judged_on
-    real = LabelledImages(read_pixels(judges, side), list(judges.captions))
+    whole = (stand_in.judged_on, stand_in.trained_on)
+    pixels = torch.cat([read_pixels(part, side) for part in whole])
+    captions = [caption for part in whole for caption in part.captions]
+    known = [i for i, caption in enumerate(captions) if caption in prompts]
+    real = LabelledImages(pixels[known], [captions[i] for i in known])
     state = PartialState()
     return measure_downstream_accuracy(drawn, real, ["cnn"], CLASSIFIER_STEPS, 2, state)["value"]
 

@@ -9,12 +9,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from utils.models.families import find_family
-from utils.models.pipelines import list_parts
+from utils.models.pipelines import list_parts, trains_text
 
 
 def halve_frozen(pipeline: DiffusionPipeline, public: Iterable[nn.Parameter]) -> None:
     """Keep the frozen matrices and convolutions of the denoiser in bf16, half the memory; norms and
-    biases are small, and stay in fp32, as all of an adapter and all that trains does.
+    biases are small, and stay in fp32, as all of an adapter and all that trains does. All weights
+    of text encoders are kept in bf16, as their makers run them, unless one trains.
 
     Args:
         public: the weights of the public model.
@@ -22,6 +23,9 @@ def halve_frozen(pipeline: DiffusionPipeline, public: Iterable[nn.Parameter]) ->
     within, public = set(find_family(pipeline).denoiser.parameters()), set(public)
     for parameter in within & public:
         if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for encoder in [] if trains_text(pipeline) else find_family(pipeline).encoders:
+        for parameter in encoder.parameters():  # no buffers: positions need fp32
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -39,7 +43,7 @@ def ready_to_draw(pipeline: DiffusionPipeline) -> Iterator[None]:
     whoever loads the adapter has them; afterwards, where and as they were."""
     device, parts = find_family(pipeline).device, list_parts(pipeline)
     parked = [part for part in parts if next(part.parameters()).device != device]
-    halved = [p for p in find_family(pipeline).denoiser.parameters() if p.dtype == torch.bfloat16]
+    halved = [p for part in parts for p in part.parameters() if p.dtype == torch.bfloat16]
     for part in parked:
         part.to(device)
     for parameter in halved:
