@@ -1,6 +1,7 @@
 """What is said of a run before it spends anything: its verdict, hours, memory and disk."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 
 from tests.conftest import BUDGET, CAPTION, train_arguments, train_here
 from utils import memory
+from utils.data.latent_files import images_at_once
 from utils.errors import UsageError
 from utils.memory import measure_memory
+from utils.methods import forecast
 from utils.models.shapes import build_from_configs, load_shape
+from utils.models.text import AT_ONCE
 
 
 def read_plan(said: str) -> dict:
@@ -25,11 +29,11 @@ def test_a_stranger_gets_a_plan_with_its_reasons(tiny_base, image_folder, tmp_pa
     assert plan["clipping"] == "automatic" and plan["expected_batch_size"] == 40
     assert len(plan["chosen"]) == 4 and all(f"chosen: {r}" in shown for r in plan["chosen"])
     assert plan["verdict"]["grade"] == "noise will win" and "verdict: noise will win" in shown
-    forecast = plan["forecast"]
-    assert forecast["passes"] == 40 * plan["steps"] * plan["noise_multiplicity"]
-    assert forecast["hours"] * 3600 > plan["steps"] * forecast["seconds_per_step"] > 0
-    assert forecast["cache"] > 40 * 4 * 4 * 8 * 8  # latents in fp32
-    assert forecast["memory"] is None or forecast["memory"]["peak"] > forecast["memory"]["weights"]
+    found = plan["forecast"]
+    assert found["passes"] == 40 * plan["steps"] * plan["noise_multiplicity"]
+    assert found["hours"] * 3600 > plan["steps"] * found["seconds_per_step"] > 0
+    assert found["cache"] > 40 * 4 * 4 * 8 * 8  # latents in fp32
+    assert found["memory"] is None or found["memory"]["peak"] > found["memory"]["weights"]
     assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
 
 
@@ -70,6 +74,32 @@ def test_plan_of_a_config_times_the_run(tiny_base, tmp_path, run_script):
     assert found["plan"]["steps"] == found["run"]["steps"]
     assert "verdict: will learn" in run.stderr and "of memory" in run.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("limit", [10**9, 10])
+def test_hours_are_those_of_the_work_that_is_repeated(monkeypatch, tiny_base, tmp_path, limit):
+    """All takes two seconds here; what is done once, such as to hash the encoders, is not counted
+    for every image. Captions that cannot be kept are embedded by every micro-batch."""
+
+    def take(work) -> float:
+        work()
+        return 2.0
+
+    monkeypatch.setattr(forecast, "_time", take)
+    monkeypatch.setattr(forecast, "TEXT_LIMIT", limit)
+    arguments = train_arguments(tiny_base, tmp_path / "nowhere", tmp_path / "run")
+    more = ["--dry_run", "--num_units", 500, "--num_validation_images", 0]
+    plan = read_plan(train_here([*arguments, *more, "--train_batch_size", 4]))
+    found, steps = plan["forecast"], plan["steps"]
+    image, caption = 2 / images_at_once(16), 2 / AT_ONCE
+    micro_batch = 2 + (0 if limit > 10 else 4 * caption)
+    per_step = math.ceil(plan["expected_batch_size"] / 4) * micro_batch + 2
+    assert found["seconds_per_step"] == pytest.approx(per_step)
+    once = 500 * (image + (caption if limit > 10 else 0))
+    assert found["hours"] * 3600 == pytest.approx(steps * per_step + once)
+    assert found["keeps_text"] == (limit > 10)
+    latents = 500 * 4 * 4 * 8 * 8  # fp32
+    assert found["cache"] > latents if limit > 10 else found["cache"] == latents
 
 
 def test_memory_is_that_of_what_runs():

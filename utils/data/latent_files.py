@@ -40,7 +40,7 @@ from utils.models.text import AT_ONCE, embed_captions
 
 ENCODING = 5  # raise it whenever images or captions are read, resized or encoded otherwise
 PIXELS_AT_ONCE = 2**20  # that the autoencoder reads: four images of 512 pixels
-TEXT_LIMIT = 8 * 2**30  # bytes of conditioning on disk; beyond, captions are encoded when sampled
+TEXT_LIMIT = 64 * 2**30  # bytes of conditioning on disk; beyond, captions are encoded when sampled
 LATENTS_FILE, TEXT_PREFIX = "latents.f32", "text-"
 RUN, INTEGERS = 4096, {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -180,7 +180,7 @@ class _Job:
         family, (first, last), cut = find_family(self.pipeline), share, 0
         images = self.private_set.images.select(range(first, last))
         digests, flips = self.private_set.digests[first:last], shapes[LATENTS_FILE][1] == 2
-        batch_size = max(1, min(64, PIXELS_AT_ONCE // self.resolution**2))
+        batch_size = images_at_once(self.resolution)
         batches = read_pixel_batches(images, self.resolution, batch_size, digests)
         with (
             write_from(folder / LATENTS_FILE, shapes[LATENTS_FILE], first) as write,
@@ -213,6 +213,11 @@ class _Job:
                 for write, values in zip(writers, text.values(), strict=True):
                     write(values)
                 bar.update(len(rows))
+
+
+def images_at_once(resolution: int) -> int:
+    """In one pass through the autoencoder."""
+    return max(1, min(64, PIXELS_AT_ONCE // resolution**2))
 
 
 def _show_progress(count: int, what: str) -> tqdm:

@@ -133,6 +133,11 @@ class EncodedUnits:
         places = places.long().minimum(self.count[units, None] - 1)
         return self.order[self.first[units, None] + places]
 
+    def row_bytes(self) -> tuple[int, int]:
+        """What an image takes on disk, and a caption unlike all others; 0 if none are kept."""
+        text = {} if self.text is None else self.text
+        return self.latents[0].nbytes, sum(values[0].nbytes for values in text.values())
+
     def read_captions(self, rows: torch.Tensor) -> list[str]:
         return [self.captions[row] for row in rows.tolist()]
 

@@ -11,6 +11,7 @@ import torch
 
 from utils.arguments.training import TrainingArguments
 from utils.audit.replay import make_noise_units
+from utils.data.latent_files import TEXT_LIMIT, images_at_once
 from utils.data.latents import prepare_losses
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import Memory, measure_memory
@@ -19,6 +20,7 @@ from utils.models.drawing import DrawingSettings
 from utils.models.families import find_family
 from utils.models.pipelines import list_parts
 from utils.models.placement import ready_to_draw
+from utils.models.text import AT_ONCE, embed_captions
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.training import clipped_gradient_sum, largest_share
 from utils.sampling.generation import generate
@@ -39,6 +41,7 @@ class Forecast:
         seconds_per_step: of training. hours: of training, encoding and samples.
         memory: bytes at the most, by part, and `peak`; None where they cannot be measured.
         cache: bytes of encoded images and captions on disk, if no two captions are alike.
+        keeps_text: whether such captions fit there; else each is embedded whenever it is sampled.
     """
 
     passes: int
@@ -46,14 +49,17 @@ class Forecast:
     hours: float
     memory: dict[str, int] | None
     cache: int
+    keeps_text: bool
 
     def __str__(self) -> str:
         took = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.0f} minutes"
         text = (
             f"about {took} on this device: {self.passes:,} passes through the model, "
             f"{self.seconds_per_step:.3g} s a step; at most {_show(self.cache)} of encoded images "
-            "and captions on disk"
+            f"{'and captions ' if self.keeps_text else ''}on disk"
         )
+        if not self.keeps_text:
+            text += ", and captions, too many to keep, embedded whenever they are sampled"
         if self.memory is None:
             return text
         parts = [f"{name} {_show(size)}" for name, size in self.memory.items() if name != "peak"]
@@ -73,7 +79,8 @@ def foresee(
     num_rows: int,
     unit_bytes: int,
 ) -> Forecast:
-    """Time one micro-batch of blank units as training will run it, one encoding and one image.
+    """Time one micro-batch of blank units as training will run it, one encoding and one image, as
+    if no two captions were alike.
 
     Args:
         num_rows: of the private set. unit_bytes: memory of the gradients of one unit.
@@ -86,8 +93,7 @@ def foresee(
     with TemporaryDirectory() as folder:
         within = replace(training, latents_dir=folder)
         with measure_memory(device) as encoding:
-            start = time.perf_counter()
-            compute_losses, encoded_dir = prepare_losses(
+            compute_losses, _ = prepare_losses(
                 stage.pipeline,
                 blanks,
                 stage.resolution,
@@ -95,8 +101,6 @@ def foresee(
                 plan.noise_multiplicity,
                 stage.randomness,
             )
-            encode = (time.perf_counter() - start) / len(blanks.captions)
-        cache = sum(file.stat().st_size for file in encoded_dir.iterdir()) // len(blanks.captions)
 
         def run_micro_batch() -> None:
             total = clipped_gradient_sum(
@@ -106,10 +110,16 @@ def foresee(
 
         with measure_memory(device) as step:
             micro_batch = _time(run_micro_batch)
+        image, caption = compute_losses.units.row_bytes()
+    keeps_text = num_rows * caption <= TEXT_LIMIT
+    of_image, of_caption = _time_encoding(stage, training.random_flip, caption > 0)
+    if not keeps_text:
+        micro_batch += size * of_caption
     with measure_memory(device) as drawn:
         draw = _time_image(stage, drawing) if training.num_validation_images else 0.0
     share = math.ceil(plan.expected_batch_size / num_processes / size)
     per_step = share * micro_batch + _time(lambda: stage.randomness.noise((engine.num_parameters,)))
+    encode = of_image + of_caption * keeps_text
     rest = num_rows * encode / num_processes + training.num_validation_images * draw
     images = min(training.num_validation_images, DRAWN_AT_ONCE)
     return Forecast(
@@ -117,7 +127,8 @@ def foresee(
         seconds_per_step=per_step,
         hours=(plan.steps * per_step + rest) / 3600,
         memory=_add_up(stage, engine, encoding, step, drawn, unit_bytes * size, images),
-        cache=cache * num_rows,
+        cache=num_rows * (image + caption * keeps_text),
+        keeps_text=keeps_text,
     )
 
 
@@ -130,6 +141,24 @@ def _time(work: Callable[[], object]) -> float:
         if seconds > SOON:
             break
     return seconds
+
+
+@torch.no_grad()
+def _time_encoding(stage: Stage, flips: bool, embeds: bool) -> tuple[float, float]:
+    """Seconds for an image, both ways with flips, and for a caption, where they are encoded once;
+    as many at a time as then. To read an image is not in it."""
+    family, count = find_family(stage.pipeline), images_at_once(stage.resolution)
+    pixels = torch.zeros(count, 3, stage.resolution, stage.resolution)
+    image = _time(lambda: family.encode_images(pixels.to(family.device)).cpu()) / count
+    if not embeds:
+        return image * (1 + flips), 0.0
+    captions = [str(i) for i in range(AT_ONCE)]
+
+    def embed() -> None:
+        for values in embed_captions(stage.pipeline, captions, stage.resolution).values():
+            values.cpu()  # waits for a GPU
+
+    return image * (1 + flips), _time(embed) / AT_ONCE
 
 
 def _time_image(stage: Stage, drawing: DrawingSettings) -> float:
