@@ -33,6 +33,7 @@ def test_it_comes_back_from_the_hub(hub, on_hub, image_folder, tmp_path, name, k
     found = hub.repositories["model", f"user/{name}-{kind}"].files()
     assert sorted(found) == sorted(COMMON + files)
     card = found["README.md"].decode()
+    assert f"base_model_relation: {'finetune' if kind == 'ldm' else 'adapter'}" in card
     from_the_card(on_hub, card, output)
     assert ("class_labels=[1]" if name == "dit" else "max_sequence_length=40") in card
     if name not in ("sd35", "dit"):  # what follows is the same code for all

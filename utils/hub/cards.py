@@ -19,6 +19,7 @@ METHODS = {
     "dp-ldm": "DP-LDM: a denoiser whose attention was fine-tuned with differential privacy",
     "dp-diffusion": "DP-Diffusion: a denoiser fine-tuned with differential privacy",
 }
+RELATIONS = {"dp-lora": "adapter", "dp-loda": "adapter"}  # to the base; the others are finetunes
 PLACEHOLDER = "this/adapter"  # stands for the repository's name, which it gets when uploaded
 RECOMPUTE = """import json
 
@@ -170,6 +171,7 @@ def _front_matter(facts: Facts, statement: dict) -> str:
         ]
     data = ModelCardData(
         base_model=None if is_local else base,
+        base_model_relation=None if is_local else RELATIONS.get(facts.method, "finetune"),
         library_name="diffusers",
         **facts.license,
         pipeline_tag="text-to-image",

@@ -59,8 +59,14 @@ def save_lora(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     if not loads_lora(pipeline):
         save_adapter(family.denoiser, output_dir)
         return
+    write_lora(pipeline, family.part, output_dir)
+
+
+def write_lora(pipeline: DiffusionPipeline, part: str, output_dir: Path) -> None:
+    """Save the LoRA of one part of a pipeline as plain diffusers loads it, alpha included."""
+    adapted = getattr(pipeline, part)
     pipeline.save_lora_weights(
         output_dir,
-        **{f"{family.part}_lora_layers": get_peft_model_state_dict(family.denoiser)},
-        **_collate_lora_metadata({family.part: family.denoiser}),
+        **{f"{part}_lora_layers": get_peft_model_state_dict(adapted)},
+        **_collate_lora_metadata({part: adapted}),
     )

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from utils.arguments.methods import LdmArguments
 from utils.errors import UsageError
 from utils.models.families import find_family
+from utils.models.lora import write_lora
 from utils.models.pipelines import trains_text
 
 
@@ -84,8 +83,4 @@ def save_denoiser(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     values.pop("_name_or_path", None)  # where the base model lies on this machine
     config.write_text(json.dumps(values, indent=2) + "\n")
     if trains_text(pipeline):
-        pipeline.save_lora_weights(
-            output_dir,
-            text_encoder_lora_layers=get_peft_model_state_dict(pipeline.text_encoder),
-            **_collate_lora_metadata({"text_encoder": pipeline.text_encoder}),
-        )
+        write_lora(pipeline, "text_encoder", output_dir)
