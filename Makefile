@@ -4,10 +4,10 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test audit mutants style format base
+.PHONY: help demo test test-latest audit mutants style format base
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -21,6 +21,15 @@ demo: .venv/.installed  ## a private adapter for real handwritten digits, from n
 
 test: .venv/.installed  ## run the tests (about half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
+
+test-latest:  ## run the tests with the newest of everything but torch: which pins can move? (half an hour)
+	$(PYTHON) -m venv .venv-latest
+	sed '/^-r/d; /^torch==/!s/==.*//' requirements.txt requirements-dev.txt > .venv-latest/requirements.txt
+	.venv-latest/bin/pip install --quiet --upgrade -r .venv-latest/requirements.txt
+	@echo "newer than the pins:"
+	@.venv-latest/bin/pip freeze -r .venv-latest/requirements.txt | sed '/^##/,$$d; /^#/d' \
+		| grep -vixF -f requirements.txt -f requirements-dev.txt || echo none
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n $$(nproc) --dist worksteal
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants

@@ -13,7 +13,10 @@ from utils.chatter import drop_chatter
 
 PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
 
-
+WINDOWS = (
+    "on Windows it would not keep what it promises of private folders, that only their owner reads "
+    "them, and of the ledger, that it outlives a power cut: run it in WSL (wsl --install)"
+)
 OUT_OF_MEMORY = (
     "the memory does not suffice. For training, take a smaller --train_batch_size, which changes "
     "no result, --gradient_checkpointing or --mixed_precision bf16, and --resume_from_checkpoint "
@@ -100,6 +103,8 @@ def run_script(main: Callable[[], None]) -> None:
     if _world_size() > 1:
         _join_on_cpu()
     try:
+        if sys.platform == "win32":
+            raise UsageError(WINDOWS)
         main()
     except UsageError as error:
         print(f"error{where}: {error}", file=sys.stderr)

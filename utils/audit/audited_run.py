@@ -33,7 +33,11 @@ from utils.models.pipelines import choose_resolution, load_pipeline
 from utils.privacy.accounting import calibrate_noise_multiplier, pld_epsilon
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import make_randomness
-from utils.privacy.training import TrainingState, private_steps
+from utils.privacy.training import (
+    TrainingState,
+    avoid_devices_without_fp64,
+    private_steps,
+)
 
 LOUD = 1000.0  # a canary's gradient before clipping, in units of the clipping bound
 
@@ -123,6 +127,7 @@ def record_audit(args: AuditArguments, data: DataArguments, plan: PrivacyPlan) -
 
 def audit_by_replay(args: AuditArguments, data: DataArguments, mutant: str | None) -> dict:
     """Replay some steps of the loop, or of a mutant, with a LoRA (`replay.replay`)."""
+    avoid_devices_without_fp64()
     accelerator = Accelerator()
     pipeline = build_adapted_pipeline(args, accelerator.device)
     engine = PerUnitGradients(find_family(pipeline).denoiser, args.noise_multiplicity)
@@ -141,6 +146,7 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
 
     On private images, that is recorded in a ledger.
     """
+    avoid_devices_without_fp64()
     accelerator = Accelerator()
     canaries = build_canaries(args, data, accelerator.device)
     plan = make_audit_plan(args, epsilon, canaries.num_units, data.privacy_unit_column)

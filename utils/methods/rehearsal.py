@@ -50,6 +50,7 @@ from utils.privacy.defaults import (
     PublicFacts,
     choose_missing,
 )
+from utils.privacy.training import avoid_devices_without_fp64
 
 ROUNDS = (0.25, 0.5, 1.0)  # of its steps, that a trial has taken when the better half is kept
 FINALISTS = 2
@@ -111,6 +112,7 @@ def run_rehearsal(
         UsageError: bad input of any kind; nothing private is read or spent.
     """
     output_dir = claim_folder(Path(training.output_dir))
+    avoid_devices_without_fp64()
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     data = adopt_template(data, model)
     num_units = load_private_rows(accelerator, data, training).num_units

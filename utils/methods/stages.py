@@ -34,7 +34,7 @@ from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
 from utils.models.shapes import load_shape
 from utils.privacy.plan import name_unit
 from utils.privacy.randomness import SecretRandomness, make_randomness
-from utils.privacy.training import checksum
+from utils.privacy.training import avoid_devices_without_fp64, checksum
 
 SHARDS_WEIGHTS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -113,6 +113,7 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
             "unit's whole gradient, whose norm must be bounded: start with MULTI_GPU, or plain "
             "accelerate launch"
         )
+    avoid_devices_without_fp64()
     try:
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision,

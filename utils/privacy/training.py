@@ -1,6 +1,8 @@
 """The one private training loop."""
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -191,6 +193,14 @@ def reduce_micro_batches(
                 record.drop(blank.to(losses.device))
             part = reduce(record)
         yield part
+
+
+def avoid_devices_without_fp64() -> None:
+    """Before processes find their devices: not Apple's GPU, which has no fp64, in which norms and
+    sums are. The processor then does all the work; images can be drawn there as ever."""
+    if torch.backends.mps.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        print("Apple's GPU has no double precision: the processor trains", file=sys.stderr)
 
 
 @contextmanager
