@@ -27,7 +27,7 @@ test-latest:  ## run the tests with the newest of everything but torch: which pi
 	sed '/^-r/d; /^torch==/!s/==.*//' requirements.txt requirements-dev.txt > .venv-latest/requirements.txt
 	.venv-latest/bin/pip install --quiet --upgrade -r .venv-latest/requirements.txt
 	@echo "newer than the pins:"
-	@.venv-latest/bin/pip freeze -r .venv-latest/requirements.txt | sed '/^##/,$$d; /^#/d' \
+	@.venv-latest/bin/pip freeze -r .venv-latest/requirements.txt | sed '/^##/,$$d; /^#/d; s/+.*//; s/_/-/g' \
 		| grep -vixF -f requirements.txt -f requirements-dev.txt || echo none
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n $$(nproc) --dist worksteal
 
