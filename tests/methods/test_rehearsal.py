@@ -18,7 +18,7 @@ from utils.arguments.training import (
 )
 from utils.errors import UsageError
 from utils.methods import rehearsal, stand_in
-from utils.methods.rehearsal import list_trials
+from utils.methods.rehearsal import Tried, list_trials
 from utils.methods.trial import Outcome, scale_down
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts
 
@@ -106,6 +106,17 @@ def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch,
     else:
         assert accuracy == 0.5 and [t.accuracy for t in tried] == [2, 1, 0, None, None, None]
         assert tried[0].loss > tried[1].loss and len(seen) == 6 + 4 + 4 + 4
+
+
+@pytest.mark.parametrize(
+    "loss, accuracy, warns",
+    [(0.5, None, False), (1.5, None, True), (1.5, 0.9, False), (1.5, 0.7, True), (0.5, 0.7, False)],
+)
+def test_a_stand_in_that_teaches_nothing_is_called_that(tmp_path, capsys, loss, accuracy, warns):
+    tried = Tried(build_trials(tmp_path=tmp_path)[0], (Outcome(8, loss, 0.0),), accuracy)
+    base = {"loss": 1.0, "accuracy": None if accuracy is None else 0.8}
+    rehearsal.print_table([tried], base | {"norms": [1.0, 1.0, 1.0], "aligned": 0.2})
+    assert ("knows such images already" in capsys.readouterr().out) == warns
 
 
 REHEARSAL = ["--tried_rates", 0.003, 0.02, "--tried_steps", 4, "--num_held_out", 16]

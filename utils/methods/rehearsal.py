@@ -280,3 +280,10 @@ def print_table(tried: Sequence[Tried], base: dict) -> None:
         f"{high:.3g}); what their directions have in common is {base['aligned']:.2f} of the "
         "largest signal"
     )
+    best = tried[0]
+    if best.loss >= base["loss"] and (best.accuracy or 0) <= (base["accuracy"] or 0):
+        print(
+            "no trial is better than the base model, which knows such images already, so that the "
+            "plan that does the least harm was chosen: take images that it was not trained on; "
+            "or, if the private ones are like these, draw from the base, at no cost"
+        )
