@@ -28,6 +28,7 @@ from utils.methods.public_passes import leave_out_unused
 from utils.methods.stand_in import StandIn, list_prompts, read_pixels
 from utils.models.drawing import adopt_reading, choose_settings, read_base_settings
 from utils.models.pipelines import choose_resolution, collect_trained_modules, load_pipeline
+from utils.models.text import quiet
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import make_randomness
 from utils.privacy.training import TrainingState, private_steps, reduce_micro_batches
@@ -178,15 +179,16 @@ def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float
     )
     drawing.use_scheduler(pipeline)
     prompts = list_prompts(stand_in)
-    labels = [prompts[i % len(prompts)] for i in range(DRAWN)]
+    whole = (stand_in.judged_on, stand_in.trained_on)
+    captions = [caption for part in whole for caption in part.captions]
+    labels = [prompts[i % len(prompts)] for i in range(min(DRAWN, 2 * len(captions)))]
     images = []
     for start in range(0, len(labels), 32):
         part = range(start, min(start + 32, len(labels)))
-        images += generate(pipeline, [labels[i] for i in part], list(part), seed, drawing)
+        with quiet():  # of long class names, which are cut off
+            images += generate(pipeline, [labels[i] for i in part], list(part), seed, drawing)
     drawn = LabelledImages(torch.stack([crop_to_pixels(image, side) for image in images]), labels)
-    whole = (stand_in.judged_on, stand_in.trained_on)
     pixels = torch.cat([read_pixels(part, side) for part in whole])
-    captions = [caption for part in whole for caption in part.captions]
     known = [i for i, caption in enumerate(captions) if caption in prompts]
     real = LabelledImages(pixels[known], [captions[i] for i in known])
     state = PartialState()
