@@ -62,10 +62,10 @@ def test_what_is_tried(tmp_path):
     assert [t.training.learning_rate for t in asked] == [0.1, 0.2]
 
 
-@pytest.mark.parametrize("classes", [[""], ["a", "b"]])
-def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch, classes):
+@pytest.mark.parametrize("classes, clear", [([""], False), (["a", "b"], True), (["a", "b"], False)])
+def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch, classes, clear):
     """Losses that only the rate decides, so that the ranking is known; where there are classes,
-    images that the highest rate draws best."""
+    images that the highest rate draws best, of classes that can be told apart or not."""
     trials, seen = build_trials(tmp_path=tmp_path, tried_steps=[8]), []
 
     class Now:
@@ -92,20 +92,25 @@ def test_the_better_half_goes_on_and_the_best_comes_first(tmp_path, monkeypatch,
     monkeypatch.setattr(rehearsal, "open_pool", lambda _: Now())
     monkeypatch.setattr(rehearsal, "advance", advance)
     monkeypatch.setattr(rehearsal, "list_prompts", lambda _: classes)
+    each = [0.7, 0.8, 0.9] if clear else [0.5, 0.51, 0.52]  # by pace
     monkeypatch.setattr(
-        rehearsal, "measure_accuracy", lambda _, trial, seed: 0.5 if trial is None else trial.pace
+        rehearsal, "measure_accuracy", lambda _, t, seed: 0.5 if t is None else each[t.pace]
     )
     tried, accuracy = rehearsal.halve(None, trials, None, 0)
     assert len(tried) == len(trials) == 6
     # The better half of six are three, and of four two: the highest rate is not among them.
     assert [t.outcomes[-1].step for t in tried] == [8, 8, 8, 8, 2, 2]
+    assert len(seen) == 6 + 4 + 4 + (0 if classes == [""] else 4)
     if classes == [""]:
         assert accuracy is None and all(t.accuracy is None for t in tried)
         assert [t.loss for t in tried[:4]] == sorted(t.loss for t in tried[:4])
-        assert tried[0].loss == min(t.loss for t in tried) and len(seen) == 6 + 4 + 4
     else:
-        assert accuracy == 0.5 and [t.accuracy for t in tried] == [2, 1, 0, None, None, None]
-        assert tried[0].loss > tried[1].loss and len(seen) == 6 + 4 + 4 + 4
+        assert accuracy == 0.5 and [t.accuracy is None for t in tried] == [False] * 3 + [True] * 3
+    if clear:
+        assert [t.accuracy for t in tried[:3]] == [0.9, 0.8, 0.7]
+        assert tried[0].loss > tried[1].loss
+    else:
+        assert tried[0].loss == min(t.loss for t in tried)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from utils.privacy.training import avoid_devices_without_fp64
 
 ROUNDS = (0.25, 0.5, 1.0)  # of its steps, that a trial has taken when the better half is kept
 FINALISTS = 2
+TOLD_APART = 0.25  # of the way from chance to no error: accuracy means something from there on
 THIRD = 3.0  # between one learning rate and the next
 MOST_CLASSES = 50
 REPORT, PLOT, MARK = "rehearsal.json", "rehearsal.png", ".rehearsal"
@@ -218,7 +219,7 @@ def halve(
     """Successive halving (Jamieson and Talwalkar 2016): after a quarter and a half of their steps
     the better half of the trials goes on, and the best of each pace. Where there are classes, these
     are then compared by the images they draw: a rate that is too high to draw well can have the
-    least loss.
+    least loss. Images whose classes nobody can tell apart do not decide.
 
     Returns all, the best first, and the accuracy with images of the base model; None without
     classes.
@@ -249,7 +250,10 @@ def halve(
         base, *accuracies = [job.result() for job in tqdm(jobs, "images of the best")]
     others = [t for t in alive if t not in finals]
     finals = [replace(t, accuracy=a) for t, a in zip(finals, accuracies, strict=True)]
-    return [*sorted(finals, key=lambda t: -t.accuracy), *others, *ended], base
+    chance = 1 / len(list_prompts(stand_in))
+    if max(accuracies) > chance + TOLD_APART * (1 - chance):
+        finals.sort(key=lambda t: -t.accuracy)
+    return [*finals, *others, *ended], base
 
 
 def _find_best_of_each_pace(alive: Sequence[Tried]) -> list[Tried]:
