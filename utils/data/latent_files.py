@@ -119,8 +119,8 @@ def _digest(caption: str) -> bytes:
 
 
 def _add_up(tensor: torch.Tensor) -> bytes:
-    """The sums of a tensor's bits in runs of 4,096 numbers, made where it is: to hash all bits of
-    a text encoder of 20 GiB would take a minute at every start."""
+    """The sums of a tensor's bits in runs of 4,096 numbers, made where it is: to bring a text
+    encoder of 20 GiB from a GPU and hash all of it takes over half a minute, at every start."""
     bits = tensor.detach().flatten().view(INTEGERS[tensor.element_size()])
     whole = len(bits) // RUN * RUN
     sums = bits[:whole].view(-1, RUN).sum(1, dtype=torch.int64)
