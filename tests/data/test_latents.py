@@ -21,6 +21,7 @@ from utils.data.rows import load_split
 from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.families.stable_diffusion import StableDiffusion
+from utils.models.placement import halve_frozen
 from utils.models.text import AT_ONCE, embed_captions
 from utils.privacy.randomness import SecretRandomness
 
@@ -164,11 +165,14 @@ def test_many_captions_are_embedded_when_sampled_and_give_the_same_losses(
     assert torch.equal(*both)
 
 
+@pytest.mark.parametrize("halved", [False, True])
 def test_one_more_distinct_caption_changes_nobodys_loss_under_bf16(
-    pipeline, image_folder, tmp_path, monkeypatch
+    pipeline, image_folder, tmp_path, monkeypatch, halved
 ):
     """Embedded once or when drawn, captions give the same numbers: else the unit whose caption
     crosses the threshold would move every other unit's gradient."""
+    if halved:
+        halve_frozen(pipeline, pipeline.unet.parameters())
     private_set, folder = tiny_set(image_folder, tmp_path), tmp_path / "latents"
     texts, size = [], embed_captions(pipeline, [""], 16)["encoder_hidden_states"].nbytes
     for limit in (4, 3):
@@ -182,8 +186,13 @@ def test_one_more_distinct_caption_changes_nobodys_loss_under_bf16(
     assert torch.equal(*texts)
 
 
-def test_what_a_caption_becomes_does_not_depend_on_how_many_others_there_are(pipeline, monkeypatch):
+@pytest.mark.parametrize("halved", [False, True])
+def test_what_a_caption_becomes_does_not_depend_on_how_many_others_there_are(
+    pipeline, monkeypatch, halved
+):
     """All passes through the encoders have one shape: kernels are chosen by it."""
+    if halved:
+        halve_frozen(pipeline, pipeline.unet.parameters())
     sizes, whole = [], StableDiffusion.encode_text
     monkeypatch.setattr(
         StableDiffusion,

@@ -55,7 +55,7 @@ class Trial:
     settings: MethodArguments
     training: TrainingArguments
     folder: Path
-    pace: int = 0
+    pace: int
 
 
 @dataclass(frozen=True)
