@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
 from tests.families import FAMILIES, save_family
@@ -98,6 +99,18 @@ def trained(tiny_base, image_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def no_device_yet():
+    """Neither device nor precision is chosen yet; afterwards those that tests share are back."""
+    shared = [state._shared_state for state in (PartialState, AcceleratorState)]
+    before = [dict(state) for state in shared]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for state, values in zip(shared, before, strict=True):
+        state.update(values)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from utils.errors import run_script
 from utils.privacy.training import avoid_devices_without_fp64
@@ -20,17 +19,9 @@ def test_windows_gets_a_sentence_before_anything_else(monkeypatch, capsys):
     assert "run it in WSL" in capsys.readouterr().err
 
 
-@pytest.fixture
-def fresh(monkeypatch):
-    """No device is chosen yet, and none will have been."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize("avoids", [True, False])
-def test_apples_gpu_which_has_no_fp64_trains_nothing(monkeypatch, fresh, capsys, avoids):
+def test_apples_gpu_which_has_no_fp64_trains_nothing(monkeypatch, no_device_yet, capsys, avoids):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     if avoids:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
@@ -68,12 +67,12 @@ def test_its_script_understands_it(recipe, monkeypatch):
         assert arguments["label_column"] or arguments["caption_column"]
 
 
+@pytest.mark.usefixtures("no_device_yet")  # recipes differ in precision
 @pytest.mark.parametrize(
     "recipe", [r for r in RECIPES if not str(r).startswith(LOCAL) and r.stem != "base"], ids=str
 )
 def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     """The two commands in its head: they name this very file, and the second plans it."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # recipes differ in precision
     train, plan = read_commands(recipe)
     assert str(recipe) in train and str(recipe) in plan
     assert find_main(train)[1][0] == f"train_{recipe.stem}.py"
@@ -95,7 +94,6 @@ def test_its_plan_is_possible(recipe, monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().out
     target = float(re.search(r"target_epsilon: (\S+)", (ROOT / recipe).read_text())[1])
     epsilon = float(re.search(r"is epsilon ([\d.]+)", shown)[1])
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert target - 0.01 < epsilon <= target
 
 
@@ -157,6 +155,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_device_yet")
 @pytest.mark.parametrize(
     "recipe", [r for r in RECIPES if not str(r).startswith(LOCAL) and r.stem != "base"], ids=str
 )
@@ -178,9 +177,7 @@ def test_it_runs_to_the_end_on_a_small_model_of_its_makers_layout(
     more += [word for name, value in SMALL.items() for word in (f"--{name}", value)]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [*arguments, *map(str, more)])
-    AcceleratorState._reset_state(True)  # another precision than the last run's in this process
     module.main()
-    AcceleratorState._reset_state(True)
     run = tmp_path / "run"
     statement = json.loads((run / "privacy.json").read_text())
     assert statement["private"] is True and statement["num_units"] == 24
