@@ -6,6 +6,9 @@
         selection           the story of a selection: score, release with noise, keep, publish
         means               the story of released means: sum, add noise, publish, draw a set
         curation            the story of a curation: votes, noise, publish; keep, or vary and repeat
+        relabelling         the story of a relabelling: a private classifier, then new labels
+        labeller            that classifier: linear, of features made white
+        kept_sets           the set that a vote or a relabelling leaves
         first_stages        selection and means as stages of a training command
         warm_start          ordinary training on a synthetic set, before the first private step
         stages              what both stories share: their opening and their end
@@ -18,7 +21,7 @@
         mean_features       features of images, and their sums over private units
         mean_generator      a generator fitted to released means
         central_images      small means of Poisson batches, and images made of them
-        election            what a vote needs first: the candidates, their cost, their classes
+        election            what either needs first: the candidates, their cost, their classes
         votes               votes of private images for synthetic ones, and what is kept by them
         choice              which matrices to keep, from noisy scores alone
         saliency_file       saliency.json: what a selection chose; whether a ledger paid for it

@@ -24,6 +24,7 @@ METRICS, REPORT = "metrics.json", "report.html"
 GRID = "grid.png"  # a sheet of images
 MEANS = "means.safetensors"  # noisy means that were released
 VOTES = "votes.safetensors"  # noisy counts of votes that were released
+LABELLER = "labeller.safetensors"  # a private classifier of synthetic images
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names them
 PRIVATE = "private"
 LEDGER = "ledger.jsonl"

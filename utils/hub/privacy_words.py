@@ -97,6 +97,11 @@ def _event_in_words(event: dict) -> str:
             "Every unit voted for the synthetic images that look like its own, "
             f"{times}; the counts were released with noise (noise multiplier {noise})."
         )
+    if event["purpose"] == "relabelling":
+        return (
+            "A classifier, which named the synthetic images, learned from every unit in "
+            f"{event['steps']} steps, each released with noise (noise multiplier {noise})."
+        )
     if event["purpose"] == "means":
         if event["sampling_rate"] < 1:
             return (

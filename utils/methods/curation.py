@@ -5,17 +5,16 @@ time they are voted for: what they cost is composed with what the votes cost. Wh
 from the noisy votes alone.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from utils.arguments.curation import CurationArguments
 from utils.arguments.evaluation import ExtractorArguments
@@ -26,19 +25,25 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.data.images import crop_to_pixels, tile_images
-from utils.data.latent_files import discard_copies
+from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
-from utils.evaluation.features import BATCH, Extractor
-from utils.files import STATEMENT, VOTES
-from utils.hub.cards import Maker
-from utils.hub.upload import make_repo
+from utils.evaluation.features import Extractor
+from utils.files import VOTES
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.methods.classes import number_rows, read_units
-from utils.methods.election import Candidates, Election, call_election, join_ledger
+from utils.methods.election import (
+    Candidates,
+    Election,
+    Vary,
+    build_vary,
+    call_election,
+    extract_candidates,
+    extract_pixels,
+    join_ledger,
+)
+from utils.methods.kept_sets import leave_set, prepare_repository
 from utils.methods.planning import load_private_rows, preview, print_plan, reserve
-from utils.methods.publishing import refuse_reproducible, report_set
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import count_votes, keep_best, resample
 from utils.models.drawing import adopt_template
@@ -46,10 +51,6 @@ from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import make_randomness
-from utils.sampling.generation import encode_png
-from utils.sampling.paid_sets import PaidSet
-from utils.sampling.shards import SET
-from utils.sampling.synthetic_sets import publish_images, write_set
 
 SHOWN = 5  # rows of winners, and of losers, in votes.png
 
@@ -70,9 +71,11 @@ def run_curation(
     """
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
-    privacy = join_ledger(privacy, args)
+    privacy = join_ledger(privacy, args.synthetic)
     found = load_private_rows(accelerator, adopt_template(data, model), training)
-    election = call_election(args, extracting, model, found, privacy, training)
+    election = call_election(args.synthetic, extracting, model, found, privacy, training)
+    check_keeping(args, election)
+    vary = build_vary(election, args) if args.rounds > 1 else None
 
     def plan_for(num_units: int) -> PrivacyPlan:
         return plan_votes(num_units, args, privacy, data.privacy_unit_column, election)
@@ -82,9 +85,7 @@ def run_curation(
         plan, _ = preview(found, privacy, training, side, plan_for)
         print_plan(accelerator, plan)
         return
-    if hub.push_to_hub:
-        refuse_reproducible(privacy)
-        on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
+    prepare_repository(hub, privacy)
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, found.data, training) | about
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
@@ -98,21 +99,15 @@ def run_curation(
         total = count_for(candidates, units, election.extractor, args, plan, accelerator)
         return add_noise_once(total, plan, randomness, accelerator).cpu() * plan.num_units
 
-    candidates, votes = hold(election, count, args, run, seed)
+    candidates, votes = hold(election, vary, count, args, run, seed)
 
     # Everything from here on sees the noisy votes only.
     base = None if election.paid.statement is None else election.paid.statement.get("base")
     told = Circumstances(randomness.is_private, randomness.source, base=base)
     on_main_process(lambda: run.publish(lambda to: export(votes, candidates, to), plan, told))
     kept = candidates.select(keep(votes[-1], candidates, args, seed))
-    settings = {"curated": asdict(args) | about, "from": election.paid.settings}
-    on_main_process(lambda: leave_set(kept, settings, plan, run))
-    on_main_process(lambda: report_set(run.output_dir))
-    if training.discard_latents:
-        discard_copies(run.output_dir, None)
-    accelerator.print(f"{len(kept.images)} images, grid.png, report.html in {run.output_dir / SET}")
-    if hub.push_to_hub and accelerator.is_main_process:
-        print(f"published {publish(run.output_dir, election.paid, hub)}")
+    did = {"curated": asdict(args) | about}
+    leave_set(kept, did, election.paid, plan, run, training, hub)
 
 
 def plan_votes(
@@ -155,8 +150,19 @@ def announce(plan: PrivacyPlan, num_candidates: int) -> str:
     )
 
 
+def check_keeping(args: CurationArguments, election: Election) -> None:
+    """Raises: UsageError if more candidates are to be kept than there are."""
+    there = len(election.candidates.images)
+    if args.keep == "best" and (args.num_images or 0) > there:
+        raise UsageError(
+            f"--num_images {args.num_images}: there are {there} candidates; draw more of them, or "
+            "--keep resample, which may keep one several times"
+        )
+
+
 def hold(
     election: Election,
+    vary: Vary | None,
     count: Callable[[Candidates], torch.Tensor],
     args: CurationArguments,
     run: Run,
@@ -173,7 +179,7 @@ def hold(
         """Those of the round after the one that the last votes are of."""
         for number in range(len(rounds), len(votes) + 1):
             last = votes[number - 1]
-            rounds.append(evolve(election, rounds[-1], last, args, seed + number))
+            rounds.append(evolve(vary, rounds[-1], last, args, seed + number))
         return rounds[len(votes)]
 
     votes = run.repeat("votes", args.rounds, lambda before: count(find_candidates(before)))
@@ -190,18 +196,15 @@ def count_for(
 ) -> torch.Tensor:
     """The votes of this process's share of the units [M]. PRIVATE until noise is added."""
 
-    def network(pixels: torch.Tensor) -> torch.Tensor:
-        return extractor.network(pixels.to(accelerator.device))[0].float().cpu()
-
-    side, features = extractor.resolution, []
-    places = torch.arange(len(candidates.images)).split(BATCH)
-    for part in tqdm(places, "features of candidates", disable=not accelerator.is_main_process):
-        pixels = torch.stack([crop_to_pixels(candidates.images[i], side) for i in part.tolist()])
-        with torch.no_grad():
-            features.append(network(pixels))
+    features = extract_candidates(candidates, extractor, accelerator.is_main_process)
     classes = torch.from_numpy(candidates.classes)
     total = count_votes(
-        units, network, torch.cat(features), classes, args.votes_per_row, plan.sensitivity
+        units,
+        partial(extract_pixels, extractor),
+        features,
+        classes,
+        args.votes_per_row,
+        plan.sensitivity,
     )
     return total.to(accelerator.device)
 
@@ -218,7 +221,7 @@ def keep(
 
 
 def evolve(
-    election: Election,
+    vary: Vary,
     candidates: Candidates,
     votes: torch.Tensor,
     args: CurationArguments,
@@ -230,7 +233,7 @@ def evolve(
     origins = [winners[i % len(winners)] for i in range(count - len(winners))]
     parents = candidates.select(origins)
     prompts = [entry["text"] or "" for entry in parents.entries]
-    varied = election.vary(parents.images, prompts, seed)
+    varied = vary(parents.images, prompts, seed)
     together = candidates.select([*winners, *origins])
     images = [*together.images[: len(winners)], *varied]
     return replace(together, images=images)
@@ -254,19 +257,3 @@ def export(votes: list[torch.Tensor], candidates: Candidates, folder: Path) -> N
             sheet += [candidates.images[i] for i in line] + blank[len(line) :]
         sheet += blank if places is rows[0] else []
     tile_images(sheet, columns).save(folder / "votes.png")
-
-
-def leave_set(kept: Candidates, settings: dict, plan: PrivacyPlan, run: Run) -> None:
-    """Write the winners as a set. Raises: UsageError if the disk does not take it."""
-    columns = min(len(set(kept.classes.tolist())), 10)
-    images = ((place, encode_png(image)) for place, image in enumerate(kept.images))
-    write_set(run, plan.steps, kept.entries, images, settings, columns if columns > 1 else 8)
-
-
-def publish(output_dir: Path, paid: PaidSet, hub: PublishSetArguments) -> str:
-    """Upload the set; returns its address. Raises: UsageError, see `publish_images`."""
-    statement = json.loads((output_dir / STATEMENT).read_text())
-    base, adapter = (paid.settings.get(k) for k in ("pretrained_model_name_or_path", "adapter"))
-    return publish_images(
-        output_dir / SET, Maker(base, adapter, statement), hub.hub_dataset_id, hub
-    )

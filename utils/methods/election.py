@@ -1,13 +1,15 @@
-"""What an election needs before any private image is read: candidates, what they cost, classes."""
+"""What a vote, or a relabelling, needs first: candidates, what they cost, their classes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
+from tqdm import tqdm
 
 from utils.arguments.curation import CurationArguments
 from utils.arguments.evaluation import ExtractorArguments
@@ -17,10 +19,10 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
-from utils.data.images import ImageRows, read_synthetic
+from utils.data.images import ImageRows, crop_to_pixels, read_synthetic
 from utils.data.rows import read_captions, read_labels, require_column
 from utils.errors import UsageError, on_main_process
-from utils.evaluation.features import Extractor, build_extractor
+from utils.evaluation.features import BATCH, Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
 from utils.methods.classes import Classes, Nearest, build_nearest
@@ -30,6 +32,8 @@ from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
 from utils.sampling.sources import find_source
 from utils.sampling.variations import make_varying, read_drawing, vary
 
+# Images, their prompts and a seed -> variations.
+Vary = Callable[[list[Image.Image], list[str], int], list[Image.Image]]
 OTHERWISE = "draw the candidates with sample.py or release_means.py"
 
 
@@ -58,8 +62,7 @@ class Election:
     Attributes:
         paid: where the candidates came from. prior, builds_on: what that cost (`PrivacyPlan`).
         candidates: of the first round. classes, nearest: which of them a row may vote for.
-        extractor: whose features are compared. vary: images, prompts and a seed -> variations; None
-            if there is one round.
+        extractor: whose features are compared.
     """
 
     paid: PaidSet
@@ -69,23 +72,22 @@ class Election:
     classes: Classes
     nearest: Nearest | None
     extractor: Extractor
-    vary: Callable[[list[Image.Image], list[str], int], list[Image.Image]] | None
 
     def describe(self) -> dict:
         """What a run that is resumed must find again."""
         return {"extractor": self.extractor.about(), "candidates": self.paid.digest}
 
 
-def join_ledger(privacy: PrivacyArguments, args: CurationArguments) -> PrivacyArguments:
+def join_ledger(privacy: PrivacyArguments, synthetic: str) -> PrivacyArguments:
     """`privacy` with the ledger that paid for the candidates, unless it names one."""
-    ledger = find_set_ledger(args.synthetic)
+    ledger = find_set_ledger(synthetic)
     if privacy.privacy_ledger is not None or ledger is None:
         return privacy
     return replace(privacy, privacy_ledger=str(ledger))
 
 
 def call_election(
-    args: CurationArguments,
+    synthetic: str,
     extracting: ExtractorArguments,
     model: ModelArguments,
     found: PrivateRows,
@@ -95,38 +97,55 @@ def call_election(
     """Find the candidates, what they cost, and how they are compared; no private image is read.
 
     Raises:
-        UsageError: see `find_paid_set`, `match_classes`, `build_extractor`, `read_drawing` and
-            `make_varying`.
+        UsageError: see `find_paid_set`, `match_classes` and `build_extractor`.
     """
     state = PartialState()
     ledger = find_ledger(Path(training.output_dir), privacy)
-    paid = on_main_process(lambda: find_paid_set(args.synthetic, ledger, "--synthetic", OTHERWISE))
+    paid = on_main_process(lambda: find_paid_set(synthetic, ledger, "--synthetic", OTHERWISE))
     prior, builds_on = list_prior(ledger.records(), paid.runs)
-    images = read_synthetic(args.synthetic, "--synthetic")
-    require_column(images.rows, "text", f"--synthetic {args.synthetic}:")
-    if args.keep == "best" and (args.num_images or 0) > len(images):
-        raise UsageError(
-            f"--num_images {args.num_images}: there are {len(images)} candidates; draw more of "
-            "them, or --keep resample, which may keep one several times"
-        )
+    images = read_synthetic(synthetic, "--synthetic")
+    require_column(images.rows, "text", f"--synthetic {synthetic}:")
     columns = [column for column in ("text", "label") if column in images.rows.column_names]
     entries = [dict(row) for row in images.rows.select_columns(columns)]
     classes, nearest, of_candidate = match_classes(entries, found.rows, found.data, model)
     candidates = Candidates(Pictures(images), entries, of_candidate)
-    vary_images = None
-    if args.rounds > 1:
-        drawing = read_drawing(paid.settings, f"--synthetic {args.synthetic}")
-        source = find_source(*drawing)
-        pipeline, settings, files = load_drawing(*drawing, source, state)
-        if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
-            raise UsageError(f"the adapter that drew {args.synthetic} has changed since")
-        varying, strength = make_varying(pipeline), args.variation_strength
-
-        def vary_images(pictures, prompts, seed):
-            return vary(varying, pictures, prompts, strength, settings, seed)
-
     extractor = build_extractor(extracting, state.device)
-    return Election(paid, prior, builds_on, candidates, classes, nearest, extractor, vary_images)
+    return Election(paid, prior, builds_on, candidates, classes, nearest, extractor)
+
+
+def build_vary(election: Election, args: CurationArguments) -> Vary:
+    """How winners are varied: by image-to-image with the model that drew the candidates.
+
+    Raises:
+        UsageError: see `read_drawing` and `make_varying`; or that model has changed since.
+    """
+    paid = election.paid
+    drawing = read_drawing(paid.settings, f"--synthetic {args.synthetic}")
+    source = find_source(*drawing)
+    pipeline, settings, files = load_drawing(*drawing, source, PartialState())
+    if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
+        raise UsageError(f"the adapter that drew {args.synthetic} has changed since")
+    varying, strength = make_varying(pipeline), args.variation_strength
+    return lambda pictures, prompts, seed: vary(
+        varying, pictures, prompts, strength, settings, seed
+    )
+
+
+def extract_candidates(candidates: Candidates, extractor: Extractor, show: bool) -> torch.Tensor:
+    """The features of all candidates: [M, d], on the CPU."""
+    side, features = extractor.resolution, []
+    places = torch.arange(len(candidates.images)).split(BATCH)
+    for part in tqdm(places, "features of candidates", disable=not show):
+        pixels = torch.stack([crop_to_pixels(candidates.images[i], side) for i in part.tolist()])
+        features.append(extract_pixels(extractor, pixels))
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def extract_pixels(extractor: Extractor, pixels: torch.Tensor) -> torch.Tensor:
+    """The features of images uint8 [n, 3, R, R]: [n, d], on the CPU."""
+    device = PartialState().device
+    return extractor.network(pixels.to(device))[0].float().cpu()
 
 
 class Pictures(Sequence):

@@ -2,6 +2,7 @@
 them images and checkpoints."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -138,22 +139,40 @@ def fine_tune(
         run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed
         if is_due(0, training):
             draw_sheet(accelerator, stage.pipeline, state, training, drawing)
+    steps = private_steps(
+        accelerator, state, unit_losses, plan, randomness, training.train_batch_size
+    )
+    for step in save_between(steps, accelerator, state, plan, run, training):
+        if is_due(step, training):
+            draw_sheet(accelerator, stage.pipeline, state, training, drawing)
+    if state.average is not None:
+        state.average.copy_to(state.engine.parameters)
+    return encoded_dir
+
+
+def save_between(
+    steps: Iterator[int],
+    accelerator: Accelerator,
+    state: TrainingState,
+    plan: PrivacyPlan,
+    run: Run,
+    training: TrainingArguments,
+) -> Iterator[int]:
+    """The private steps of a run, with a checkpoint after each that is due, or is to be seen.
+
+    Raises:
+        Stopped: asked to by a signal, after a checkpoint.
+    """
     with StopRequest() as request:
-        for step in private_steps(
-            accelerator, state, unit_losses, plan, randomness, training.train_batch_size
-        ):
-            signal, draws = request.find_signal(accelerator), is_due(step, training)
+        for step in steps:
+            signal = request.find_signal(accelerator)
             due = step % training.checkpointing_steps == 0 or step == plan.steps
-            if signal or draws or due:
-                run.save(step, state.state_dict, limit)
-            if draws and not signal:
-                draw_sheet(accelerator, stage.pipeline, state, training, drawing)
+            if signal or due or is_due(step, training):
+                run.save(step, state.state_dict, training.checkpoints_total_limit)
             if signal:
                 raise Stopped(
                     f"stopped after step {step} of {plan.steps}, at a checkpoint: resume with "
                     "--resume_from_checkpoint latest",
                     signal,
                 )
-    if state.average is not None:
-        state.average.copy_to(state.engine.parameters)
-    return encoded_dir
+            yield step

@@ -34,7 +34,8 @@ class PrivacyPlan:
         noise_multiplicity: K, draws averaged within a unit before its one clip.
         clipping: how a unit's gradient is bounded (`dp_sgd.clip_scales`).
         unit_column: the column whose value tells units apart; None if each row is a unit.
-        purpose: what the mechanism is for: `training`, `selection`, `means` or `curation`.
+        purpose: what the mechanism is for: `training`, `selection`, `means`, `curation` or
+            `relabelling`.
         prior: events of the ledger that this one builds on, and composes with.
         builds_on: the runs of those events.
     """

@@ -1,0 +1,47 @@
+"""After training, a private classifier says what the synthetic images show.
+
+    # a base for the classifier: a network that knows public images, here characters
+    python relabel.py --config examples/mnist/dp_lora.yaml --synthetic runs/mnist/images \\
+        --target_epsilon 10 --output_dir runs/mnist/relabelled \\
+        --extractor classifier --classifier_weights runs/characters.safetensors \\
+        --public_data FOLDER
+
+An image drawn for "the digit 4" may look like a 9, and a classifier that learns from it learns
+that. So a linear classifier of the features of a public network is trained on the private images
+by DP-SGD, every image in every step, and each synthetic image gets the label, and the prompt, that
+it finds likeliest. It is good at little noise: few weights, and features that were never private.
+What it costs joins the ledger and the new set's statement; --target_epsilon is for all.
+
+In --output_dir: labeller.safetensors, the classifier, with its statement privacy.json;
+relabelled.png, images that changed their class, a column for each that they came to; and set/, as
+sample.py leaves one. With --resume_from_checkpoint latest an interrupted run goes on. --config may
+be that of a training script.
+"""
+
+from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.means import LaterModelArguments, MeansArguments
+from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.parsing import parse
+from utils.arguments.publishing import PublishSetArguments
+from utils.arguments.relabelling import RelabellingArguments
+from utils.errors import UsageError, run_script
+
+
+def main():
+    args, extractor, model, data, privacy, training, hub, *_ = parse(
+        *(RelabellingArguments, ExtractorArguments, LaterModelArguments),
+        *SHARED[1:4],
+        PublishSetArguments,
+        *(BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
+        description=__doc__,
+    )
+    if training.num_units is not None:
+        raise UsageError("--num_units: a classifier needs the images, whose classes it learns")
+    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+    from utils.methods.relabelling import run_relabelling
+
+    run_relabelling(args, extractor, model, data, privacy, training, hub)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,34 @@
+"""The options of relabelling: a private classifier names synthetic images."""
+
+import math
+from dataclasses import dataclass
+
+from utils.arguments.parsing import option
+from utils.arguments.values import check_between
+from utils.errors import UsageError
+
+
+@dataclass
+class RelabellingArguments:
+    """Which images get new labels, and from what."""
+
+    synthetic: str = option(
+        "the labelled set: a folder that sample.py, curate.py or release_means.py left, whose cost "
+        "is in the same ledger; or that sample.py drew from a public model"
+    )
+    num_images: int | None = option(
+        "images to keep, balanced over the new classes, the surest first; default: all", None
+    )
+    relabel_steps: int = option("private steps of the classifier, each on all private images", 200)
+    relabel_epsilon: float | None = option(
+        "epsilon of the classifier alone; default: what --target_epsilon leaves after what the set "
+        "cost",
+        None,
+    )
+
+    def __post_init__(self):
+        if self.num_images is not None:
+            check_between("num_images", self.num_images, 1, math.inf)
+        check_between("relabel_steps", self.relabel_steps, 1, math.inf)
+        if self.relabel_epsilon is not None and not self.relabel_epsilon > 0:
+            raise UsageError(f"--relabel_epsilon {self.relabel_epsilon} must be positive")

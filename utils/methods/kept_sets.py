@@ -1,0 +1,67 @@
+"""The synthetic set that a vote, or a relabelling, leaves: written, reported, published."""
+
+import json
+
+from accelerate import PartialState
+
+from utils.arguments.publishing import PublishSetArguments
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.data.latent_files import discard_copies
+from utils.errors import on_main_process
+from utils.files import STATEMENT
+from utils.hub.cards import Maker
+from utils.hub.upload import make_repo
+from utils.ledger.runs import Run
+from utils.methods.election import Candidates
+from utils.methods.publishing import refuse_reproducible, report_set
+from utils.privacy.plan import PrivacyPlan
+from utils.sampling.generation import encode_png
+from utils.sampling.paid_sets import PaidSet
+from utils.sampling.shards import SET
+from utils.sampling.synthetic_sets import publish_images, write_set
+
+
+def prepare_repository(hub: PublishSetArguments, privacy: PrivacyArguments) -> None:
+    """Before anything is spent: may the set be published, and is there a repository for it?
+
+    Raises:
+        UsageError: see `refuse_reproducible` and `make_repo`.
+    """
+    if hub.push_to_hub:
+        refuse_reproducible(privacy)
+        on_main_process(lambda: make_repo(hub.hub_dataset_id, hub, "dataset"))
+
+
+def leave_set(
+    kept: Candidates,
+    about: dict,
+    paid: PaidSet,
+    plan: PrivacyPlan,
+    run: Run,
+    training: TrainingArguments,
+    hub: PublishSetArguments,
+) -> None:
+    """Write what was kept as a set, whose statement is published; report it, and publish it if
+    asked to.
+
+    Args:
+        about: what was done to the candidates, for the set's settings. paid: what they were.
+
+    Raises:
+        UsageError: the disk does not take it; see `publish_images`.
+    """
+    state = PartialState()
+    columns = min(len(set(kept.classes.tolist())), 10)
+    images = ((place, encode_png(image)) for place, image in enumerate(kept.images))
+    settings, columns = about | {"from": paid.settings}, columns if columns > 1 else 8
+    on_main_process(lambda: write_set(run, plan.steps, kept.entries, images, settings, columns))
+    on_main_process(lambda: report_set(run.output_dir))
+    if training.discard_latents:
+        discard_copies(run.output_dir, None)
+    folder = run.output_dir / SET
+    state.print(f"{len(kept.images)} images, grid.png, report.html in {folder}")
+    if hub.push_to_hub and state.is_main_process:
+        statement = json.loads((run.output_dir / STATEMENT).read_text())
+        base, adapter = (paid.settings.get(k) for k in ("pretrained_model_name_or_path", "adapter"))
+        maker = Maker(base, adapter, statement)
+        print(f"published {publish_images(folder, maker, hub.hub_dataset_id, hub)}")
