@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,8 +200,7 @@ class InceptionStandIn(torch.nn.Module):
         return means if return_features else means.softmax(1)
 
 
-def test_each_extractor_reads_images_its_own_way(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.evaluation.features.EXTRACTOR_STEPS", 20)
+def test_each_extractor_reads_images_its_own_way(folders, tmp_path):
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -213,7 +213,14 @@ def test_each_extractor_reads_images_its_own_way(folders, tmp_path, monkeypatch)
     made = ExtractorArguments(
         "classifier",
         classifier_weights=str(tmp_path / "cnn.safetensors"),
-        public_data=str(folders / "private"),
+        public_data=[str(folders / "private")],
+        public_steps=20,
+    )
+    wide = replace(
+        made,
+        classifier_weights=str(tmp_path / "wide.safetensors"),
+        public_data=[str(folders / "private"), str(folders / "real")],
+        public_network="wide-cnn",
     )
     cases = [
         (ExtractorArguments(), 224, 1280, 1000),
@@ -221,6 +228,7 @@ def test_each_extractor_reads_images_its_own_way(folders, tmp_path, monkeypatch)
         (ExtractorArguments("inception", str(tmp_path / "inception.pt")), 299, 3, 3),
         (made, 32, 256, 10),
         (made, 32, 256, 10),  # read from its file
+        (wide, 32, 1024, 20),
     ]
     state, weights = PartialState(), []
     for arguments, resolution, width, classes in cases:
@@ -233,7 +241,7 @@ def test_each_extractor_reads_images_its_own_way(folders, tmp_path, monkeypatch)
         else:
             np.testing.assert_allclose(np.exp(seen.log_probabilities).sum(1), 1, rtol=1e-4)
         weights.append(seen.about["extractor_weights"])
-    assert weights[3] == weights[4] and len(set(weights)) == 4
+    assert weights[3] == weights[4] and len(set(weights)) == 5
 
 
 @pytest.mark.parametrize("network", list(CLASSIFIERS))

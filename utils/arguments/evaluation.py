@@ -1,13 +1,14 @@
 """The options of evaluation: the sets, what is asked of them, and the feature extractor."""
 
+import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.training import ModelArguments
-from utils.arguments.values import INTENSITY_HELP, check_range
+from utils.arguments.values import INTENSITY_HELP, check_between, check_range
 from utils.errors import UsageError
 
-CLASSIFIERS = ["cnn", "resnet9", "wrn-40-4"]
+CLASSIFIERS = ["cnn", "wide-cnn", "resnet9", "wrn-40-4"]
 MEASURED = ["fidelity", "utility", "memorisation"]
 
 
@@ -122,6 +123,16 @@ class ExtractorArguments:
         "safetensors file of the classifier extractor; made from --public_data if it is not there",
         None,
     )
-    public_data: str | None = option(
-        "PUBLIC labelled images to train the classifier extractor on: folder or Hub id", None
+    public_data: list[str] | None = option(
+        "PUBLIC labelled images to train the classifier extractor on: folders or Hub ids, one or "
+        "more; the classes of each are its own",
+        None,
     )
+    public_label_column: str = option("column of their labels", "label")
+    public_network: str = option(
+        f"any of {', '.join(CLASSIFIERS)}: the classifier that is made", "cnn", choices=CLASSIFIERS
+    )
+    public_steps: int = option("optimizer steps of its training, 128 images each", 1000)
+
+    def __post_init__(self):
+        check_between("public_steps", self.public_steps, 1, math.inf)

