@@ -1,168 +1,259 @@
-"""The table of a paper: private generators, what one would otherwise pick, and the ceilings.
+"""The table: private generators on equal footing, by the protocol of docs/results.md.
 
-    python benchmarks/table.py --dataset_name ylecun/mnist            # about an hour and a half
-    python benchmarks/table.py --dataset_name FOLDER --methods dp-merf dp-mepf
-    python benchmarks/table.py --table                                # only print what there is
+    python benchmarks/table.py run benchmarks/cells/mnist_*.yaml       # days; resumes where it was
+    python benchmarks/table.py run benchmarks/cells/*.yaml --private mnist=FOLDER --jobs 2
+    python benchmarks/table.py show                                    # tables and plots
 
-MNIST, from the digits model of examples/digits, epsilon 10, delta 1e-5. Every synthetic set has
-10,000 images; `accuracy` is that of three small CNNs trained on it and tested on all real test
-images. Rows are kept in benchmarks/results/table.json; a row that is there is not made again.
+A cell is a YAML file: the private set, epsilon, a name, and `steps`, each a command of this
+repository that writes a folder of the cell. `{private}` stands for the private set and `{cell}` for
+the cell's folder; --output_dir is added. `measure` is the folder of the images that are judged, by
+classifiers that are trained on them, and by their Frechet distance to the test images; without it,
+the last step prints an accuracy as JSON. `ledger` is the folder whose statement is verified.
+
+Cells run side by side, one thread each. A step that ended is not run again, and one that was
+interrupted resumes. Rows are kept in benchmarks/results/table.json.
 """
 
 import argparse
 import json
-import shutil
+import os
+import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+
+import yaml
+from PIL import Image
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
 RUNS = ROOT / "runs" / "table"
-DELTA = 1e-5
-BUDGET = ["--target_epsilon", 10, "--target_delta", DELTA]
-RECIPE = ["--config", "examples/mnist/dp_lora.yaml"]
-DRAW = ["--pretrained_model_name_or_path", "examples/digits/base", "--class_names", *"0123456789"]
-DRAW += ["--caption_template", "the digit {label}", "--num_images", 10_000]
-METHODS = [
-    *("public-model", "dp-merf", "dp-mepf", "dp-lora", "dp-sgd-classifier"),
-    *("nonprivate-lora", "nonprivate-classifier"),
-]
+SETS = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
+NETWORKS = ["cnn", "wide-cnn", "resnet9"]
+JUDGES = ["--classifiers", *NETWORKS, "--classifier_seeds", 1, "--classifier_steps", 1200]
+JUDGES += ["--metrics", "utility", "fidelity", "--extractor", "classifier"]
+JUDGES += ["--classifier_weights", "examples/digits/extractor.safetensors"]
+SPEND = ("train_dp_", "release_means", "select_saliency", "curate", "relabel")
+RESUME = ["--resume_from_checkpoint", "latest"]
+writing = Lock()
 
 
-def call(script: str, *arguments) -> str:
-    """Run a script of the repository; returns what it printed."""
-    command = list(map(str, [sys.executable, script, *arguments]))
-    print("\n$ python", *command[1:], flush=True)
-    run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+def call(command: list, log: Path) -> str:
+    """Run a script of the repository on one thread; returns what it printed.
+
+    Raises:
+        RuntimeError: it failed; its log says why.
+    """
+    command = [sys.executable, *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        print("$", shlex.join(command[1:]), file=file, flush=True)
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+        print(run.stdout, file=file)
+    if run.returncode:
+        raise RuntimeError(f"{command[1]} failed: see {log}")
     return run.stdout
 
 
-def train(method: str, dataset: str, folder: Path) -> tuple[Path | None, int | None]:
-    """Train a generator; its adapter, and how many weights it has, where there are such."""
-    if method in ("dp-merf", "dp-mepf"):
-        features = "random_features" if method == "dp-merf" else "perceptual_features"
-        what = ["--release", features, "--grey", "--num_synthetic_images", 10_000]
-        data = ["--dataset_name", dataset, "--label_column", "label", "--output_dir", folder]
-        call("release_means.py", *data, *BUDGET, *what)
-        (folder / "set").rename(folder / "images")
-        return None, None
-    if method == "public-model":
-        return None, 0
-    adapter = folder / "adapter"
-    data = [*RECIPE, "--dataset_name", dataset, "--output_dir", adapter]
-    if method == "dp-lora":
-        call("train_dp_lora.py", *data)
-    else:  # an ordinary run: small batches, one pass over the data
-        ordinary = ["--train_batch_size", 64, "--max_train_steps", 900, "--learning_rate", 1e-3]
-        call("benchmarks/nonprivate_lora.py", *data, *ordinary)
-    return adapter, trained_weights(adapter)
+def take_step(folder: Path, name: str, command: str) -> dict:
+    """Run one step of a cell, unless it ended before; what it printed, and how long it took."""
+    done, out = folder / f"{name}.json", folder / name
+    if done.exists():
+        return json.loads(done.read_text())
+    parts, start = shlex.split(command), time.perf_counter()
+    spends = parts[0].startswith(SPEND)
+    parts += ["--output_dir", out] if not parts[0].startswith("benchmarks/dp_sgd") else []
+    parts += RESUME if spends and (out / "private" / "checkpoints").is_dir() else []
+    printed = call(parts, folder / f"{name}.log")
+    seconds = time.perf_counter() - start
+    step = {"command": command, "seconds": seconds, "printed": printed.strip().split("\n")[-1]}
+    done.write_text(json.dumps(step))
+    return step
 
 
-def trained_weights(adapter: Path) -> int:
-    from safetensors import safe_open
+def verify(folder: Path, log: Path) -> dict:
+    """What a verified statement says, and how many private runs its ledger counts.
 
-    with safe_open(adapter / "pytorch_lora_weights.safetensors", "pt") as file:
+    Raises:
+        RuntimeError: it does not hold.
+    """
+    call(["privacy_report.py", "verify", folder], log)
+    statement = json.loads((folder / "privacy.json").read_text())
+    ledgers = folder.parent.rglob("private/ledger.jsonl")
+    lines = [json.loads(line) for ledger in ledgers for line in ledger.read_text().splitlines()]
+    return {
+        "epsilon": statement["epsilon"]["add_or_remove_one"],
+        "delta": statement["delta"],
+        "events": statement["events"],
+        "private_runs": len({line["run"] for line in lines}),
+    }
+
+
+def count_trained(adapter: Path) -> int | None:
+    """How many weights an adapter has, beside the public model's."""
+    files = [*adapter.glob("*.safetensors"), *adapter.glob("*/*.safetensors")]
+    if not files:
+        return None
+    with safe_open(files[0], "pt") as file:
         return sum(file.get_tensor(name).numel() for name in file.keys())
 
 
-def measure_generator(method: str, dataset: str) -> dict:
-    folder = RUNS / method
-    shutil.rmtree(folder, ignore_errors=True)
+def run_cell(path: Path, private: dict[str, str]) -> None:
+    """Take the steps of a cell that are left, measure its images, and keep its row."""
+    if any(row["cell"] == path.stem for row in read_rows()):
+        return
+    cell, folder = yaml.safe_load(path.read_text()), RUNS / path.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    names, steps = {"private": private[cell["set"]], "cell": folder}, {}
+    for name, command in cell.get("steps", {}).items():
+        steps[name] = take_step(folder, name, command.format(**names))
+        print(f"{path.stem}: {name}, {steps[name]['seconds'] / 60:.0f} minutes", flush=True)
+    row = {key: cell[key] for key in ("set", "epsilon", "method")} | {"cell": path.stem}
+    row["seconds"] = {name: round(step["seconds"]) for name, step in steps.items()}
+    row["commit"] = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)[:7]
+    row["trained"] = count_trained(folder / "adapter")
+    if "ledger" in cell:
+        row["privacy"] = verify(folder / cell["ledger"], folder / "verify.log")
+    if "measure" in cell:
+        row |= measure(cell["measure"].format(**names), private[cell["set"]], folder)
+    else:
+        printed = json.loads(steps[list(steps)[-1]]["printed"])
+        row |= {"accuracy": printed["accuracy"], "trained": printed["trainable_parameters"]}
+        row["privacy"] = {"epsilon": printed["epsilon"]["add_or_remove_one"]}
+    with writing:
+        rows = sorted([*read_rows(), row], key=lambda row: row["cell"])
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{path.stem}: accuracy {100 * row['accuracy']:.1f} %", flush=True)
+
+
+def measure(images: str, test: str, folder: Path) -> dict:
+    """The accuracy of each network that is trained on the images, their mean, and the distance."""
+    output = folder / "metrics.json"
+    data = ["--synthetic", images, "--test_dataset_name", test, "--output_file", output]
     start = time.perf_counter()
-    adapter, weights = train(method, dataset, folder)
-    seconds = time.perf_counter() - start
-    arguments = ["--synthetic", folder / "images", "--test_dataset_name", dataset]
-    arguments += ["--metrics", "utility"]
-    if method not in ("dp-merf", "dp-mepf"):
-        arguments += DRAW + (["--adapter", adapter] if adapter else [])
-    call("evaluate.py", *arguments)
-    results = json.loads((folder / "images" / "metrics.json").read_text())
-    accuracy, epsilon = results["accuracy"], results.get("epsilon")
+    if not output.exists():
+        call(["evaluate.py", *data, *JUDGES], folder / "evaluate.log")
+    strips = RESULTS.parent / "strips"
+    if (Path(images) / "grid.png").exists():
+        strips.mkdir(exist_ok=True)
+        cut_strip(images, strips / f"{folder.name}.png")
+    found = json.loads(output.read_text())
+    distance = found["frechet_distance"]
     return {
-        "epsilon": epsilon and epsilon["value"],
-        "accuracy_mean": accuracy["value"],
-        "accuracy_std": accuracy["std"],
-        "seeds": accuracy["classifier_seeds"],
-        "train_seconds": seconds,
-        "trainable_parameters": weights,
+        "accuracy": found["accuracy"]["value"],
+        "networks": {name: v["value"] for name, v in found["accuracy"]["networks"].items()},
+        "images": found["num_synthetic"],
+        "frechet_distance": distance["value"],
+        "extractor": distance["extractor"],
+        "evaluation_seconds": round(time.perf_counter() - start),
     }
 
 
-def measure_dp_sgd_classifier(dataset: str, seeds: int = 3) -> dict:
-    """Each seed is a run of its own, with the whole budget."""
-    where = ["--dataset_name", dataset, *BUDGET, "--json"]
-    runs = [
-        json.loads(call("benchmarks/dp_sgd_classifier.py", *where, "--seed", s).splitlines()[-1])
-        for s in range(seeds)
-    ]
-    accuracies = [run["accuracy"] for run in runs]
-    mean = sum(accuracies) / seeds
-    return {
-        "epsilon": runs[0]["epsilon"]["add_or_remove_one"],
-        "accuracy_mean": mean,
-        "accuracy_std": (sum((a - mean) ** 2 for a in accuracies) / seeds) ** 0.5,
-        "seeds": seeds,
-        "train_seconds": sum(run["train_seconds"] for run in runs) / seeds,
-        "trainable_parameters": runs[0]["trainable_parameters"],
-    }
-
-
-def measure_real_images(dataset: str) -> dict:
-    """The same classifiers, trained on the private images: no privacy."""
-    output = RUNS / "nonprivate-classifier.json"
-    start = time.perf_counter()
-    where = ["--synthetic", dataset, "--test_dataset_name", dataset, "--metrics", "utility"]
-    call("evaluate.py", *where, "--output_file", output)
-    accuracy = json.loads(output.read_text())["accuracy"]
-    return {
-        "epsilon": None,
-        "accuracy_mean": accuracy["value"],
-        "accuracy_std": accuracy["std"],
-        "seeds": accuracy["classifier_seeds"],
-        "train_seconds": time.perf_counter() - start,
-        "trainable_parameters": None,
-    }
-
-
-def known() -> list[dict]:
+def read_rows() -> list[dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
-def print_table(rows: list[dict]) -> None:
-    print("| method | accuracy, % | epsilon | trained weights | seconds |")
-    print("| --- | --- | --- | --- | --- |")
-    for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
-        accuracy = f"{100 * row['accuracy_mean']:.1f} +- {100 * row['accuracy_std']:.1f}"
-        epsilon = "none" if row["epsilon"] is None else f"{row['epsilon']:.3g}"
-        weights = "-" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
-        seconds = f"{row['train_seconds']:.0f}"
-        print(f"| {row['method']} | {accuracy} | {epsilon} | {weights} | {seconds} |")
+def cut_strip(images: str, target: Path) -> None:
+    """Two images a class, from the sheet of a set whose columns are its classes."""
+    with Image.open(Path(images) / "grid.png") as grid:
+        side = grid.width // 10
+        grid.convert("L").crop((0, 0, grid.width, 2 * side)).save(target)
+
+
+def show(rows: list[dict]) -> None:
+    """Print a table a set, and draw benchmarks/results/table.png."""
+    for name in sorted({row["set"] for row in rows}):
+        print(f"\n### {name}\n")
+        print("| method | epsilon | delta | mean | " + " | ".join(NETWORKS), end="")
+        print(" | Frechet distance | images | trained weights | private runs | hours |")
+        print("| --- " * (len(NETWORKS) + 9) + "|")
+        mine = [row for row in rows if row["set"] == name]
+        for row in sorted(mine, key=lambda row: (row["method"], row["epsilon"] or 0)):
+            print("|", " | ".join(describe(row)), "|")
+    plot(rows)
+
+
+def describe(row: dict) -> list[str]:
+    """The cells of a row, as text."""
+    privacy, networks = row.get("privacy", {}), row.get("networks", {})
+    known = {
+        "epsilon": (privacy.get("epsilon"), "{:.2f}"),
+        "delta": (privacy.get("delta"), "{:.1e}"),
+        "mean": (100 * row["accuracy"], "**{:.1f}**"),
+        **{n: (n in networks and 100 * networks[n] or None, "{:.1f}") for n in NETWORKS},
+        "distance": (row.get("frechet_distance"), "{:.3g}"),
+        "images": (row.get("images"), "{:,}"),
+        "trained": (row["trained"], "{:,}"),
+        "runs": (privacy.get("private_runs"), "{}"),
+        "hours": (sum(row["seconds"].values()) / 3600, "{:.1f}"),
+    }
+    texts = ["-" if value is None else form.format(value) for value, form in known.values()]
+    return [row["method"], *texts]
+
+
+def plot(rows: list[dict]) -> None:
+    """A line of panels a set: accuracy by epsilon and by trained weights, distance by epsilon."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sets = sorted({row["set"] for row in rows})
+    methods = sorted({row["method"] for row in rows})
+    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
+    panels = [
+        ("epsilon", "epsilon", lambda row: 100 * row["accuracy"], "accuracy, %"),
+        ("trained", "trained weights", lambda row: 100 * row["accuracy"], "accuracy, %"),
+        ("epsilon", "epsilon", lambda row: row.get("frechet_distance"), "Fréchet distance"),
+    ]
+    figure, axes = plt.subplots(
+        len(sets), len(panels), figsize=(11, 3 * len(sets) + 0.6), squeeze=False
+    )
+    for line, name in zip(axes, sets, strict=True):
+        for axis, (key, across, value, up) in zip(line, panels, strict=True):
+            for method in methods:
+                mine = [r for r in rows if (r["set"], r["method"]) == (name, method)]
+                points = sorted((r[key], value(r)) for r in mine if r[key] and value(r))
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o-", color=colours[method], label=method)
+            axis.set(xscale="log", xlabel=across, ylabel=up, title=name.replace("_", "-"))
+            axis.spines[["top", "right"]].set_visible(False)
+    handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
+    figure.legend(handles.values(), handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
+    plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset_name", default="ylecun/mnist", help="Hub id or folder")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--table", action="store_true", help="only print what there is")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="take the steps that are left")
+    run.add_argument("cells", nargs="+", type=Path, help="YAML files")
+    run.add_argument("--private", nargs="*", default=[], metavar="SET=FOLDER",
+                     help=f"local copies of {', '.join(SETS)}")  # fmt: skip
+    run.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    commands.add_parser("show", help="print the tables, and draw the plots")
     args = parser.parse_args()
-    for method in [] if args.table else args.methods:
-        if any(row["method"] == method for row in known()):
-            continue
-        if method == "dp-sgd-classifier":
-            row = measure_dp_sgd_classifier(args.dataset_name)
-        elif method == "nonprivate-classifier":
-            row = measure_real_images(args.dataset_name)
-        else:
-            row = measure_generator(method, args.dataset_name)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        rows = [*known(), {"set": "mnist", "method": method, "delta": DELTA, **row}]
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-        print(json.dumps(rows[-1]), flush=True)
-    print_table(known())
+    if args.command == "show":
+        return show(read_rows())
+    private = SETS | dict(pair.split("=", 1) for pair in args.private)
+    failed = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for cell, future in [(c, pool.submit(run_cell, c, private)) for c in args.cells]:
+            error = future.exception()
+            if error is not None:
+                failed += 1
+                print(f"{cell.stem}: {error}", file=sys.stderr, flush=True)
+    sys.exit(min(failed, 1))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,21 @@ from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_here
 from tests.methods.conftest import draw
+from utils.evaluation.features import Extractor
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
+from utils.methods import labeller
 from utils.methods import relabelling as story
-from utils.methods.labeller import UnitImages, build_losses, build_state, fit_whitening
+from utils.methods.labeller import (
+    UnitImages,
+    Whitening,
+    build_losses,
+    build_state,
+    fit_whitening,
+    read_images,
+)
 from utils.privacy.plan import make_plan
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import clipped_gradient_sum, private_steps
@@ -110,6 +119,7 @@ def test_one_unit_moves_the_sum_by_the_bound_and_nobody_else():
     """A unit of many rows counts once; an image of no class, or without features, not at all."""
     torch.manual_seed(0)
     head = torch.nn.Linear(5, 3, bias=False)
+    torch.nn.init.zeros_(head.weight)  # every class as likely, so that no gradient is small
     count = torch.tensor([1, 3, 2, 1])
     first = count.cumsum(0) - count
     features, classes = 50 * torch.randn(7, 5), torch.tensor([0, 1, 1, 2, -1, -1, 2])
@@ -163,3 +173,17 @@ def test_it_learns_what_can_be_learned(tmp_path):
     others = torch.randint(4, (1000,))
     found = head(whiten(centres[others] + torch.randn(1000, 32))).argmax(1)
     assert (found == others).double().mean() > 0.9
+
+
+def test_a_row_without_finite_features_says_nothing(monkeypatch):
+    seen = [torch.ones(2), torch.tensor([float("nan"), 1.0]), torch.tensor([2.0, -1.0])]
+    rows = [(0, 1, None), (0, 2, None), (2, 0, None)]  # of the first of two processes
+    monkeypatch.setattr(labeller, "read_units", lambda *_: iter(rows))
+    monkeypatch.setattr(labeller, "extract_pixels", lambda *_: seen.pop(0)[None])
+    whiten = Whitening(torch.zeros(2), torch.eye(2))
+    extractor = Extractor("none", "", 32, None)
+    rows[:] = [(unit, number, torch.zeros(3, 2, 2)) for unit, number, _ in rows]
+    images = read_images(None, [], extractor, whiten, Accelerator())
+    assert images.features.isfinite().all() and not images.features[1].any()
+    assert images.classes.tolist() == [1, 2, 0]
+    assert images.first.tolist() == [0, 2] and images.count.tolist() == [2, 1]

@@ -190,7 +190,7 @@ def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:
 
 
 def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device) -> None:
-    """Train the classifier on `--public_data`, and save it, whole or not at all."""
+    """Train the classifier on `--public_data`, and save it in fp16, whole or not at all."""
     if args.public_data is None:
         raise UsageError(
             f"--classifier_weights {path} does not exist: to train it, name --public_data, "
@@ -206,10 +206,10 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
     numbers = torch.tensor([names[label] for label in labels])
     recipe = Recipe(args.public_network, len(names), args.public_steps, 0)
     model = train_classifier(torch.cat(pixels), numbers, recipe, device)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    halves = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as aside:
-        save_file(weights, aside, {"network": args.public_network})
+        save_file(halves, aside, {"network": args.public_network})
         aside.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
