@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest audit mutants style format base
+.PHONY: help demo test test-latest audit mutants style format space base
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ style: .venv/.installed  ## check style and formatting
 format: .venv/.installed  ## fix what `make style` complains about
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+space: .venv/.installed  ## a Space of the Hub that plans budgets and verifies statements, in runs/space
+	rm -rf runs/space && mkdir -p runs/space
+	cp -r utils examples/space/app.py examples/space/README.md CITATION.cff runs/space/
+	find runs/space -name __pycache__ -prune -exec rm -r {} +
+	sed '/^#/d; /^pillow==/s/==.*//' requirements.txt > runs/space/requirements.txt  # gradio has its own
 
 base: .venv/.installed  ## remake the public base model in runs/digits/base (about half an hour)
 	$(BIN)/python examples/digits/draw_public.py --output_dir runs/digits/public

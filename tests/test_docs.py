@@ -18,7 +18,7 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-SETUP = ("python3 -m venv",)
+ELSEWHERE = ("python3 -m venv", "hf upload")  # commands of others
 
 
 class Parsed(Exception):
@@ -79,7 +79,7 @@ def check(command: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("page, command", COMMANDS, ids=[c[:60] for _, c in COMMANDS])
 def test_every_command_is_understood(page, command, monkeypatch):
-    if not command.startswith(SETUP):
+    if not command.startswith(ELSEWHERE):
         check(command, monkeypatch)
 
 

@@ -210,18 +210,10 @@ def test_each_extractor_reads_images_its_own_way(folders, tmp_path):
     CLIPImageProcessorPil().save_pretrained(tmp_path / "clip")
     torch.jit.script(InceptionStandIn()).save(str(tmp_path / "inception.pt"))
     rows = load_dataset("imagefolder", data_dir=str(folders / "real"), split="train")
-    made = ExtractorArguments(
-        "classifier",
-        classifier_weights=str(tmp_path / "cnn.safetensors"),
-        public_data=[str(folders / "private")],
-        public_steps=20,
-    )
-    wide = replace(
-        made,
-        classifier_weights=str(tmp_path / "wide.safetensors"),
-        public_data=[str(folders / "private"), str(folders / "real")],
-        public_network="wide-cnn",
-    )
+    made = ExtractorArguments("classifier", public_data=[str(folders / "private")], public_steps=20)
+    made.classifier_weights = str(tmp_path / "cnn.safetensors")
+    wide = replace(made, classifier_weights=str(tmp_path / "wide"), public_network="wide-cnn")
+    wide.public_data = [*made.public_data, str(folders / "real")]  # whose classes are other ones
     cases = [
         (ExtractorArguments(), 224, 1280, 1000),
         (ExtractorArguments("clip", clip_model=str(tmp_path / "clip")), 24, 12, None),

@@ -4,6 +4,9 @@ import math
 
 from utils.ledger.statement import quote_total
 
+# Purposes of mechanisms that clip and noise gradients; the others release means or votes.
+DP_SGD = ("training", "selection", "relabelling")
+
 
 def describe_plainly(statement: dict, what: str = "this repository") -> str:
     """The guarantee for a reader who knows no differential privacy and sees `what`."""
@@ -59,7 +62,7 @@ def describe_formally(statement: dict) -> str:
         return f"**{statement['warning']}**"
     epsilon, accountants = statement["epsilon"], statement["accountants"]
     unit = statement["privacy_unit"]
-    trained = any(e["purpose"] in ("training", "selection") for e in statement["events"])
+    trained = any(e["purpose"] in DP_SGD for e in statement["events"])
     units = "images" if unit == "image" else f"units ({unit})"
     return (
         f"{'Trained with DP-SGD' if trained else 'Made from noisy means or votes'} "
