@@ -97,6 +97,12 @@ def test_it_says_what_was_spent_and_marks_what_is_not_covered(report):
     assert "class &lt;0&gt; &amp; co" in text and "class <0>" not in text
 
 
+def test_runs_are_compared_class_by_class(report):
+    (label,) = re.findall(r'aria-label="(Accuracy by class[^"]*)"', report.read_text())
+    assert "scans &amp; more: worst" in label and "public model: worst" in label
+    assert "no statement" not in label  # nothing is known of it
+
+
 def test_without_anything_private_there_is_no_mark(tmp_path):
     entries = {name: e | {"covered_by_epsilon": True} for name, e in results().items()}
     write_report(
@@ -165,7 +171,7 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(report, width, dark):
     page = looked_at(report, width, dark)
     assert page["width"] <= width and page["dark"] is dark
     assert page["worst"] >= 4.5, page
-    assert page["unnamed"] == page["broken"] == 0 and page["pictures"] == 5
+    assert page["unnamed"] == page["broken"] == 0 and page["pictures"] == 6
     assert page["headings"] == [
         "scans & more",
         "Are they good?",

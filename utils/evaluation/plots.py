@@ -57,6 +57,36 @@ def plot_quality_trade_off(runs: list[tuple[str, dict]], metric: str, label: str
         return _svg(figure, f"{label} against epsilon. {'; '.join(values)}.")
 
 
+def plot_classes_of_runs(runs: list[tuple[str, dict]]) -> str:
+    """Accuracy by class, a small panel a run, all on one scale."""
+    classes = list(runs[0][1]["accuracy"]["per_class"])
+    columns = 2  # to be read on a phone, too
+    lines, places = -(-len(runs) // columns), range(len(classes))
+    with plt.rc_context(STYLE | {"svg.hashsalt": "classes", "font.size": 8}):
+        figure, axes = plt.subplots(
+            lines,
+            columns,
+            figsize=(2.6 * columns, lines * (0.7 + 0.16 * len(classes))),
+            layout="constrained",
+            squeeze=False,
+            sharey=True,
+        )
+        values = []
+        for axis, (name, results) in zip(axes.flat, runs, strict=False):
+            found = results["accuracy"]["per_class"]
+            shares = [100 * found.get(label, 0) for label in classes]
+            axis.barh(places, shares, color=BLUE)
+            axis.set_title(f"{name}\nepsilon {results['epsilon']['value']:.3g}", fontsize=8)
+            axis.set(xlim=(0, 100), yticks=places, yticklabels=classes)
+            worst = int(np.argmin(shares))
+            values.append(f"{name}: worst {classes[worst]}, {shares[worst]:.1f} %")
+        axes[0][0].invert_yaxis()
+        for axis in axes.flat[len(runs) :]:
+            axis.set_axis_off()
+        figure.supxlabel("accuracy, %", fontsize=8, color=TEXT)
+        return _svg(figure, f"Accuracy by class, a panel a run. {'; '.join(values)}.")
+
+
 def plot_neighbour_distances(spaces: list[Neighbours]) -> str:
     """How far synthetic images are from their nearest private and nearest held-out image."""
     with plt.rc_context(STYLE | {"svg.hashsalt": "neighbours"}):

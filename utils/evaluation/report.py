@@ -11,7 +11,11 @@ from PIL import Image
 
 from utils.errors import UsageError
 from utils.evaluation.memorisation import Neighbours
-from utils.evaluation.plots import plot_neighbour_distances, plot_quality_trade_off
+from utils.evaluation.plots import (
+    plot_classes_of_runs,
+    plot_neighbour_distances,
+    plot_quality_trade_off,
+)
 from utils.hub.pages import lay_out_numbers, lay_out_stages, mark_up, write_page
 from utils.hub.privacy_words import describe_formally, describe_plainly, name_one
 
@@ -229,6 +233,10 @@ def _comparison(page: Page) -> str:
         ]
         if len(known) > 1:
             plots += f"<figure>{plot_quality_trade_off(known, metric, label)}</figure>"
+    known = [run for run in runs if "per_class" in run[1].get("accuracy", {})]
+    known = [run for run in known if format_metric(run[1].get("epsilon")) != "unknown"]
+    if len(known) > 1:
+        plots += f"<figure>{plot_classes_of_runs(known)}</figure>"
     return (
         '<h2>Against other runs</h2><div class="wide"><table><caption>Fréchet distances compare '
         "only where extractor and numbers of images are the same</caption>"
