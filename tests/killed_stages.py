@@ -2,7 +2,8 @@
 
     python -m tests.killed_stages BASE IMAGES FOLDER
 
-One command releases means, selects and trains; curate.py does the last stage, in the same ledger.
+One command releases means, selects and trains; curate.py or relabel.py does the last stage, in the
+same ledger.
 After each kill the same command is run again. Then all must verify, no stage may be charged twice
 or with other noise. The last line is a summary in JSON.
 """
@@ -15,6 +16,7 @@ import signal
 from pathlib import Path
 
 import curate
+import relabel
 from tests.conftest import ROOT, train_arguments
 from tests.killed_runs import die_on_call, in_a_child
 from utils.ledger import runs
@@ -22,12 +24,13 @@ from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation, fine_tuning, first_stages, means, selection
+from utils.privacy import training
 from utils.privacy.accounting import account, calibrate_noise_multiplier, membership_power
 from utils.sampling import generation, synthetic_sets
 
 SIGMA = {"--release_epsilon": 2, "--selection_noise_multiplier": 4, "--noise_multiplier": 0.9}
 SMALL = ["--generator_steps", 1, "--num_synthetic_images", 8, "--num_frequencies", 10]
-ROUNDS, DELTA = 2, 1e-3
+ROUNDS, STEPS, DELTA = 2, 4, 1e-3
 
 # The stage, and what is fatal there: the owner, the name and the number of a call, before or after.
 POINTS = {
@@ -57,6 +60,12 @@ VOTING = {
     "before the statement of the votes": (runs, "write_statement", 1, False),
     "while the winners are written": (synthetic_sets, "write_piece", 2, True),
     "before the winners are noted": (synthetic_sets, "hash_set", 1, False),
+}
+NAMING = {
+    "before the first step of the classifier": (training, "add_noise_once", 1, False),
+    "after its second checkpoint": (runs, "save_checkpoint", 2, True),
+    "before its statement": (runs, "write_statement", 1, False),
+    "while the images are written under their names": (synthetic_sets, "write_piece", 2, True),
 }
 
 
@@ -104,8 +113,8 @@ def main():
     for number in range(3):  # what the forks would compute again, each for seconds
         spent = account(expected[: number + 1], DELTA)
         membership_power(expected[: number + 1])
-    *prior, training = expected
-    everyone = (1.0, training["steps"], tuple(prior))  # in every step: what a verdict asks
+    *prior, trained = expected
+    everyone = (1.0, trained["steps"], tuple(prior))  # in every step: what a verdict asks
     calibrate_noise_multiplier(spent.add_or_remove_one, DELTA, *everyone)
     for number, (where, point) in enumerate(POINTS.items()):
         print(where, flush=True)
@@ -122,19 +131,22 @@ def main():
     assert in_a_child([*draw, "--output_dir", candidates], script=sample) == 0
     assert generation.SET_DIGEST in json.loads((candidates / "sampling.json").read_text())
     weights = ROOT / "examples" / "digits" / "extractor.safetensors"
-    voting = ["--synthetic", candidates, "--train_data_dir", args.images, "--rounds", ROUNDS]
-    voting += ["--label_column", "label", "--caption_template", "the digit {label}"]
-    voting += ["--extractor", "classifier", "--classifier_weights", weights]
-    voting += ["--target_delta", DELTA, "--curation_epsilon", 2]
-    for number, (where, point) in enumerate({"undisturbed": None, **VOTING}.items()):
-        print(where, flush=True)
-        ledger = args.folder / f"votes-{number}.jsonl"
-        shutil.copy(whole / "private" / "ledger.jsonl", ledger)
-        output = args.folder / f"votes-{number}"
-        kills += go_on([*voting, "--privacy_ledger", ledger], output, curate, point)
-        *before, event = read_charges(ledger)
-        assert before == expected and event["steps"] == ROUNDS, f"{where}: charged {event}"
-    print(json.dumps({"points": len(POINTS) + len(VOTING), "killed": kills}))
+    last = ["--synthetic", candidates, "--train_data_dir", args.images, "--target_delta", DELTA]
+    last += ["--label_column", "label", "--caption_template", "the digit {label}"]
+    last += ["--extractor", "classifier", "--classifier_weights", weights]
+    vote = [*last, "--rounds", ROUNDS, "--curation_epsilon", 2]
+    name = [*last, "--relabel_steps", STEPS, "--relabel_epsilon", 2, "--checkpointing_steps", 2]
+    stages = [(curate, vote, VOTING, ROUNDS), (relabel, name, NAMING, STEPS)]
+    for script, options, points, steps in stages:
+        for number, (where, point) in enumerate({"undisturbed": None, **points}.items()):
+            print(where, flush=True)
+            output = args.folder / f"{script.__name__}-{number}"
+            ledger = output.with_suffix(".jsonl")
+            shutil.copy(whole / "private" / "ledger.jsonl", ledger)
+            kills += go_on([*options, "--privacy_ledger", ledger], output, script, point)
+            *before, event = read_charges(ledger)
+            assert before == expected and event["steps"] == steps, f"{where}: charged {event}"
+    print(json.dumps({"points": len(POINTS) + len(VOTING) + len(NAMING), "killed": kills}))
 
 
 if __name__ == "__main__":

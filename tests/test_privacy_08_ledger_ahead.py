@@ -206,11 +206,11 @@ def test_a_process_whose_run_went_on_elsewhere_releases_nothing_more(tmp_path):
 
 
 def test_kill_9_in_every_stage_loses_nothing_and_charges_once(tiny_base, image_folder, tmp_path):
-    """At 24 chosen moments of means, selection, warm start, training and curation."""
+    """At 28 chosen moments of means, selection, warm start, training, curation and relabelling."""
     command = [sys.executable, "-m", "tests.killed_stages", tiny_base, image_folder, tmp_path]
     run = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=quiet_environment(), capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
     counts = json.loads(run.stdout.splitlines()[-1])
-    assert counts["killed"] == counts["points"] == 24
+    assert counts["killed"] == counts["points"] == 28
