@@ -137,6 +137,7 @@ def learn(
     """
     head = nn.Linear(images.features.shape[1], num_classes, bias=False).to(accelerator.device)
     state = build_state(head, plan)
+    state.recharged = run.recharged
     if run.checkpoint is None:
         run.save(0, state.state_dict, 1)  # from here on, it can be resumed
     else:
@@ -159,7 +160,7 @@ def find_prompts(election: Election, args: RelabellingArguments) -> list[str]:
     if not names:
         raise UsageError(
             "a classifier needs labels: give --label_column, and a --synthetic set whose images "
-            "have labels, too"
+            "have labels, too, of two classes at least"
         )
     texts = {name: {e["text"] for e in candidates.entries if e["label"] == name} for name in names}
     several = [name for name in names if len(texts[name]) > 1]
@@ -169,8 +170,6 @@ def find_prompts(election: Election, args: RelabellingArguments) -> list[str]:
             "prompts, so an image that comes to it cannot be told which is its own: draw the set "
             "with one prompt a class"
         )
-    if len(names) < 2:
-        raise UsageError(f"--synthetic {args.synthetic} has one class only: nothing to tell apart")
     if (args.num_images or 0) > len(candidates.images):
         raise UsageError(
             f"--num_images {args.num_images}: there are {len(candidates.images)} images"
