@@ -2,6 +2,7 @@
 
     python privacy_report.py show runs/digits/adapter        # a folder, a ledger or a Hub id
     python privacy_report.py verify runs/digits/adapter      # exit code 1 if anything is wrong
+    python privacy_report.py sign runs/digits/adapter --key ~/.ssh/id_ed25519
     python privacy_report.py officer runs/digits/adapter     # a page for whoever must sign
 
     # how much noise does epsilon 8 need? and what does noise 1.1 cost?
@@ -37,6 +38,7 @@ from utils.arguments.reports import (
     OfficerArguments,
     PlanArguments,
     ShowArguments,
+    SignArguments,
     VerifyArguments,
 )
 from utils.errors import CannotLoad, UsageError, run_script
@@ -79,16 +81,32 @@ def show(args: ShowArguments) -> None:
 
 
 def verify(args: VerifyArguments) -> None:
+    from utils.ledger.signatures import check_signature
     from utils.ledger.verification import describe_verified, find_problems, read_source
 
     source = read_source(args.path, args.revision)
-    problems = find_problems(source)
+    problems, said = find_problems(source), []
+    if source.folder is not None and source.statement is not None:
+        said, wrong = check_signature(source.folder, args.signers)
+        problems += wrong
+    elif args.signers is not None:
+        raise UsageError(f"--signers: {args.path} is not a folder or Hub id with a privacy.json")
     if problems:
         print(f"{args.path} does not verify:", file=sys.stderr)
         for problem in problems:
             print(f"- {problem}", file=sys.stderr)
         sys.exit(1)
-    print("\n".join(describe_verified(source)))
+    print("\n".join([*describe_verified(source), *said]))
+
+
+def sign(args: SignArguments) -> None:
+    from utils.ledger.signatures import sign
+    from utils.ledger.verification import find_problems, read_source
+
+    problems = find_problems(read_source(args.path, None))
+    if problems:
+        raise UsageError(f"{args.path} does not verify, and is not signed: {problems[0]}")
+    print(f"signed: {sign(Path(args.path), str(Path(args.key).expanduser()))}")
 
 
 def officer(args: OfficerArguments) -> None:
@@ -224,6 +242,7 @@ def give_up(args: GiveUpArguments) -> None:
 WORK = {
     ShowArguments: show,
     VerifyArguments: verify,
+    SignArguments: sign,
     OfficerArguments: officer,
     PlanArguments: plan,
     GiveUpArguments: give_up,

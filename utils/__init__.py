@@ -97,6 +97,7 @@
         checkpoints         whole or absent, never with a generator in them
         statement           privacy.json
         verification        does a statement hold? find it, and hold it against its files
+        signatures          who stands behind a statement: SSH keys
         checks              what statements, records and checkpoints must satisfy
     privacy/        differential privacy
         training            the one private training loop

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from utils.errors import UsageError
 
 STATEMENT = "privacy.json"  # what epsilon is computed from
+SIGNATURE = "privacy.json.sig"  # of whoever stands behind the statement
 CARD = "README.md"
 SAMPLES = "samples"  # images of the trained model
 SALIENCY = "saliency.json"  # which matrices a selection chose
@@ -32,7 +33,7 @@ DATA_SHEET, DATA_REPORT = "images.png", "data.json"  # in PRIVATE: what a privat
 SAMPLE_DIGESTS = "samples.json"  # in PRIVATE: the SHA-256 of each sample, as it was generated
 CHECKPOINTS, CACHE, LATENTS, LOGS = "checkpoints", "cache", "latents", "logs"  # in PRIVATE
 # What is downloaded of a published adapter.
-PUBLISHED = ["*.json", "*.safetensors", "*.py", "unet/*", "transformer/*", CARD]
+PUBLISHED = ["*.json", SIGNATURE, "*.safetensors", "*.py", "unet/*", "transformer/*", CARD]
 
 
 def private_folder(output_dir: str | Path) -> Path:

@@ -24,6 +24,19 @@ class VerifyArguments:
 
     path: str = option("run folder, ledger (.jsonl), statement (.json) or Hub id", positional=True)
     revision: str | None = option("revision of a Hub id", None)
+    signers: str | None = option(
+        "file of those whom you trust, a name and a public SSH key a line (allowed_signers): the "
+        "statement must be signed by one of them",
+        None,
+    )
+
+
+@dataclass
+class SignArguments:
+    """sign a statement with an SSH key: who stands behind it?"""
+
+    path: str = option("run folder", positional=True)
+    key: str = option("private key, such as ~/.ssh/id_ed25519")
 
 
 @dataclass

@@ -19,12 +19,14 @@ from utils.files import (
     SAMPLE_DIGESTS,
     SAMPLES,
     SAMPLING_SETTINGS,
+    SIGNATURE,
     STATEMENT,
     hash_file,
     private_folder,
 )
 from utils.hub.cards import PLACEHOLDER
 from utils.hub.evaluation_card import build_evaluation_section, insert_section
+from utils.ledger.signatures import check_signature
 from utils.ledger.verification import find_problems, read_source
 from utils.models.drawing import read_settings
 
@@ -32,7 +34,7 @@ HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeErro
 SAMPLE = re.compile(r"(\d{4}|grid|film)\.png")
 # What an earlier upload may have left, of a model or a synthetic set.
 OURS = re.compile(
-    r"data/train-.*\.parquet|samples/(\d{4}|grid|film)\.png|(privacy|sampling)\.json|grid\.png|"
+    r"data/train-.*\.parquet|samples/(\d{4}|grid|film)\.png|(privacy|sampling)\.json|grid\.png|privacy\.json\.sig|"
     r"(unet|transformer)/.*|"
     r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
     r"pytorch_lora_weights\.safetensors"
@@ -80,6 +82,11 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
         raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")
     names = [*json.loads(statement.read_text()).get("files", {}), STATEMENT, CARD]
     names += [SAMPLING_SETTINGS] if read_settings(output_dir) else []
+    if (output_dir / SIGNATURE).exists():
+        _, problems = check_signature(output_dir, None)
+        if problems:
+            raise UsageError(f"{output_dir}: {problems[0]}: sign it again, or remove {SIGNATURE}")
+        names.append(SIGNATURE)
     names += [f"{SAMPLES}/{name}" for name in _list_samples(output_dir)]
     for name in names:
         path = output_dir / name

@@ -24,7 +24,7 @@ WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
 FIRST_RELEASE = f"{FIRST_MEANS}/{MEANS}"  # of a stage in a run's own folder
 # What a repository may hold beside the files of its statement.
 HARMLESS = re.compile(
-    r"(privacy|sampling)\.json|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png"
+    r"(privacy|sampling)\.json|privacy\.json\.sig|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png"
 )
 
 
