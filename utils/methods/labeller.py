@@ -27,8 +27,7 @@ UNITS = 1024  # a forward pass
 MOMENTUM = 0.9
 FLOOR = 0.1  # of the mean variance, added to that of every direction: none is blown up to noise
 CONSTANT = 0.1  # the last number of every feature vector, whose others have norm one
-# How far the weights may go, in units of their noise at the end. Between 0.3 and 1 accuracies
-# differ by less than a point, with 1,437 to 60,000 images (benchmarks/RESULTS.md).
+# How far the weights may go, in units of their noise at the end; benchmarks/labeller.py tries others.
 TRAVEL = 0.5
 
 
