@@ -52,6 +52,7 @@ space: .venv/.installed  ## a Space of the Hub that plans budgets and verifies s
 	cp -r utils examples/space/app.py examples/space/README.md CITATION.cff runs/space/
 	find runs/space -name __pycache__ -prune -exec rm -r {} +
 	sed '/^#/d; /^pillow==/s/==.*//' requirements.txt > runs/space/requirements.txt  # gradio has its own
+	sed -n 's/^sdk_version: /gradio==/p' examples/space/README.md >> runs/space/requirements.txt
 
 base: .venv/.installed  ## remake the public base model in runs/digits/base (about half an hour)
 	$(BIN)/python examples/digits/draw_public.py --output_dir runs/digits/public

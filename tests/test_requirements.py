@@ -45,6 +45,8 @@ def find_unnamed(path: Path) -> set[str]:
         named |= set(read_requirements("requirements-dev.txt"))
     if path.name == "mutants.py":  # `make mutants` installs more
         named |= {"coverage", *re.findall(r"([\w-]+)==", (ROOT / "Makefile").read_text())}
+    if path.parent.name == "space":  # `make space` names it, at the version of its README
+        named |= set(re.findall(r"^sdk: (\w+)$", (path.parent / "README.md").read_text(), re.M))
     return {normalise(name) for name in find_libraries(path)} - {normalise(n) for n in named}
 
 

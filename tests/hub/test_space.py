@@ -78,3 +78,4 @@ def test_its_folder_has_all_that_it_imports(tmp_path):
     assert str(folder) in run.stdout
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert "pillow" in lines and "torch==2.13.0" in lines
+    assert any(line.startswith("gradio==") for line in lines)
