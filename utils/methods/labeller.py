@@ -27,7 +27,7 @@ UNITS = 1024  # a forward pass
 MOMENTUM = 0.9
 FLOOR = 0.1  # of the mean variance, added to that of every direction: none is blown up to noise
 CONSTANT = 0.1  # the last number of every feature vector, whose others have norm one
-# How far the weights may go, in units of their noise at the end; benchmarks/labeller.py tries others.
+# How far the weights may go, in units of their final noise; benchmarks/labeller.py tries others.
 TRAVEL = 0.5
 
 
