@@ -148,7 +148,7 @@ def measure(images: str, test: str, folder: Path) -> dict:
     return {
         "accuracy": found["accuracy"]["value"],
         "networks": {name: v["value"] for name, v in found["accuracy"]["networks"].items()},
-        "images": found["num_synthetic"],
+        "images": distance["num_synthetic"],
         "frechet_distance": distance["value"],
         "extractor": distance["extractor"],
         "evaluation_seconds": round(time.perf_counter() - start),
