@@ -79,8 +79,7 @@ def main():
         first, one = torch.arange(count), torch.ones(count, dtype=int)
         images = labeller.UnitImages(seen["train"][:count], wanted["train"][:count], first, one)
         head = nn.Linear(seen["train"].shape[1], len(names), bias=False).to(accelerator.device)
-        labeller.TRAVEL = travel
-        state, randomness = labeller.build_state(head, plan), SecretRandomness()
+        state, randomness = labeller.build_state(head, plan, travel), SecretRandomness()
         losses = labeller.build_losses(head, images, randomness, accelerator)
         for _ in private_steps(accelerator, state, losses, plan, randomness, labeller.UNITS, False):
             pass

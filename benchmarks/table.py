@@ -115,7 +115,7 @@ def run_cell(path: Path, private: dict[str, str]) -> None:
         steps[name] = take_step(folder, name, command.format(**names))
         print(f"{path.stem}: {name}, {steps[name]['seconds'] / 60:.0f} minutes", flush=True)
     row = {key: cell[key] for key in ("set", "epsilon", "method")} | {"cell": path.stem}
-    row["seconds"] = {name: round(step["seconds"]) for name, step in steps.items()}
+    row["seconds"] = {name: round(step["seconds"]) for name, step in steps.items()}  # to plan by
     row["commit"] = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)[:7]
     row["trained"] = count_trained(folder / "adapter")
     if "ledger" in cell:
@@ -136,7 +136,6 @@ def measure(images: str, test: str, folder: Path) -> dict:
     """The accuracy of each network that is trained on the images, their mean, and the distance."""
     output = folder / "metrics.json"
     data = ["--synthetic", images, "--test_dataset_name", test, "--output_file", output]
-    start = time.perf_counter()
     if not output.exists():
         call(["evaluate.py", *data, *JUDGES], folder / "evaluate.log")
     strips = RESULTS.parent / "strips"
@@ -151,7 +150,6 @@ def measure(images: str, test: str, folder: Path) -> dict:
         "images": distance["num_synthetic"],
         "frechet_distance": distance["value"],
         "extractor": distance["extractor"],
-        "evaluation_seconds": round(time.perf_counter() - start),
     }
 
 
@@ -171,8 +169,8 @@ def show(rows: list[dict]) -> None:
     for name in sorted({row["set"] for row in rows}):
         print(f"\n### {name}\n")
         print("| method | epsilon | delta | mean | " + " | ".join(NETWORKS), end="")
-        print(" | Frechet distance | images | trained weights | private runs | hours |")
-        print("| --- " * (len(NETWORKS) + 9) + "|")
+        print(" | Frechet distance | images | trained weights | private runs |")
+        print("| --- " * (len(NETWORKS) + 8) + "|")
         mine = [row for row in rows if row["set"] == name]
         for row in sorted(mine, key=lambda row: (row["method"], row["epsilon"] or 0)):
             print("|", " | ".join(describe(row)), "|")
@@ -186,12 +184,11 @@ def describe(row: dict) -> list[str]:
         "epsilon": (privacy.get("epsilon"), "{:.2f}"),
         "delta": (privacy.get("delta"), "{:.1e}"),
         "mean": (100 * row["accuracy"], "**{:.1f}**"),
-        **{n: (n in networks and 100 * networks[n] or None, "{:.1f}") for n in NETWORKS},
+        **{n: (100 * networks[n] if n in networks else None, "{:.1f}") for n in NETWORKS},
         "distance": (row.get("frechet_distance"), "{:.3g}"),
         "images": (row.get("images"), "{:,}"),
         "trained": (row["trained"], "{:,}"),
         "runs": (privacy.get("private_runs"), "{}"),
-        "hours": (sum(row["seconds"].values()) / 3600, "{:.1f}"),
     }
     texts = ["-" if value is None else form.format(value) for value, form in known.values()]
     return [row["method"], *texts]

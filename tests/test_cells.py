@@ -54,7 +54,7 @@ def test_a_step_that_ended_is_not_run_again(tmp_path, monkeypatch):
 def test_rows_are_described_as_they_are():
     rows = json.loads(table.RESULTS.read_text()) if table.RESULTS.exists() else []
     for row in rows:
-        assert len(table.describe(row)) == len(table.NETWORKS) + 8 + 1
+        assert len(table.describe(row)) == len(table.NETWORKS) + 8
         if "privacy" in row and row["epsilon"]:
             assert row["privacy"]["epsilon"] <= row["epsilon"]
         if "networks" in row:

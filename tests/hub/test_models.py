@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -127,6 +128,20 @@ def test_weights_beside_a_statement_are_seen_on_the_hub_whatever_their_format(
     revision = repository.sha(1)
     verified = on_hub("privacy_report.py", "verify", "user/mixed", "--revision", revision)
     assert verified.returncode == 0, verified.stderr
+
+
+def test_a_signature_is_published_and_says_who(on_hub, finished, tmp_path):
+    key, signers = tmp_path / "key", tmp_path / "signers"
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(key)]
+    subprocess.run(command, check=True)
+    signers.write_text(f"officer@hospital {key.with_suffix('.pub').read_text()}")
+    signed = on_hub("privacy_report.py", "sign", finished, "--key", key)
+    assert signed.returncode == 0, signed.stderr
+    pushed = on_hub("push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/signed")
+    assert pushed.returncode == 0, pushed.stderr
+    verified = on_hub("privacy_report.py", "verify", "user/signed", "--signers", signers)
+    assert verified.returncode == 0, verified.stderr
+    assert "signed by officer@hospital" in verified.stdout
 
 
 def test_a_card_that_claims_another_epsilon_does_not_verify(on_hub, finished):

@@ -1,21 +1,28 @@
 """relabel.py: what it spends, what it calls images, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_here
-from tests.methods.conftest import draw
-from utils.evaluation.features import Extractor
+from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.relabelling import RelabellingArguments
+from utils.data.images import crop_to_pixels
+from utils.errors import UsageError
+from utils.evaluation.features import Extractor, build_extractor
+from utils.files import hash_file
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import labeller
 from utils.methods import relabelling as story
+from utils.methods.election import extract_pixels
 from utils.methods.labeller import (
     UnitImages,
     Whitening,
@@ -27,7 +34,6 @@ from utils.methods.labeller import (
 from utils.privacy.plan import make_plan
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import clipped_gradient_sum, private_steps
-from utils.sampling.shards import hash_set
 
 EXTRACTOR = ["--extractor", "classifier", "--classifier_weights",
              ROOT / "examples" / "digits" / "extractor.safetensors"]  # fmt: skip
@@ -82,6 +88,25 @@ def test_labels_follow_the_published_classifier_alone(public, image_folder, tmp_
     assert "of 24 images got another label" in shown
     file = load_file(tmp_path / "run" / "labeller.safetensors")
     assert file["weights"].shape == (4, 257)
+    # From what is public alone, features were made white, and the images named.
+    extractor = build_extractor(
+        ExtractorArguments("classifier", classifier_weights=str(EXTRACTOR[-1])),
+        torch.device("cpu"),
+    )
+    files = sorted(public.glob("0*.png"))
+    pixels = torch.stack([crop_to_pixels(Image.open(path), 32) for path in files])
+    seen = extract_pixels(extractor, pixels)
+    whiten = Whitening(file["mean"], file["matrix"])
+    again = fit_whitening(seen)
+    assert torch.allclose(again.mean, whiten.mean, atol=1e-5)
+    assert torch.allclose(again(seen), whiten(seen), atol=1e-3)
+    named = (whiten(seen) @ file["weights"].T).argmax(1).tolist()
+    found = {hash_file(path): "0123"[number] for path, number in zip(files, named, strict=True)}
+    folder = tmp_path / "run" / "set"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    for row in rows:
+        assert found[hash_file(folder / row["file_name"])] == row["label"]
     again = relabel(tmp_path / "run" / "set", image_folder, tmp_path / "again",
                     "--relabel_epsilon", 2, "--num_images", 7)  # fmt: skip
     assert "7 images, grid.png" in again
@@ -106,13 +131,15 @@ def test_mistakes_get_a_sentence_and_nothing_is_spent(public, image_folder, tmp_
     assert not (tmp_path / "run" / "labeller.safetensors").exists()
 
 
-def test_a_class_with_several_prompts_is_refused(tiny_base, image_folder, tmp_path):
-    draw(tiny_base, tmp_path / "other")
-    rows = (tmp_path / "other" / "metadata.jsonl").read_text()
-    assert hash_set(tmp_path / "other")
-    (tmp_path / "other" / "metadata.jsonl").write_text(rows.replace("the digit 2", "two", 1))
-    shown = relabel(tmp_path / "other", image_folder, tmp_path / "run", "--target_epsilon", 3)
-    assert shown.startswith("error: ")
+def test_a_class_with_several_prompts_is_refused():
+    entries = [{"label": name, "text": f"the digit {name}"} for name in "0101"]
+    candidates = SimpleNamespace(entries=entries, images=entries)
+    election = SimpleNamespace(candidates=candidates, classes=SimpleNamespace(names=["0", "1"]))
+    args = RelabellingArguments(synthetic="set")
+    assert story.find_prompts(election, args) == ["the digit 0", "the digit 1"]
+    entries[2]["text"] = "a zero"
+    with pytest.raises(UsageError, match="images of class 0 have different prompts"):
+        story.find_prompts(election, args)
 
 
 def test_one_unit_moves_the_sum_by_the_bound_and_nobody_else():

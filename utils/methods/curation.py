@@ -30,7 +30,6 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor
 from utils.files import VOTES
 from utils.ledger.runs import Run
-from utils.ledger.statement import Circumstances
 from utils.methods.classes import number_rows, read_units
 from utils.methods.election import (
     Candidates,
@@ -49,7 +48,7 @@ from utils.methods.votes import count_votes, keep_best, resample
 from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once
-from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import make_randomness
 
 SHOWN = 5  # rows of winners, and of losers, in votes.png
@@ -102,8 +101,7 @@ def run_curation(
     candidates, votes = hold(election, vary, count, args, run, seed)
 
     # Everything from here on sees the noisy votes only.
-    base = None if election.paid.statement is None else election.paid.statement.get("base")
-    told = Circumstances(randomness.is_private, randomness.source, base=base)
+    told = election.describe_circumstances(randomness)
     on_main_process(lambda: run.publish(lambda to: export(votes, candidates, to), plan, told))
     kept = candidates.select(keep(votes[-1], candidates, args, seed))
     did = {"curated": asdict(args) | about}
@@ -125,18 +123,15 @@ def plan_votes(
     alone = args.curation_epsilon
     if alone is None and privacy.target_epsilon is None:
         raise UsageError("give --target_epsilon, for all; or --curation_epsilon, for the votes")
-    plan = make_plan(
-        target_epsilon=privacy.target_epsilon if alone is None else alone,
+    return election.plan(
+        alone,
+        privacy,
         num_units=num_units,
-        expected_batch_size=num_units,
         steps=args.rounds,
         max_grad_norm=args.votes_per_row**0.5,
-        delta=privacy.target_delta,
         unit_column=unit_column,
         purpose="curation",
-        prior=election.prior if alone is None else (),
     )
-    return replace(plan, prior=election.prior, builds_on=election.builds_on)
 
 
 def announce(plan: PrivacyPlan, num_candidates: int) -> str:

@@ -25,8 +25,11 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import BATCH, Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
+from utils.ledger.statement import Circumstances
 from utils.methods.classes import Classes, Nearest, build_nearest
 from utils.methods.planning import PrivateRows
+from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.randomness import SecretRandomness
 from utils.sampling.generation import ADAPTER_FILES, load_drawing
 from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
 from utils.sampling.sources import find_source
@@ -72,6 +75,31 @@ class Election:
     classes: Classes
     nearest: Nearest | None
     extractor: Extractor
+
+    def plan(self, epsilon: float | None, privacy: PrivacyArguments, **terms) -> PrivacyPlan:
+        """Steps of the Gaussian mechanism on everyone, after what the candidates cost.
+
+        Args:
+            epsilon: of these steps alone; None: what `--target_epsilon`, for all, leaves.
+            terms: other fields of `PrivacyPlan`.
+
+        Raises:
+            UsageError: see `make_plan`.
+        """
+        alone = epsilon is not None
+        plan = make_plan(
+            target_epsilon=epsilon if alone else privacy.target_epsilon,
+            expected_batch_size=terms["num_units"],
+            delta=privacy.target_delta,
+            prior=() if alone else self.prior,
+            **terms,
+        )
+        return replace(plan, prior=self.prior, builds_on=self.builds_on)
+
+    def describe_circumstances(self, randomness: SecretRandomness) -> Circumstances:
+        """What the statement says beside the mechanisms."""
+        statement = self.paid.statement or {}
+        return Circumstances(randomness.is_private, randomness.source, base=statement.get("base"))
 
     def describe(self) -> dict:
         """What a run that is resumed must find again."""

@@ -110,12 +110,12 @@ def build_losses(
     return losses
 
 
-def build_state(head: nn.Linear, plan: PrivacyPlan) -> TrainingState:
+def build_state(head: nn.Linear, plan: PrivacyPlan, travel: float = TRAVEL) -> TrainingState:
     """Momentum and a cosine schedule, from weights of zero; the rate is such that the weights can
-    go `TRAVEL` times as far as the noise, which does not depend on the number of steps."""
+    go `travel` times as far as the noise, which does not depend on the number of steps."""
     nn.init.zeros_(head.weight)
     noise = plan.noise_multiplier / plan.num_units / plan.steps**0.5  # of the mean, in one step
-    rate = 2 * (1 - MOMENTUM) * TRAVEL / (noise * plan.steps)
+    rate = 2 * (1 - MOMENTUM) * travel / (noise * plan.steps)
     optimizer = torch.optim.SGD(head.parameters(), rate, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
     return TrainingState(PerUnitGradients(head), optimizer, schedule)

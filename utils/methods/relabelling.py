@@ -6,7 +6,7 @@ Shapes: M synthetic images.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
 from utils.files import LABELLER
 from utils.ledger.runs import Run
-from utils.ledger.statement import Circumstances
 from utils.methods.classes import number_rows
 from utils.methods.election import (
     Candidates,
@@ -52,7 +51,7 @@ from utils.methods.stages import collect_settings, start
 from utils.methods.votes import keep_best
 from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
-from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import private_steps
 
@@ -103,20 +102,20 @@ def run_relabelling(
 
     # Everything from here on sees the noisy classifier only.
     scores = whiten(seen) @ weights.T
-    named = rename(election.candidates, scores, election.classes.names, prompts)
-    base = None if election.paid.statement is None else election.paid.statement.get("base")
-    told = Circumstances(randomness.is_private, randomness.source, base=base)
+    sure, found_classes = scores.softmax(1).max(1)
+    named = rename(election.candidates, found_classes, election.classes.names, prompts)
+    told = election.describe_circumstances(randomness)
     tensors = asdict(whiten) | {"weights": weights}
 
     def export(folder: Path) -> None:
         spoken = {"classes": json.dumps(election.classes.names), "about": json.dumps(about)}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / LABELLER, spoken)
-        draw_changes(election.candidates, named, scores).save(folder / "relabelled.png")
+        draw_changes(election.candidates, named, sure, count).save(folder / "relabelled.png")
 
     on_main_process(lambda: run.publish(export, plan, told))
     changed = int((named.classes != election.candidates.classes).sum())
     accelerator.print(f"{changed} of {len(seen)} images got another label")
-    kept = named.select(choose(named, scores, args))
+    kept = named.select(keep_best(sure.numpy(), named.classes, args.num_images or len(sure)))
     did = {"relabelled": asdict(args) | about}
     leave_set(kept, did, election.paid, plan, run, training, hub)
 
@@ -192,18 +191,15 @@ def plan_classifier(
     alone = args.relabel_epsilon
     if alone is None and privacy.target_epsilon is None:
         raise UsageError("give --target_epsilon, for all; or --relabel_epsilon, for the classifier")
-    plan = make_plan(
-        target_epsilon=privacy.target_epsilon if alone is None else alone,
+    return election.plan(
+        alone,
+        privacy,
         num_units=num_units,
-        expected_batch_size=num_units,
         steps=args.relabel_steps,
         max_grad_norm=1.0,
-        delta=privacy.target_delta,
         unit_column=unit_column,
         purpose="relabelling",
-        prior=election.prior if alone is None else (),
     )
-    return replace(plan, prior=election.prior, builds_on=election.builds_on)
 
 
 def announce(plan: PrivacyPlan, election: Election) -> str:
@@ -218,31 +214,27 @@ def announce(plan: PrivacyPlan, election: Election) -> str:
 
 
 def rename(
-    candidates: Candidates, scores: torch.Tensor, names: list[str], prompts: list[str]
+    candidates: Candidates, found: torch.Tensor, names: list[str], prompts: list[str]
 ) -> Candidates:
-    """Each image under the class of the highest score [M, classes], and its prompt."""
-    found = scores.argmax(1).tolist()
+    """Each image under the class that was found for it [M], and its prompt."""
     entries = [
         entry | {"text": prompts[number], "label": names[number]}
-        for entry, number in zip(candidates.entries, found, strict=True)
+        for entry, number in zip(candidates.entries, found.tolist(), strict=True)
     ]
-    return Candidates(candidates.images, entries, scores.argmax(1).numpy())
+    return Candidates(candidates.images, entries, found.numpy())
 
 
-def choose(named: Candidates, scores: torch.Tensor, args: RelabellingArguments) -> list[int]:
-    """The places of the images that stay: the surest of each class, the classes in turn."""
-    sure = scores.softmax(1).amax(1).numpy()
-    return keep_best(sure, named.classes, args.num_images or len(sure))
-
-
-def draw_changes(before: Candidates, after: Candidates, scores: torch.Tensor) -> Image.Image:
-    """Images that changed their class, the surest first; a column for each that they came to."""
+def draw_changes(
+    before: Candidates, after: Candidates, sure: torch.Tensor, num_classes: int
+) -> Image.Image:
+    """Images that changed their class, the surest [M] first; a column for each that they came
+    to."""
     changed = (before.classes != after.classes).nonzero()[0]
-    order = changed[(-scores.softmax(1).amax(1).numpy()[changed]).argsort(kind="stable")]
+    order = changed[(-sure.numpy()[changed]).argsort(kind="stable")]
     blank = Image.new("RGB", before.images[0].size, "white")
     columns = [
         [before.images[i] for i in order[after.classes[order] == number][:SHOWN].tolist()]
-        for number in range(scores.shape[1])
+        for number in range(num_classes)
     ]
     cells = [c[row] if row < len(c) else blank for row in range(SHOWN) for c in columns]
     return tile_images(cells, len(columns))
