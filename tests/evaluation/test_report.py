@@ -48,6 +48,7 @@ def results(epsilon: float | None = 9.98) -> dict:
         "class_names": CLASSES,
         "confusion": (np.eye(10) * 0.9 + 0.01).tolist(),
         "num_real": 1000,
+        "classifier_steps": {"cnn": 600},
         "classifier_seeds": 3,
     }
     return entries

@@ -96,7 +96,7 @@ def test_one_run_answers_everything_and_marks_what_read_private_images(
 ):
     arguments = ["--synthetic", folders / "synthetic", "--test_data_dir", folders / "real"]
     arguments += ["--test_split", "train", "--private_data_dir", folders / "private"]
-    arguments += ["--classifiers", "cnn", "resnet9", "--classifier_steps", 3]
+    arguments += ["--classifiers", "cnn", "resnet9", "--classifier_steps", 4, 3]
     arguments += ["--classifier_seeds", 1, "--evaluation_resolution", 16, "--train_on_real"]
     output = tmp_path / "out" / "metrics.json"
     run = run_script("evaluate.py", *arguments, "--output_file", output)
@@ -114,6 +114,7 @@ def test_one_run_answers_everything_and_marks_what_read_private_images(
         assert entry["num_synthetic"] == 30 and "fewer than 10000" in entry["warning"]
         assert len(entry["extractor_weights"]) == 64
     assert set(metrics["accuracy"]["networks"]) == {"cnn", "resnet9"}
+    assert metrics["accuracy"]["classifier_steps"] == {"cnn": 4, "resnet9": 3}
     np.testing.assert_allclose(np.sum(metrics["accuracy"]["confusion"], axis=1), 1, rtol=1e-5)
     aside = output.parent / "private"
     assert {path.name for path in output.parent.iterdir()} == {
@@ -154,6 +155,9 @@ def covered(metrics: dict) -> set[str]:
 MISTAKES = [
     (["--metrics", "beauty"], "beauty: unknown"),
     (["--classifiers", "vgg"], "vgg: unknown"),
+    (["--classifier_steps", "9", "9"], "give one for all, or one for each of the 1 --classifiers"),
+    (["--classifier_steps", "0"], "must be at least 1"),
+    (["--classifiers", "cnn", "cnn"], "none twice"),
     (["--metrics", "memorisation"], "give --private_dataset_name"),
     (["--train_on_real"], "give --private_dataset_name"),
     (["--compare", "nowhere.json"], "cannot be read"),
@@ -269,7 +273,7 @@ def test_confusion_and_per_class_accuracy_are_counted_right():
     images = torch.zeros(9, 3, 16, 16, dtype=torch.uint8)
     synthetic = LabelledImages(images, ["cat"] * 9)
     real = LabelledImages(images, ["cat"] * 4 + ["dog"] * 5)
-    found = measure_downstream_accuracy(synthetic, real, ["cnn"], 2, 1, PartialState())
+    found = measure_downstream_accuracy(synthetic, real, {"cnn": 2}, 1, PartialState())
     assert found["class_names"] == ["cat", "dog"]
     np.testing.assert_allclose(np.sum(found["confusion"], axis=1), 1)
     assert found["per_class"] == dict(zip(["cat", "dog"], np.diag(found["confusion"]), strict=True))
@@ -277,7 +281,7 @@ def test_confusion_and_per_class_accuracy_are_counted_right():
     assert found["value"] == pytest.approx(right / 9)
     with pytest.raises(UsageError, match="no class in common"):
         other = LabelledImages(images, ["bird"] * 9)
-        measure_downstream_accuracy(other, real, ["cnn"], 2, 1, PartialState())
+        measure_downstream_accuracy(other, real, {"cnn": 2}, 1, PartialState())
 
 
 def test_metrics_are_json_that_the_next_run_compares_with(run_script, folders, tmp_path):

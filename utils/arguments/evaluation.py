@@ -54,7 +54,9 @@ class EvaluateArguments:
     evaluation_resolution: int = option("side of the images for classifiers and neighbours", 32)
     classifiers: list[str] = option(f"any of {', '.join(CLASSIFIERS)}", ["cnn"])
     classifier_seeds: int = option("classifiers of each kind, each with another seed", 3)
-    classifier_steps: int = option("optimizer steps of a classifier, 128 images each", 600)
+    classifier_steps: list[int] = option(
+        "optimizer steps, 128 images each: one number, or one for each of --classifiers", [600]
+    )
     train_on_real: bool = option(
         "for reference, also train the classifiers on the private images", False
     )
@@ -71,13 +73,25 @@ class EvaluateArguments:
                     f"--{name} {' '.join(unknown)}: unknown; there are: {', '.join(known)}"
                 )
         check_range(self.intensity_range)
-        if self.classifier_seeds < 1 or self.classifier_steps < 1 or not self.classifiers:
+        if self.classifier_seeds < 1 or min(self.classifier_steps, default=0) < 1:
             raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
+        if not self.classifiers or len(set(self.classifiers)) < len(self.classifiers):
+            raise UsageError("--classifiers must name at least one network, and none twice")
+        if len(self.classifier_steps) not in (1, len(self.classifiers)):
+            raise UsageError(
+                f"--classifier_steps has {len(self.classifier_steps)} numbers: give one for all, or "
+                f"one for each of the {len(self.classifiers)} --classifiers"
+            )
         if not self.has_private and (self.train_on_real or "memorisation" in (self.metrics or [])):
             raise UsageError(
                 "memorisation and --train_on_real need the images that the adapter was trained on: "
                 "give --private_dataset_name or --private_data_dir"
             )
+
+    @property
+    def steps_of_networks(self) -> dict[str, int]:
+        steps = self.classifier_steps
+        return dict(zip(self.classifiers, steps * len(self.classifiers), strict=False))
 
     @property
     def has_private(self) -> bool:

@@ -25,13 +25,15 @@ class LabelledImages:
 def measure_downstream_accuracy(
     trained_on: LabelledImages,
     tested_on: LabelledImages,
-    networks: list[str],
-    steps: int,
+    networks: dict[str, int],
     seeds: int,
     state: PartialState,
 ) -> dict:
     """Accuracy of classifiers, over networks and seeds: mean and standard deviation; by class; and
     which classes were confused. Each process trains its share of the classifiers.
+
+    Args:
+        networks: the optimizer steps of each.
 
     Raises:
         UsageError: the two sets have no class in common.
@@ -46,7 +48,7 @@ def measure_downstream_accuracy(
     jobs = [(network, seed) for network in networks for seed in range(seeds)]
     results = []
     for network, seed in jobs[state.process_index :: state.num_processes]:
-        recipe = Recipe(network, len(names), steps, seed)
+        recipe = Recipe(network, len(names), networks[network], seed)
         model = train_classifier(trained_on.pixels, labels, recipe, state.device)
         predicted = predict_classes(model, tested_on.pixels, state.device)
         pairs = torch.bincount(wanted * len(names) + predicted, minlength=len(names) ** 2)
@@ -69,7 +71,7 @@ def measure_downstream_accuracy(
         # [real class][predicted]: shares of the class, over all classifiers
         "confusion": (confusion / counts[:, None].clamp_min(1)).tolist(),
         "num_real": len(tested_on),
-        "classifier_steps": steps,
+        "classifier_steps": networks,
         "classifier_seeds": seeds,
     }
 

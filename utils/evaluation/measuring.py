@@ -206,7 +206,7 @@ def measure_utility(
         for name, (found, labels) in sets.items()
         if name != "private" or args.train_on_real
     }
-    setting = (args.classifiers, args.classifier_steps, args.classifier_seeds, state)
+    setting = (args.steps_of_networks, args.classifier_seeds, state)
     entries = {}
     for name, metric in (("synthetic", "accuracy"), ("private", "accuracy_of_real")):
         if name in images:

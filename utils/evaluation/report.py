@@ -145,7 +145,8 @@ def _utility(results: dict) -> str:
     rows = [("trained on these synthetic images", accuracy)]
     if "accuracy_of_real" in results:
         rows.append(("trained on the private images (no privacy)", results["accuracy_of_real"]))
-    networks = ", ".join(accuracy["networks"])
+    steps = accuracy["classifier_steps"]
+    networks = ", ".join(f"{name} ({count} steps)" for name, count in steps.items())
     caption = (
         f"Accuracy on {accuracy['num_real']} held-out real images of {networks}, "
         f"{accuracy['classifier_seeds']} seeds each; the weights that are kept were picked on a "

@@ -192,7 +192,7 @@ def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float
     known = [i for i, caption in enumerate(captions) if caption in prompts]
     real = LabelledImages(pixels[known], [captions[i] for i in known])
     state = PartialState()
-    return measure_downstream_accuracy(drawn, real, ["cnn"], CLASSIFIER_STEPS, 2, state)["value"]
+    return measure_downstream_accuracy(drawn, real, {"cnn": CLASSIFIER_STEPS}, 2, state)["value"]
 
 
 def measure_gradients(
