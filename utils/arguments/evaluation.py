@@ -9,6 +9,7 @@ from utils.arguments.values import INTENSITY_HELP, check_between, check_range
 from utils.errors import UsageError
 
 CLASSIFIERS = ["cnn", "wide-cnn", "resnet9", "wrn-40-4"]
+LARGEST_SIDE = 64  # unless another was asked for: classifiers must be done in minutes
 MEASURED = ["fidelity", "utility", "memorisation"]
 
 
@@ -47,11 +48,22 @@ class EvaluateArguments:
     private_label_column: str | None = option(
         "column of the private labels, for --train_on_real; default: that of the test labels", None
     )
+    label_separator: str | None = option(
+        "an image has any number of labels, with this between their names, such as '|': the area "
+        "under the ROC curve of each is measured; default: a comma where the test labels are "
+        "lists, else each image has one label",
+        None,
+    )
     intensity_range: list[float] | None = option(INTENSITY_HELP, None)
     metrics: list[str] | None = option(
         f"which of {', '.join(MEASURED)}; default: all that the sets allow", None
     )
-    evaluation_resolution: int = option("side of the images for classifiers and neighbours", 32)
+    frechet_by_class: bool = option("also measure the Frechet distance class by class", False)
+    evaluation_resolution: int | None = option(
+        "side of the images for classifiers and neighbours; default: that of the first synthetic "
+        f"image, at most {LARGEST_SIDE}",
+        None,
+    )
     classifiers: list[str] = option(f"any of {', '.join(CLASSIFIERS)}", ["cnn"])
     classifier_seeds: int = option("classifiers of each kind, each with another seed", 3)
     classifier_steps: list[int] = option(
@@ -73,14 +85,16 @@ class EvaluateArguments:
                     f"--{name} {' '.join(unknown)}: unknown; there are: {', '.join(known)}"
                 )
         check_range(self.intensity_range)
+        if self.label_separator == "":
+            raise UsageError("--label_separator must not be empty")
         if self.classifier_seeds < 1 or min(self.classifier_steps, default=0) < 1:
             raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
         if not self.classifiers or len(set(self.classifiers)) < len(self.classifiers):
             raise UsageError("--classifiers must name at least one network, and none twice")
         if len(self.classifier_steps) not in (1, len(self.classifiers)):
             raise UsageError(
-                f"--classifier_steps has {len(self.classifier_steps)} numbers: give one for all, or "
-                f"one for each of the {len(self.classifiers)} --classifiers"
+                f"--classifier_steps has {len(self.classifier_steps)} numbers: give one for all, "
+                f"or one for each of the {len(self.classifiers)} --classifiers"
             )
         if not self.has_private and (self.train_on_real or "memorisation" in (self.metrics or [])):
             raise UsageError(

@@ -209,6 +209,28 @@ def read_labels(rows: Dataset, label_column: str) -> Column:
     return Column(rows, label_column, name)
 
 
+def read_label_sets(rows: Dataset, label_column: str, separator: str) -> list[frozenset[str]]:
+    """The names of the labels of every row, any number of them: of a list, its items; of a text,
+    what is between separators.
+
+    Raises:
+        UsageError: there is no such column, or it holds neither numbers nor names.
+    """
+    labels = read_labels(rows, label_column)
+
+    def split(value) -> frozenset[str]:
+        if value is None or value == []:
+            return frozenset()
+        if isinstance(value, list):
+            return frozenset(map(labels.to_text, value))
+        return frozenset(filter(None, map(str.strip, labels.to_text(value).split(separator))))
+
+    parts = (
+        labels.rows[start : start + READ_AT_ONCE] for start in range(0, len(rows), READ_AT_ONCE)
+    )
+    return [split(value) for part in parts for value in part[label_column]]
+
+
 def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
 

@@ -54,12 +54,14 @@ class Extractor:
     Attributes:
         name: as it is reported. weights: the SHA-256 of its weights.
         resolution: R, pixels that it reads.
+        embed_texts: n texts -> embeddings [n, d], comparable with features; None without any.
     """
 
     name: str
     weights: str
     resolution: int
     network: Network
+    embed_texts: Callable[[list[str]], np.ndarray] | None = None
 
     def about(self) -> dict:
         """What is reported beside every number that this extractor gave."""
@@ -74,11 +76,13 @@ class ExtractedFeatures:
     Attributes:
         features: [N, d]. log_probabilities: of the extractor's classes, [N, c]; None without any.
         about: the extractor (`Extractor.about`).
+        prompts: embeddings of the prompts, [N, d]; None where they are not compared.
     """
 
     features: np.ndarray
     log_probabilities: np.ndarray | None
     about: dict
+    prompts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -151,12 +155,8 @@ def _download(address: str, path: Path) -> None:
 def _clip(args: ExtractorArguments, device: torch.device) -> Extractor:
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-    try:
-        model = CLIPVisionModelWithProjection.from_pretrained(args.clip_model).eval().to(device)
-        scale = CLIPImageProcessorPil.from_pretrained(args.clip_model)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        why = str(error).splitlines()[0]
-        raise UsageError(f"--clip_model {args.clip_model} cannot be loaded: {why}") from error
+    model = _load_clip(CLIPVisionModelWithProjection, args.clip_model).eval().to(device)
+    scale = _load_clip(CLIPImageProcessorPil, args.clip_model)
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
         scaled = normalise_pixels(pixels, scale.image_mean, scale.image_std)
@@ -165,7 +165,36 @@ def _clip(args: ExtractorArguments, device: torch.device) -> Extractor:
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return Extractor("clip", digest.hexdigest(), model.config.image_size, network)
+
+    def embed_texts(texts: list[str]) -> np.ndarray:
+        return _embed_texts(args.clip_model, texts, device)
+
+    return Extractor("clip", digest.hexdigest(), model.config.image_size, network, embed_texts)
+
+
+def _load_clip(kind: type, name: str):
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f"--clip_model {name} cannot be loaded: {why}") from error
+
+
+@torch.inference_mode()
+def _embed_texts(name: str, texts: list[str], device: torch.device) -> np.ndarray:
+    """Each distinct text once, cut off where the model ends."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    model = _load_clip(CLIPTextModelWithProjection, name).eval().to(device)
+    tokenizer = _load_clip(AutoTokenizer, name)
+    limit = model.config.max_position_embeddings
+    settings = {"padding": "max_length", "max_length": limit, "truncation": True}
+    distinct, parts = sorted(set(texts)), []
+    for start in range(0, len(distinct), BATCH):
+        tokens = tokenizer(distinct[start : start + BATCH], return_tensors="pt", **settings)
+        parts.append(model(**tokens.to(device)).text_embeds.float().cpu().numpy())
+    rows = {text: row for row, text in enumerate(distinct)}
+    return np.concatenate(parts)[[rows[text] for text in texts]]
 
 
 def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:

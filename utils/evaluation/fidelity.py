@@ -9,6 +9,7 @@ from torchmetrics.image.inception import InceptionScore
 from tqdm import tqdm
 
 from utils.evaluation.features import ExtractedFeatures
+from utils.metrics.clip_score.clip_score import clip_score
 from utils.metrics.frechet_distance.frechet_distance import frechet_distance
 from utils.metrics.kernel_distance.kernel_distance import kernel_distance
 from utils.metrics.precision_recall_density_coverage.precision_recall_density_coverage import (
@@ -43,6 +44,12 @@ def measure_fidelity(
         entry = {"value": value, "std": spread, "covered_by_epsilon": has_epsilon and public}
         entries[name] = entry | about | more
 
+    def put_unseen(name: str, value: float, spread: float | None = None, **more) -> None:
+        """Of a metric that sees no real image."""
+        put(name, value, spread, **more)
+        entries[name]["covered_by_epsilon"] = has_epsilon
+        del entries[name]["num_real"]
+
     with tqdm(total=4, desc="fidelity", leave=False) as bar:
         put("frechet_distance", frechet_distance(*sets))
         bar.update()
@@ -53,12 +60,24 @@ def measure_fidelity(
             put(name, value, k=NEIGHBOURS)
         bar.update()
         if synthetic.log_probabilities is not None:
-            put("inception_score", *inception_score(synthetic.log_probabilities))
-            # It sees no real image.
-            entries["inception_score"]["covered_by_epsilon"] = has_epsilon
-            del entries["inception_score"]["num_real"]
+            put_unseen("inception_score", *inception_score(synthetic.log_probabilities))
+        if synthetic.prompts is not None:
+            score, error = clip_score(synthetic.features, synthetic.prompts)
+            put_unseen("clip_score", score, standard_error=error)
         bar.update()
     return entries
+
+
+def measure_by_class(
+    features: tuple[np.ndarray, np.ndarray], labels: tuple[list[str], list[str]]
+) -> dict[str, float]:
+    """The Frechet distance between the images of each class that has two in both sets."""
+    found = {}
+    for name in sorted(set(labels[0]) & set(labels[1])):
+        rows = [f[np.array(own) == name] for f, own in zip(features, labels, strict=True)]
+        if min(map(len, rows)) > 1:
+            found[name] = frechet_distance(*rows)
+    return found
 
 
 def inception_score(log_probabilities: np.ndarray, splits: int = 10) -> tuple[float, float | None]:

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from datasets import List
 
 from utils.arguments.evaluation import (
+    LARGEST_SIDE,
     MEASURED,
     EvaluateArguments,
     ExtractorArguments,
@@ -17,6 +20,7 @@ from utils.arguments.evaluation import (
 )
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.values import check_range
+from utils.data.folders import TEXT
 from utils.data.images import (
     ImageRows,
     describe_left_out,
@@ -24,13 +28,18 @@ from utils.data.images import (
     find_readable_rows,
     read_pixel_batches,
 )
-from utils.data.rows import load_split, read_labels
+from utils.data.rows import load_split, read_label_sets, read_labels
 from utils.errors import UsageError, on_main_process
-from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
+from utils.evaluation.downstream import (
+    Classifiers,
+    LabelledImages,
+    measure_downstream_accuracy,
+    measure_downstream_auroc,
+)
 from utils.evaluation.features import ExtractedFeatures, build_extractor, extract
-from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
+from utils.evaluation.fidelity import NEIGHBOURS, measure_by_class, measure_fidelity
 from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
-from utils.evaluation.plots import tile_sample
+from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
 from utils.files import METADATA, METRICS, REPORT, SAMPLING_SETTINGS, write_durably
 from utils.sampling.generation import prepare_generation
@@ -74,6 +83,13 @@ def evaluate_set(
         if "fidelity" in metrics:
             synthetic, real = features["synthetic"], features["real"]
             results |= measure_fidelity(synthetic, real, known, args.test_is_public)
+            if args.frechet_by_class:
+                labels = tuple(
+                    list(read_labels(sets[n].images.rows, sets[n].label_column))
+                    for n in ("synthetic", "real")
+                )
+                by_class = measure_by_class((synthetic.features, real.features), labels)
+                results["frechet_distance"]["per_class"] = by_class
         spaces = []
         if "memorisation" in metrics:
             spaces = compare_spaces(pixels, {name: f.features for name, f in features.items()})
@@ -178,7 +194,8 @@ def extract_sets(
     extractor: ExtractorArguments,
     state: PartialState,
 ) -> tuple[dict[str, ExtractedFeatures], dict[str, torch.Tensor]]:
-    """What the metrics compare of each set: its features, and its pixels, uint8 [N, 3, R, R]."""
+    """What the metrics compare of each set: its features, and its pixels, uint8 [N, 3, R, R]. With
+    CLIP, the synthetic images' prompts, too, where they are known."""
     reads_private = "memorisation" in metrics
     features, pixels = {}, {}
     if "fidelity" in metrics or reads_private:
@@ -186,9 +203,16 @@ def extract_sets(
         for name, (images, _) in sets.items():
             if name != "private" or reads_private:
                 features[name] = extract(images, network, state, name)
+        rows = sets["synthetic"].images.rows
+        if network.embed_texts is not None and TEXT in rows.column_names:
+            prompts = network.embed_texts([text or "" for text in rows[TEXT]])
+            features["synthetic"] = replace(features["synthetic"], prompts=prompts)
+    side = args.evaluation_resolution
+    if side is None:
+        side = min(LARGEST_SIDE, *measure_first(sets["synthetic"].images))
     for name, (images, _) in sets.items():
         if "utility" in metrics or reads_private:
-            batches = read_pixel_batches(images, args.evaluation_resolution, 256)
+            batches = read_pixel_batches(images, side, 256)
             pixels[name] = torch.cat(list(batches))
     return features, pixels
 
@@ -200,18 +224,30 @@ def measure_utility(
     covered: bool,
     state: PartialState,
 ) -> dict[str, dict]:
-    """Accuracy of classifiers trained on the synthetic, and perhaps on the private, images."""
-    images = {
-        name: LabelledImages(pixels[name], list(read_labels(found.rows, labels)))
-        for name, (found, labels) in sets.items()
-        if name != "private" or args.train_on_real
-    }
-    setting = (args.steps_of_networks, args.classifier_seeds, state)
+    """What classifiers learn from the synthetic, and perhaps from the private, images: their
+    accuracy, or, where an image has any number of labels, the area under the ROC curve."""
+    rows, column = sets["real"].images.rows, sets["real"].label_column
+    separator = args.label_separator
+    if isinstance(rows.features[column], List):
+        separator = separator or ","
+    metric, measure = "accuracy", measure_downstream_accuracy
+    if separator is not None:
+        metric, measure = "auroc", measure_downstream_auroc
+    images = {}
+    for name, (found, labels) in sets.items():
+        if name == "private" and not args.train_on_real:
+            continue
+        if separator is None:
+            own = list(read_labels(found.rows, labels))
+        else:
+            own = read_label_sets(found.rows, labels, separator)
+        images[name] = LabelledImages(pixels[name], own)
+    classifiers = Classifiers(args.steps_of_networks, args.classifier_seeds)
     entries = {}
-    for name, metric in (("synthetic", "accuracy"), ("private", "accuracy_of_real")):
+    for name, entry in (("synthetic", metric), ("private", f"{metric}_of_real")):
         if name in images:
             counted = {"covered_by_epsilon": covered and name == "synthetic"}
             counted[f"num_{name}"] = len(images[name])
-            found = measure_downstream_accuracy(images[name], images["real"], *setting)
-            entries[metric] = {**found, **counted}
+            found = measure(images[name], images["real"], classifiers, state)
+            entries[entry] = {**found, **counted}
     return entries

@@ -126,6 +126,12 @@ def _svg(figure, alternative: str) -> str:
     return text.replace("<svg", f"<svg {attributes}", 1)
 
 
+def measure_first(images: ImageRows) -> tuple[int, int]:
+    """Width and height of the first image."""
+    rows = images.rows.select([0]).cast_column(images.column, ImageFeature())
+    return rows[0][images.column].size
+
+
 def tile_sample(
     images: ImageRows, label_column: str, count: int = 60, largest: int = 128
 ) -> Image.Image:
@@ -141,8 +147,7 @@ def tile_sample(
             chosen = np.stack([rows_of_class[:height] for rows_of_class in classes], 1).flatten()
             columns = len(classes)
     few = images.select(chosen)
-    first = few.rows.cast_column(few.column, ImageFeature())[0][few.column]
-    side = min(largest, *first.size)
+    side = min(largest, *measure_first(few))
     pixels = torch.cat(list(read_pixel_batches(few, side, count)))
     tiles = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     return tile_images(tiles, columns)

@@ -23,6 +23,7 @@ FIDELITY = {
     "frechet_distance": ("Fréchet distance", "lower is better"),
     "kernel_distance": ("kernel distance", "lower is better"),
     "inception_score": ("inception score", "higher is better"),
+    "clip_score": ("CLIP score", "how well images fit their prompts; higher is better"),
     "precision": ("precision", "share of synthetic images near real ones"),
     "recall": ("recall", "share of real images near synthetic ones"),
     "density": ("density", "how thickly real images surround synthetic ones; 1 is alike"),
@@ -135,33 +136,54 @@ def _fidelity(page: Page) -> str:
         if "warning" in about:
             caption += f" {about['warning'].capitalize()}."
         table = _table(caption, rows)
+    by_class = page.results.get("frechet_distance", {}).get("per_class")
+    if by_class:
+        table += _bars(
+            "Fréchet distance, class by class", "distance", by_class, max(by_class.values())
+        )
     return f'<h2>Are they good?</h2><div class="grids">{"".join(sheets)}</div>{table}'
 
 
 def _utility(results: dict) -> str:
-    accuracy = results.get("accuracy")
-    if accuracy is None:
+    """What classifiers learn, of one label an image or of any number."""
+    kinds = [kind for kind in ("accuracy", "auroc") if kind in results]
+    if not kinds:
         return ""
-    rows = [("trained on these synthetic images", accuracy)]
-    if "accuracy_of_real" in results:
-        rows.append(("trained on the private images (no privacy)", results["accuracy_of_real"]))
-    steps = accuracy["classifier_steps"]
+    kind = kinds[0]
+    found, several = results[kind], kind == "auroc"
+    rows = [("trained on these synthetic images", found)]
+    if f"{kind}_of_real" in results:
+        rows.append(("trained on the private images (no privacy)", results[f"{kind}_of_real"]))
+    steps = found["classifier_steps"]
     networks = ", ".join(f"{name} ({count} steps)" for name, count in steps.items())
+    what = "Area under the ROC curve, mean over labels," if several else "Accuracy"
     caption = (
-        f"Accuracy on {accuracy['num_real']} held-out real images of {networks}, "
-        f"{accuracy['classifier_seeds']} seeds each; the weights that are kept were picked on a "
+        f"{what} on {found['num_real']} held-out real images of {networks}, "
+        f"{found['classifier_seeds']} seeds each; the weights that are kept were picked on a "
         "tenth of the images that they were trained on."
     )
-    bars = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="number">{value:.1%}</td>'
-        f'<td style="width:60%"><div class="bar" style="width:{100 * value:.1f}%"></div></td></tr>'
-        for name, value in accuracy["per_class"].items()
+    if several and found["not_measured"]:
+        caption += f" Not measured: {', '.join(found['not_measured'])}."
+    title = "ROC area of each label; chance is 50 %" if several else "Accuracy on each class"
+    bars = _bars(title, "area" if several else "accuracy", found["per_class"], 1.0)
+    confusion = "" if several else _confusion(found)
+    return f"<h2>Are they useful?</h2>{_table(caption, rows, percent=True)}{bars}{confusion}"
+
+
+def _bars(caption: str, what: str, values: dict[str, float], full: float) -> str:
+    """A number for each class, and a bar; `full` is the number whose bar is the longest: 1 makes
+    numbers percentages."""
+    form = "{:.1%}" if full == 1 else "{:.4g}"
+    lines = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="number">{form.format(value)}</td>'
+        '<td style="width:60%"><div class="bar" '
+        f'style="width:{100 * value / (full or 1):.1f}%"></div></td></tr>'
+        for name, value in values.items()
     )
     return (
-        f"<h2>Are they useful?</h2>{_table(caption, rows, percent=True)}"
-        f"<h3>By class</h3><table><caption>Accuracy on the real images of each class</caption>"
-        f'<tr><th scope="col">class</th><th scope="col" class="number">accuracy</th><td></td></tr>'
-        f"{bars}</table>{_confusion(accuracy)}"
+        f"<h3>By class</h3><table><caption>{escape(caption)}</caption>"
+        f'<tr><th scope="col">class</th><th scope="col" class="number">{what}</th><td></td></tr>'
+        f"{lines}</table>"
     )
 
 

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import DataArguments, ModelArguments
+from utils.data.folders import TEXT
 from utils.data.images import read_pixel_batches
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows
@@ -18,7 +19,6 @@ from utils.sampling.sources import find_source
 
 DRAWN = 600  # images by the base model, where no set was named
 MOST = 6000  # that train: more would only take longer to encode
-TEXT = "text"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ from utils.data.latents import (
     choose_objective,
     encode_units,
 )
-from utils.evaluation.downstream import LabelledImages, measure_downstream_accuracy
+from utils.evaluation.downstream import (
+    Classifiers,
+    LabelledImages,
+    measure_downstream_accuracy,
+)
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.private_run import build_state
 from utils.methods.public_passes import leave_out_unused
@@ -191,8 +195,8 @@ def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float
     pixels = torch.cat([read_pixels(part, side) for part in whole])
     known = [i for i, caption in enumerate(captions) if caption in prompts]
     real = LabelledImages(pixels[known], [captions[i] for i in known])
-    state = PartialState()
-    return measure_downstream_accuracy(drawn, real, {"cnn": CLASSIFIER_STEPS}, 2, state)["value"]
+    classifiers = Classifiers({"cnn": CLASSIFIER_STEPS}, 2)
+    return measure_downstream_accuracy(drawn, real, classifiers, PartialState())["value"]
 
 
 def measure_gradients(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils.arguments.means import WarmStartArguments
 from utils.arguments.methods import StageArguments
 from utils.arguments.training import PrivacyArguments
+from utils.data.folders import TEXT
 from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
 from utils.data.rows import require_column
 from utils.errors import UsageError
@@ -31,7 +32,6 @@ from utils.models.processes import read_process
 from utils.models.text import embed_captions
 from utils.sampling.paid_sets import find_paid_set, find_set_ledger
 
-TEXT = "text"  # the column of a synthetic set's prompts
 OTHERWISE = "if its images are public, give --warm_start_is_public"
 
 

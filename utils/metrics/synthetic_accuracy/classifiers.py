@@ -147,7 +147,8 @@ def _autocast(model: nn.Module, device: torch.device) -> torch.autocast:
 def train_classifier(
     images: torch.Tensor, labels: torch.Tensor, recipe: Recipe, device: torch.device
 ) -> nn.Sequential:
-    """Train on images [N, 3, h, w], uint8, with labels [N].
+    """Train on images [N, 3, h, w], uint8, with the class of each, [N]; or, where an image has any
+    number of labels, with 0 or 1 for each label, [N, labels].
 
     A tenth of them is held out, and the weights that did best on it are kept: nothing looks at
     other images.
@@ -161,39 +162,55 @@ def train_classifier(
         generator = torch.Generator().manual_seed(recipe.seed)
         order = torch.randperm(len(images), generator=generator)
         held_out, trained_on = order[: len(order) // 10], order[len(order) // 10 :]
-        best, best_accuracy = None, -1.0
+        best, best_score = None, -float("inf")
         for step in tqdm(range(recipe.steps), f"{recipe.network}, seed {recipe.seed}", leave=False):
             rows = trained_on[torch.randint(len(trained_on), (BATCH,), generator=generator)]
             batch = augment(_scale_to_unit_range(images[rows]), generator).to(device)
             with _autocast(model, device):
                 logits = model(batch.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.05)
-            loss.backward()
+            _loss(logits.float(), labels[rows].to(device)).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if (step + 1) * ROUNDS // recipe.steps > step * ROUNDS // recipe.steps:
-                accuracy = 0.0
+                score = 0.0
                 if len(held_out):
-                    right = predict_classes(model, images[held_out], device) == labels[held_out]
-                    accuracy = right.double().mean().item()
-                if accuracy >= best_accuracy:
-                    best, best_accuracy = deepcopy(model.state_dict()), accuracy
+                    logits = compute_logits(model, images[held_out], device)
+                    score = _score(logits, labels[held_out])
+                if score >= best_score:
+                    best, best_score = deepcopy(model.state_dict()), score
                 model.train()
     model.load_state_dict(best)
     return model.eval()
 
 
-@torch.no_grad()
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if labels.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    return F.cross_entropy(logits, labels, label_smoothing=0.05)
+
+
+def _score(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of held-out images, higher is better: the accuracy; of several labels, the likelihood."""
+    if labels.ndim == 2:
+        return -_loss(logits, labels).item()
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
 def predict_classes(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The class of each image [N, 3, h, w], uint8, that the model finds likeliest: [N]."""
-    return score_classes(model, images, device).argmax(1)
+    return compute_logits(model, images, device).argmax(1)
+
+
+def score_classes(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The log-probability of each class for each image: [N, classes]."""
+    return compute_logits(model, images, device).log_softmax(1)
 
 
 @torch.no_grad()
-def score_classes(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The log-probability of each class for each image: [N, classes]."""
+def compute_logits(model: nn.Module, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the model makes of images [N, 3, h, w], uint8: [N, classes or labels]."""
     model.eval()
     with _autocast(model, device):
         logits = [model(_scale_to_unit_range(part.to(device))) for part in images.split(512)]
-    return torch.cat([part.float().log_softmax(1).cpu() for part in logits])
+    return torch.cat([part.float().cpu() for part in logits])
