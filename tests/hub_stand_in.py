@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub on this machine, for the unmodified clients.
 
 It keeps repositories in memory, and speaks what huggingface_hub, datasets and diffusers ask for:
-create, pre-upload, LFS batch and upload, commit, information, tree, paths, resolve, validate-yaml.
+create, pre-upload, LFS batch and upload, commit, information, tree, paths, resolve, validate-yaml;
+and collections.
 """
 
 import base64
@@ -19,8 +20,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.hub_parts import LFS_SUFFIXES, Collections, list_file, list_folder
+
 TOKEN = "hf_tokenOfTheTests"
-LFS_SUFFIXES = (".safetensors", ".parquet", ".png")
 
 
 @dataclass
@@ -51,6 +53,7 @@ class HubStandIn:
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.collections: dict[str, dict] = {}
         self.requests: list[str] = []
         self.failures = 0
         self.upload_failures = 0
@@ -85,7 +88,7 @@ def hub_stand_in() -> Iterator[HubStandIn]:
         server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Collections, BaseHTTPRequestHandler):
     hub: HubStandIn
     protocol_version = "HTTP/1.1"
 
@@ -102,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("PUT", r"/lfs/([0-9a-f]+)", "receive"),
         ("GET", r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         ("HEAD", r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        *Collections.ROUTES,
     ]
 
     def handle_request(self) -> None:
@@ -249,10 +253,10 @@ class _Handler(BaseHTTPRequestHandler):
         inside = f"{folder}/" if folder else ""
         own = {path: raw for path, raw in files.items() if path.startswith(inside)}
         if self.query.get("recursive", ["false"])[0].lower() == "true":
-            return self.answer(200, [_entry(path, raw) for path, raw in own.items()])
+            return self.answer(200, [list_file(path, raw) for path, raw in own.items()])
         deeper = {p.removeprefix(inside).split("/")[0] for p in own if "/" in p[len(inside) :]}
-        entries = [_entry(p, raw) for p, raw in own.items() if "/" not in p[len(inside) :]]
-        entries += [_folder(inside + part) for part in sorted(deeper)]
+        entries = [list_file(p, raw) for p, raw in own.items() if "/" not in p[len(inside) :]]
+        entries += [list_folder(inside + part) for part in sorted(deeper)]
         if not own:
             return self.answer(404, {"error": "no such path"}, X_Error_Code="EntryNotFound")
         self.answer(200, entries)
@@ -263,9 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         kinds = self.headers.get("Content-Type", "")
         asked = json.loads(self.body) if "json" in kinds else parse_qs(self.body.decode())
-        found = [_entry(path, files[path]) for path in asked["paths"] if path in files]
+        found = [list_file(path, files[path]) for path in asked["paths"] if path in files]
         folders = {str(parent) for path in files for parent in Path(path).parents}
-        found += [_folder(path) for path in asked["paths"] if path in folders and path != "."]
+        found += [list_folder(path) for path in asked["paths"] if path in folders and path != "."]
         self.answer(200, found)
 
     def resolve(self, kind: str | None, name: str, revision: str, path: str) -> None:
@@ -284,16 +288,3 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = int(span[1]), min(int(span[2] or len(raw) - 1), len(raw) - 1)
         headers["Content_Range"] = f"bytes {first}-{last}/{len(raw)}"
         self.answer(206, raw[first : last + 1], **headers)
-
-
-def _entry(path: str, raw: bytes) -> dict:
-    oid = hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
-    entry = {"type": "file", "path": path, "size": len(raw), "oid": oid}
-    if path.endswith(LFS_SUFFIXES):
-        lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 130}
-        entry["lfs"] = lfs
-    return entry
-
-
-def _folder(path: str) -> dict:
-    return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}

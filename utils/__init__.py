@@ -58,6 +58,8 @@
         synthetic_sets      a set as a dataset on the Hub, and the privacy that came with it
     hub/            what leaves for the Hugging Face Hub
         upload              exactly the files that are meant, verified first
+        collection          the collection that they join, with their epsilon
+        failures            what went wrong with the Hub, in a sentence
         cards               model and dataset cards
         privacy_words       a privacy statement in words
         officer             the page for whoever must sign

@@ -17,6 +17,11 @@ class RepositoryArguments:
         "other users of the machine cannot see in its list of processes",
         None,
     )
+    hub_collection: str | None = option(
+        "collection to put it into, with its epsilon: a title (made if there is none of it) or "
+        "the slug USER/TITLE-NUMBER in its address",
+        None,
+    )
     hub_license: str | None = option(
         "licence on the card, as the Hub names it: apache-2.0, openrail; default for a model: that "
         "of its base model",
@@ -24,6 +29,8 @@ class RepositoryArguments:
     )
 
     def __post_init__(self):
+        if self.hub_collection is not None and not self.hub_collection.strip():
+            raise UsageError("--hub_collection must not be blank")
         name = self.hub_license
         if name is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*[+]*", name):
             likely = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")

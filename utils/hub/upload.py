@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from utils.arguments.publishing import HubArguments, MetricsArguments, RepositoryArguments
 from utils.errors import UsageError
@@ -25,12 +23,13 @@ from utils.files import (
     private_folder,
 )
 from utils.hub.cards import PLACEHOLDER
+from utils.hub.collection import find_collection, join_collection
 from utils.hub.evaluation_card import build_evaluation_section, insert_section
+from utils.hub.failures import HUB_ERRORS, explain, is_temporary
 from utils.ledger.signatures import check_signature
 from utils.ledger.verification import find_problems, read_source
 from utils.models.drawing import read_settings
 
-HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, RuntimeError)
 SAMPLE = re.compile(r"(\d{4}|grid|film)\.png")
 # What an earlier upload may have left, of a model or a synthetic set.
 OURS = re.compile(
@@ -40,11 +39,11 @@ OURS = re.compile(
     r"pytorch_lora_weights\.safetensors"
 )
 ATTEMPTS = 4
-TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP states after which a new try may succeed
 
 
 def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") -> str:
-    """Create a repository, unless it exists; returns its full name, USER/NAME.
+    """Create a repository, unless it exists, and the collection that it is to join; returns its
+    full name, USER/NAME.
 
     Raises:
         UsageError: the Hub cannot be reached, or refuses the name or the token.
@@ -54,7 +53,9 @@ def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") ->
             name, repo_type=repo_type, private=args.hub_private_repo or None, exist_ok=True
         )
     except HUB_ERRORS as error:
-        raise UsageError(f"cannot make the repository '{name}': {_why(error)}") from error
+        raise UsageError(f"cannot make the repository '{name}': {explain(error)}") from error
+    if args.hub_collection is not None:
+        find_collection(address.repo_id, args)
     return address.repo_id
 
 
@@ -65,7 +66,7 @@ def check_license(license: str | None) -> None:
     try:
         ModelCard(f"---\nlicense: {license}\n---\n").validate()
     except HUB_ERRORS as error:
-        raise UsageError(f"--hub_license {license}: {_why(error)}") from error
+        raise UsageError(f"--hub_license {license}: {explain(error)}") from error
 
 
 def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
@@ -135,6 +136,8 @@ def publish_model(
     repo_id = make_repo(args.hub_model_id, args)
     files[CARD] = card.replace(PLACEHOLDER, repo_id).encode()
     command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
+    if args.hub_collection is not None:
+        command += ["--hub_collection", args.hub_collection]
     return upload(repo_id, files, args, "model", shlex.join(map(str, command)))
 
 
@@ -147,7 +150,8 @@ def upload(
     wait: Callable[[float], None] = time.sleep,
 ) -> str:
     """Upload `files`, {path in the repository: path here, or content}, in one commit, which also
-    removes what an earlier upload left beside them; returns its address.
+    removes what an earlier upload left beside them, and join the collection; returns the address of
+    the commit.
 
     Doing it again is safe. After a temporary failure it waits and tries again, a few times.
 
@@ -169,14 +173,20 @@ def upload(
                 for name in published
                 if OURS.fullmatch(name) and name not in files
             ]
-            return api.create_commit(
+            address = api.create_commit(
                 repo_id, operations, commit_message="Publish", repo_type=repo_type
             ).commit_url
+            if args.hub_collection is not None:
+                statement = files.get(STATEMENT)
+                if isinstance(statement, Path):
+                    statement = statement.read_bytes()
+                join_collection(repo_id, repo_type, statement, args)
+            return address
         except HUB_ERRORS as error:
-            if attempt == ATTEMPTS - 1 or not _is_temporary(error):
+            if attempt == ATTEMPTS - 1 or not is_temporary(error):
                 raise UsageError(
-                    f"the upload to {repo_id} failed: {_why(error)}. All files are safe here; to "
-                    f"publish them:\n{finish}"
+                    f"the upload to {repo_id} failed: {explain(error)}. All files are safe here; "
+                    f"to publish them:\n{finish}"
                 ) from error
             wait(2.0**attempt)
     raise AssertionError("unreachable")
@@ -184,25 +194,3 @@ def upload(
 
 def _to_add(file: Path | bytes) -> str | bytes:
     return file if isinstance(file, bytes) else str(file)
-
-
-def _is_temporary(error: BaseException) -> bool:
-    """Whether trying again may help."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in TEMPORARY
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload of weights
-        return _is_temporary(error.__cause__)
-    return isinstance(error, httpx2.TransportError)
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _why(error.__cause__)
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        if error.response.status_code in (401, 403):
-            return "the Hub refused the token; log in with `hf auth login`, or give --hub_token"
-    if isinstance(error, HFValidationError):
-        return str(error)
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
