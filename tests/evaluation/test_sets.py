@@ -94,6 +94,9 @@ def test_label_columns_of_their_own(sets):
     assert "utility" in choose_metrics(args, found)
     args.test_label_column = "class"
     assert "utility" not in choose_metrics(args, load_sets(args, None))
+    args.frechet_by_class = True
+    with pytest.raises(UsageError, match="one label an image in both sets"):
+        choose_metrics(args, load_sets(args, None))
 
 
 @pytest.mark.parametrize("spelling", ["train", "train/", "./train", "../SETS/train", "elsewhere"])

@@ -111,7 +111,7 @@ def test_sets_with_several_labels_are_measured_label_by_label(run_script, tmp_pa
     save_real(tmp_path / "real", as_lists)
     arguments = ["--synthetic", tmp_path / "synthetic", "--test_dataset_name", tmp_path / "real"]
     arguments += ["--metrics", "utility", "--classifier_steps", 60, "--classifier_seeds", 1]
-    arguments += [] if as_lists else ["--label_separator", "|"]
+    arguments += ["--test_is_public", *([] if as_lists else ["--label_separator", "|"])]
     run = run_script("evaluate.py", *arguments, "--evaluation_resolution", 16)
     assert run.returncode == 0, run.stderr
     found = read_json(tmp_path / "synthetic" / "metrics.json")
@@ -186,6 +186,8 @@ def test_prompts_are_compared_with_their_images(run_script, tmp_path):
         100 * cosines.clamp_min(0).mean().item(), rel=1e-3
     )
     assert "num_real" not in found["clip_score"]
+    report = (tmp_path / "synthetic" / "report.html").read_text()
+    assert "Fréchet distance, class by class" in report and "CLIP score" in report
     assert set(found["frechet_distance"]["per_class"]) == {"effusion", "effusion|mass", "mass", ""}
 
 

@@ -74,29 +74,26 @@ def evaluate_set(
     known = results.get("epsilon", {}).get("value") is not None
     with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
         sets = load_sets(args, cache)
+        separator = choose_separator(args, sets)
         metrics = choose_metrics(args, sets)
         features, pixels = extract_sets(sets, metrics, args, extractor, state)
         if "utility" in metrics:
-            results |= measure_utility(sets, pixels, args, known and args.test_is_public, state)
+            covered = known and args.test_is_public
+            results |= measure_utility(sets, pixels, args, separator, covered, state)
         if not state.is_main_process:
             return
         if "fidelity" in metrics:
             synthetic, real = features["synthetic"], features["real"]
             results |= measure_fidelity(synthetic, real, known, args.test_is_public)
             if args.frechet_by_class:
-                labels = tuple(
-                    list(read_labels(sets[n].images.rows, sets[n].label_column))
-                    for n in ("synthetic", "real")
-                )
-                by_class = measure_by_class((synthetic.features, real.features), labels)
-                results["frechet_distance"]["per_class"] = by_class
+                results["frechet_distance"]["per_class"] = measure_classes(sets, features)
         spaces = []
         if "memorisation" in metrics:
             spaces = compare_spaces(pixels, {name: f.features for name, f in features.items()})
             results |= summarise_neighbours(spaces)
             save_pairs(spaces, pixels, output.parent)
         visible = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
-        sheets = {name: tile_sample(*sets[name]) for name in visible}
+        sheets = {name: tile_sample(*sets[name], in_columns=separator is None) for name in visible}
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, json.dumps(results, indent=2) + "\n")
     page = Page(folder.name, results, statement, sheets, spaces, runs)
@@ -167,6 +164,13 @@ def load_sets(args: EvaluateArguments, cache: str) -> dict[str, LabelledRows]:
     return sets
 
 
+def choose_separator(args: EvaluateArguments, sets: dict[str, LabelledRows]) -> str | None:
+    """What is between the names of an image's labels; None where it has one."""
+    images, column = sets["real"]
+    several = isinstance(images.rows.features.get(column), List)
+    return args.label_separator or ("," if several else None)
+
+
 def choose_metrics(args: EvaluateArguments, sets: dict[str, LabelledRows]) -> list[str]:
     """What was asked for, or else all that is possible.
 
@@ -184,7 +188,14 @@ def choose_metrics(args: EvaluateArguments, sets: dict[str, LabelledRows]) -> li
         raise UsageError(
             f"fidelity and memorisation need more than {NEIGHBOURS} images in each set"
         )
-    return args.metrics or [metric for metric in MEASURED if possible[metric]]
+    chosen = args.metrics or [metric for metric in MEASURED if possible[metric]]
+    by_class = labelled and "fidelity" in chosen and choose_separator(args, sets) is None
+    if args.frechet_by_class and not by_class:
+        raise UsageError(
+            "--frechet_by_class needs the metric fidelity, and one label an image in both sets: "
+            "name their columns with --synthetic_label_column and --test_label_column"
+        )
+    return chosen
 
 
 def extract_sets(
@@ -217,19 +228,25 @@ def extract_sets(
     return features, pixels
 
 
+def measure_classes(
+    sets: dict[str, LabelledRows], features: dict[str, ExtractedFeatures]
+) -> dict[str, float]:
+    """The Frechet distance class by class."""
+    found = [(features[name].features, sets[name]) for name in ("synthetic", "real")]
+    labels = tuple(list(read_labels(own.images.rows, own.label_column)) for _, own in found)
+    return measure_by_class(tuple(rows for rows, _ in found), labels)
+
+
 def measure_utility(
     sets: dict[str, LabelledRows],
     pixels: dict[str, torch.Tensor],
     args: EvaluateArguments,
+    separator: str | None,
     covered: bool,
     state: PartialState,
 ) -> dict[str, dict]:
     """What classifiers learn from the synthetic, and perhaps from the private, images: their
     accuracy, or, where an image has any number of labels, the area under the ROC curve."""
-    rows, column = sets["real"].images.rows, sets["real"].label_column
-    separator = args.label_separator
-    if isinstance(rows.features[column], List):
-        separator = separator or ","
     metric, measure = "accuracy", measure_downstream_accuracy
     if separator is not None:
         metric, measure = "auroc", measure_downstream_auroc

@@ -133,13 +133,17 @@ def measure_first(images: ImageRows) -> tuple[int, int]:
 
 
 def tile_sample(
-    images: ImageRows, label_column: str, count: int = 60, largest: int = 128
+    images: ImageRows,
+    label_column: str,
+    count: int = 60,
+    largest: int = 128,
+    in_columns: bool = True,
 ) -> Image.Image:
     """Some images of a set as a sheet, none larger than `largest` pixels: a column a class, if
-    there are at most ten, or else ten wide."""
+    asked for and there are at most ten, or else ten wide."""
     rows, chosen = images.rows, np.arange(min(count, len(images)))
     columns = min(10, len(chosen))
-    if label_column in rows.column_names:
+    if in_columns and label_column in rows.column_names:
         labels = np.array(list(read_labels(rows, label_column)))
         classes = [np.flatnonzero(labels == name) for name in np.unique(labels)[:11]]
         if len(classes) <= 10:
