@@ -116,6 +116,7 @@ def test_sets_with_several_labels_are_measured_label_by_label(run_script, tmp_pa
     assert run.returncode == 0, run.stderr
     found = read_json(tmp_path / "synthetic" / "metrics.json")
     assert found["auroc"]["value"] > 0.9 and "accuracy" not in found
+    assert found["auroc"]["covered_by_epsilon"] is False  # nobody knows where the images come from
     assert set(found["auroc"]["per_class"]) == set(FINDINGS)
     report = (tmp_path / "synthetic" / "report.html").read_text()
     assert "ROC area of each label" in report and "effusion" in report
@@ -186,6 +187,7 @@ def test_prompts_are_compared_with_their_images(run_script, tmp_path):
         100 * cosines.clamp_min(0).mean().item(), rel=1e-3
     )
     assert "num_real" not in found["clip_score"]
+    assert not any(entry["covered_by_epsilon"] for entry in found.values())
     report = (tmp_path / "synthetic" / "report.html").read_text()
     assert "Fréchet distance, class by class" in report and "CLIP score" in report
     assert set(found["frechet_distance"]["per_class"]) == {"effusion", "effusion|mass", "mass", ""}

@@ -1,8 +1,11 @@
 """Collections: what is published joins one, with its epsilon, before or after others."""
 
+import json
+
 import pytest
 
 from tests.conftest import read_json
+from tests.hub_parts import Collections
 from utils.arguments.publishing import RepositoryArguments
 from utils.errors import UsageError
 
@@ -24,19 +27,41 @@ def test_what_is_published_joins_a_collection_once(hub, on_hub, finished):
         ("model", "user/second"),
     ]
     epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
-    note = f"epsilon {epsilon:.2f}, delta 0.001, for adding or removing one image"
+    note = f"epsilon {epsilon:.3f}, delta 0.001, for adding or removing one image"
     assert {item["note"]["text"] for item in made["items"]} == {note}
 
 
-def test_a_private_set_of_a_public_model_makes_no_claim(hub, on_hub):
-    code = "from utils.arguments.publishing import RepositoryArguments as Arguments; "
-    code += "from utils.hub.collection import join_collection; "
-    code += "arguments = Arguments(hub_collection='Sets', hub_private_repo=True); "
-    run = on_hub("-c", code + "join_collection('user/set', 'dataset', None, arguments)")
-    assert run.returncode == 0, run.stderr
+JOIN = """
+import json, sys
+from utils.arguments.publishing import RepositoryArguments
+from utils.hub.collection import join_collection
+name, statement = json.loads(sys.argv[1])
+arguments = RepositoryArguments(hub_collection="Sets", hub_private_repo=True)
+join_collection(name, "dataset", statement, arguments, "finish it")
+"""
+
+
+def test_its_note_is_the_epsilon_of_everything_and_claims_none_without(hub, on_hub, finished):
+    """With a private base, what that cost is in it."""
+    statement = read_json(finished / "privacy.json")
+    statement["base"] = {"epsilon": {"add_or_remove_one": 9.5}, "delta": 0.002}
+    for name, about in (("user/public", None), ("user/adapted", statement)):
+        run = on_hub("-c", JOIN, json.dumps([name, about]))
+        assert run.returncode == 0, run.stderr
     (made,) = (found for found in hub.collections.values() if found["title"] == "Sets")
+    public, adapted = (item["note"]["text"] for item in made["items"])
     assert made["private"] and made["items"][0]["type"] == "dataset"
-    assert made["items"][0]["note"]["text"].startswith("no epsilon")
+    assert public.startswith("no epsilon")
+    assert adapted == "epsilon 9.500, delta 0.002, for adding or removing one image"
+
+
+def test_what_did_not_join_is_published_and_says_how_to_go_on(hub, on_hub, finished, monkeypatch):
+    monkeypatch.setattr(Collections, "add_to_collection", lambda self, slug: self.answer(500))
+    push = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/alone"]
+    run = on_hub(*push, "--hub_collection", "Alone")
+    assert run.returncode == 2 and "user/alone is published, but did not join" in run.stderr
+    assert run.stderr.rstrip().endswith("--hub_model_id user/alone --hub_collection Alone")
+    assert len(hub.repositories["model", "user/alone"].commits) == 2
 
 
 def test_a_collection_that_is_not_there_stops_before_anything_is_published(hub, on_hub, finished):

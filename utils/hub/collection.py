@@ -1,6 +1,5 @@
 """Collections of the Hub: repositories that belong together, each with a line about its privacy."""
 
-import json
 import re
 
 from huggingface_hub import HfApi
@@ -8,6 +7,8 @@ from huggingface_hub import HfApi
 from utils.arguments.publishing import RepositoryArguments
 from utils.errors import UsageError
 from utils.hub.failures import HUB_ERRORS, explain
+from utils.hub.privacy_words import name_one
+from utils.ledger.statement import quote_total
 
 SLUG = re.compile(r"[^/\s]+/[^/\s]+-[0-9a-f]{24}")  # USER/TITLE-NUMBER, as in its address
 
@@ -31,21 +32,29 @@ def find_collection(repo_id: str, args: RepositoryArguments) -> str:
 
 
 def join_collection(
-    repo_id: str, repo_type: str, statement: bytes | None, args: RepositoryArguments
+    repo_id: str, repo_type: str, statement: dict | None, args: RepositoryArguments, finish: str
 ) -> None:
-    """Put the repository into `--hub_collection`, unless it is there, with its epsilon beside it.
+    """Put a published repository into `--hub_collection`, unless it is there, with the epsilon of
+    everything in it, a private base included.
+
+    Args:
+        finish: the command that tries again, for the message.
 
     Raises:
-        UsageError: see `find_collection`.
-        HfHubHTTPError: the Hub does not add it.
+        UsageError: the Hub does not add it; what is published stays.
     """
     note = "no epsilon: nothing is promised about the images behind it"
     if statement is not None:
-        read = json.loads(statement)
-        epsilon, unit = read["epsilon"]["add_or_remove_one"], read["privacy_unit"]
-        who = "image" if unit == "image" else f"unit ({unit})"
-        note = f"epsilon {epsilon:.2f}, delta {read['delta']:g}, for adding or removing one {who}"
-    slug = find_collection(repo_id, args)
-    HfApi(token=args.hub_token).add_collection_item(
-        slug, repo_id, repo_type, note=note, exists_ok=True
-    )
+        epsilon, delta = quote_total(statement)
+        note = f"epsilon {epsilon:.3f}, delta {delta:g}, for adding or removing one "
+        note += name_one(statement)
+    try:
+        HfApi(token=args.hub_token).add_collection_item(
+            find_collection(repo_id, args), repo_id, repo_type, note=note, exists_ok=True
+        )
+    except HUB_ERRORS as error:
+        why = str(error) if isinstance(error, UsageError) else explain(error)
+        raise UsageError(
+            f"{repo_id} is published, but did not join the collection {args.hub_collection}: "
+            f"{why}. To try again:\n{finish}"
+        ) from error

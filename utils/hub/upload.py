@@ -138,7 +138,11 @@ def publish_model(
     command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
     if args.hub_collection is not None:
         command += ["--hub_collection", args.hub_collection]
-    return upload(repo_id, files, args, "model", shlex.join(map(str, command)))
+    finish = shlex.join(map(str, command))
+    address = upload(repo_id, files, args, "model", finish)
+    if args.hub_collection is not None:
+        join_collection(repo_id, "model", source.statement, args, finish)
+    return address
 
 
 def upload(
@@ -150,8 +154,7 @@ def upload(
     wait: Callable[[float], None] = time.sleep,
 ) -> str:
     """Upload `files`, {path in the repository: path here, or content}, in one commit, which also
-    removes what an earlier upload left beside them, and join the collection; returns the address of
-    the commit.
+    removes what an earlier upload left beside them; returns its address.
 
     Doing it again is safe. After a temporary failure it waits and tries again, a few times.
 
@@ -173,15 +176,9 @@ def upload(
                 for name in published
                 if OURS.fullmatch(name) and name not in files
             ]
-            address = api.create_commit(
+            return api.create_commit(
                 repo_id, operations, commit_message="Publish", repo_type=repo_type
             ).commit_url
-            if args.hub_collection is not None:
-                statement = files.get(STATEMENT)
-                if isinstance(statement, Path):
-                    statement = statement.read_bytes()
-                join_collection(repo_id, repo_type, statement, args)
-            return address
         except HUB_ERRORS as error:
             if attempt == ATTEMPTS - 1 or not is_temporary(error):
                 raise UsageError(

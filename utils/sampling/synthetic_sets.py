@@ -22,6 +22,7 @@ from utils.files import (
     write_durably,
 )
 from utils.hub.cards import Maker, build_dataset_card
+from utils.hub.collection import join_collection
 from utils.hub.evaluation_card import insert_section
 from utils.hub.upload import make_repo, upload
 from utils.ledger.checks import check_statement
@@ -85,7 +86,10 @@ def publish_images(
         if made_by.statement is not None:
             files[STATEMENT] = (json.dumps(made_by.statement, indent=2) + "\n").encode()
         finish = f"the same command again: the images in {folder} are not generated anew"
-        return upload(repo_id, files, args, "dataset", finish)
+        address = upload(repo_id, files, args, "dataset", finish)
+    if args.hub_collection is not None:
+        join_collection(repo_id, "dataset", made_by.statement, args, finish)
+    return address
 
 
 def collect_shards(folder: Path, aside: Path) -> tuple[dict[str, Path | bytes], int]:
