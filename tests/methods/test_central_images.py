@@ -11,8 +11,8 @@ from tests.methods.test_means import SMALL, release
 from utils.arguments.means import MeansArguments
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import means as story
-from utils.methods.central_images import draw_central
-from utils.methods.mean_features import SIDE, build_features, sum_features
+from utils.methods.central_images import central_features, draw_central
+from utils.methods.mean_features import SIDE, sum_features
 from utils.methods.mean_generator import read_target
 
 
@@ -37,7 +37,7 @@ def test_a_central_image_is_the_mean_of_its_class():
     side = torch.linspace(-1, 1, SIDE).expand(SIDE, SIDE)
     images = [side.expand(3, -1, -1), side.T.expand(3, -1, -1)]
     rows = [(i, i % 2, images[i % 2]) for i in range(8)]
-    total = sum_features(rows, build_features(args, 0), 2, 1.0)
+    total = sum_features(rows, central_features(args), 2, 1.0)
     target = read_target(total.float() / 8)
     for number in (0, 1):
         drawn = draw_central([target], number, torch.tensor([number]), args, seed=0)[0]

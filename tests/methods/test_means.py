@@ -15,6 +15,7 @@ from utils.ledger.charges import count_charged_steps, list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import means as story
+from utils.methods import releases
 from utils.methods.mean_features import (
     SIDE,
     add_count,
@@ -177,13 +178,13 @@ def test_an_interrupted_release_is_not_paid_for_twice(
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
     arguments += ["--release_means", "--warm_start_steps", 2]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(story, "fit_generator", stop)
+        patch.setattr(releases, "fit_generator", stop)
         train_here(arguments)
     ledger = Ledger(tmp_path / "run" / "private" / "ledger.jsonl")
     (run,) = {r["run"] for r in ledger.records()}
     assert count_charged_steps(ledger.records(), run) == 1
     sums = []
-    monkeypatch.setattr(story, "sum_features", lambda *a: sums.append(a))  # would read them again
+    monkeypatch.setattr(releases, "sum_features", lambda *a: sums.append(a))  # would read them again
     assert "saved the weights" in train_here(arguments)
     assert sums == []
     events = list_charged_events(ledger.records())
@@ -194,8 +195,8 @@ def test_an_interrupted_release_is_not_paid_for_twice(
 def test_the_noise_is_that_of_the_plan(image_folder, tmp_path, monkeypatch):
     """Variance of 4,000 values and more: a false alarm is a deviation by six standard errors."""
     sums = []
-    real = story.sum_features
-    monkeypatch.setattr(story, "sum_features", lambda *a: sums.append(real(*a)) or sums[-1])
+    real = releases.sum_features
+    monkeypatch.setattr(releases, "sum_features", lambda *a: sums.append(real(*a)) or sums[-1])
     more = ["--num_frequencies", 500, "--secure_noise"]
     assert "grid.png" in release(image_folder, tmp_path / "run", *more)
     noisy, _ = story.read_means(tmp_path / "run" / "means.safetensors")

@@ -8,8 +8,8 @@ from utils.arguments.training import ModelArguments
 from utils.arguments.values import check_between
 from utils.errors import UsageError
 
-RELEASES = ["random_features", "perceptual_features", "central_images"]
-CENTRAL = ["central_images"]
+CENTRAL, MOMENTS = ["central_images"], ["moments"]  # each a release of its own
+RELEASES = ["random_features", "perceptual_features", *CENTRAL, *MOMENTS]
 # What the means take of a budget; benchmarks/RESULTS.md, "The share of the means".
 ENOUGH, LEAST_SHARE, LARGEST_SHARE = 3.0, 0.3, 0.9
 
@@ -22,7 +22,8 @@ class MeansArguments:
         f"means of which features, one or more of {', '.join(RELEASES)}: of random Fourier "
         "features of the pixels (DP-MERF), or of the activations of a network trained on public "
         "images and of their squares (DP-MEPF); both share one noise. central_images, by itself: "
-        "of small images, over a few Poisson batches (DP-FETA)",
+        "of small images, over a few Poisson batches (DP-FETA). moments, by itself: means and "
+        "second moments of each class, from which images are drawn as mixtures of Gaussians",
         ["random_features"],
     )
     class_names: list[str] | None = option(
@@ -47,6 +48,9 @@ class MeansArguments:
     central_side: int = option("side of central images, in pixels", 8)
     central_batches: int = option("Poisson batches, each of which gives an image a class", 4)
     central_rate: float = option("probability that a unit is in such a batch", 0.5)
+    moment_side: int = option("cosines each way that moments are of, from the lowest", 12)
+    moment_components: int = option("Gaussians a class", 10)
+    moment_rounds: int = option("releases of moments, each about places that the last one told", 2)
     num_synthetic_images: int = option("images to draw, balanced over the classes", 2000)
     release_epsilon: float | None = option(
         "epsilon of the means; default: all of --target_epsilon, or --release_share of it where "
@@ -64,11 +68,15 @@ class MeansArguments:
         if unknown or len(set(self.release)) < len(self.release):
             wrong = unknown[0] if unknown else "one of them twice"
             raise UsageError(f"--release {wrong}: there are {', '.join(RELEASES)}")
-        if "central_images" in self.release and self.release != CENTRAL:
+        alone = next((kind for kind in (*CENTRAL, *MOMENTS) if kind in self.release), None)
+        if alone is not None and len(self.release) > 1:
             raise UsageError(
-                "--release central_images is a release of its own: do both in one ledger, and give "
-                "both sets to --warm_start"
+                f"--release {alone} is a release of its own: do both in one ledger, and give both "
+                "sets to --warm_start"
             )
+        check_between("moment_side", self.moment_side, 2, 32)
+        check_between("moment_components", self.moment_components, 1, 1000)
+        check_between("moment_rounds", self.moment_rounds, 1, math.inf)
         check_between("central_side", self.central_side, 1, 32)
         check_between("central_batches", self.central_batches, 1, math.inf)
         if not 0 < self.central_rate <= 1:

@@ -111,6 +111,11 @@ def _event_in_words(event: dict) -> str:
                 f"Noisy means of {event['steps']} Poisson batches were released (sampling rate "
                 f"{rate}, noise multiplier {noise})."
             )
+        if event["steps"] > 1:
+            return (
+                "Noisy means and second moments of all images were released, "
+                f"{event['steps']} times (noise multiplier {noise})."
+            )
         return f"One noisy mean of features of all images was released (noise multiplier {noise})."
     return (
         f"{event['steps']} steps, each on a Poisson batch with sampling rate {rate}; every unit's "

@@ -7,10 +7,22 @@ import torch
 import torch.nn.functional as F
 
 from utils.arguments.means import MeansArguments
-from utils.methods.mean_features import SIDE
+from utils.methods.mean_features import SIDE, Features
 from utils.methods.mean_generator import Target
 
 SHIFT = 2  # pixels that a drawn image is moved by, at most, each way
+
+
+def central_features(args: MeansArguments) -> Features:
+    """The pixels at `--central_side`, so that the norm of an image in [-1, 1] is at most one."""
+    channels, side = 1 if args.grey else 3, args.central_side
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        seen = images.mean(1, keepdim=True) if args.grey else images
+        small = F.interpolate(seen, (side, side), mode="area")
+        return small.flatten(1) / (channels * side**2) ** 0.5
+
+    return features
 
 
 def draw_central(

@@ -21,7 +21,6 @@ def build_features(args: MeansArguments, seed: int) -> Features:
     builders = {
         "random_features": lambda: random_features(args, seed),
         "perceptual_features": perceptual_features,
-        "central_images": lambda: central_features(args),
     }
     kinds = [builders[kind]() for kind in args.release]
     return lambda images: torch.cat([f(images) for f in kinds], 1) / len(kinds) ** 0.5
@@ -58,18 +57,6 @@ def perceptual_features() -> Features:
             layers.append(x)
         moments = [moment.flatten(1) for layer in layers for moment in (layer, layer.square())]
         return torch.cat([F.normalize(m, dim=1) for m in moments], 1) / len(moments) ** 0.5
-
-    return features
-
-
-def central_features(args: MeansArguments) -> Features:
-    """The pixels at `--central_side`, so that the norm of an image in [-1, 1] is at most one."""
-    channels, side = 1 if args.grey else 3, args.central_side
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        seen = images.mean(1, keepdim=True) if args.grey else images
-        small = F.interpolate(seen, (side, side), mode="area")
-        return small.flatten(1) / (channels * side**2) ** 0.5
 
     return features
 

@@ -2,8 +2,9 @@
 
 DP-MERF (Harder et al. 2021) and DP-MEPF (Harder et al. 2023): the mean over the private images of
 features x one-hot class is released once, by the Gaussian mechanism. DP-FETA (Gong et al. 2025):
-so are the means of a few Poisson batches, of the pixels at a low resolution. Everything after that
-sees the noisy means only, and costs nothing.
+so are the means of a few Poisson batches, of the pixels at a low resolution. Moments: so are means
+and second moments, in a few rounds. Everything after that sees what was released only, and costs
+nothing.
 """
 
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utils.arguments.means import CENTRAL, MeansArguments
+from utils.arguments.means import CENTRAL, MOMENTS, MeansArguments
 from utils.arguments.training import (
     DataArguments,
     ModelArguments,
@@ -31,10 +32,8 @@ from utils.errors import UsageError, on_main_process
 from utils.files import MEANS
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
-from utils.methods.central_images import draw_central
 from utils.methods.classes import build_nearest, find_classes, number_rows, read_units
-from utils.methods.mean_features import SIDE, build_features, sum_features
-from utils.methods.mean_generator import draw, fit_generator, read_target
+from utils.methods.mean_features import SIDE
 from utils.methods.planning import (
     load_private_rows,
     plan_later_training,
@@ -43,6 +42,7 @@ from utils.methods.planning import (
     reserve,
 )
 from utils.methods.publishing import report_set
+from utils.methods.releases import Drawn, Release, build_release
 from utils.methods.stages import collect_settings, start
 from utils.models.drawing import adopt_template
 from utils.privacy.accounting import account
@@ -74,7 +74,7 @@ def run_release(
     """
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
-    features, seed = build_features(args, training.seed or 0), training.seed or 0
+    kind, seed = build_release(args, training.seed or 0), training.seed or 0
 
     def plan_for(num_units: int) -> PrivacyPlan:
         plan = plan_release(num_units, privacy, args, data.privacy_unit_column, is_first)
@@ -98,10 +98,10 @@ def run_release(
     # Sum over the units of each batch, and release the sums with noise.
     numbers = number_rows(private_set, found.data, classes, nearest)
 
-    def release_sum(_) -> torch.Tensor:
+    def release_sum(before: list[torch.Tensor]) -> torch.Tensor:
         def sum_units(batch: torch.Tensor | None) -> torch.Tensor:
             images = read_images(private_set, numbers, accelerator, batch)
-            return sum_features(images, features, classes.count, plan.sensitivity)
+            return kind.sum(images, classes.count, before, find_noise(plan), plan.sensitivity)
 
         return release(sum_units, plan, randomness, accelerator)
 
@@ -110,7 +110,7 @@ def run_release(
     # Everything from here on sees the noisy means only.
     about = Circumstances(randomness.is_private, randomness.source)
     on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan, about))
-    made = on_main_process(lambda: draw_set(run, plan, args, features))
+    made = on_main_process(lambda: draw_set(run, plan, args, kind))
     if training.discard_latents:
         discard_copies(run.output_dir, None)
     accelerator.print(f"{args.num_synthetic_images} images, grid.png, report.html in {made}")
@@ -148,7 +148,7 @@ def plan_release(
     is_first: bool,
 ) -> PrivacyPlan:
     """One noisy sum over all units: one step of the Gaussian mechanism, with every unit in it. For
-    central images, one step a Poisson batch.
+    central images, one step a Poisson batch; for moments, a few such steps.
 
     Raises:
         UsageError: see `make_plan`; or no budget was named.
@@ -161,18 +161,27 @@ def plan_release(
         sigma = privacy.noise_multiplier
     if epsilon is None and (sigma is None or is_first):
         raise UsageError("give --target_epsilon, or --release_epsilon")
-    is_central = args.release == CENTRAL
+    rate, steps = 1.0, 1
+    if args.release == CENTRAL:
+        rate, steps = args.central_rate, args.central_batches
+    if args.release == MOMENTS:
+        steps = args.moment_rounds
     return make_plan(
         target_epsilon=epsilon,
         noise_multiplier=sigma,
         num_units=num_units,
-        expected_batch_size=num_units * (args.central_rate if is_central else 1),
-        steps=args.central_batches if is_central else 1,
+        expected_batch_size=num_units * rate,
+        steps=steps,
         max_grad_norm=1.0,
         delta=privacy.target_delta,
         unit_column=unit_column,
         purpose="means",
     )
+
+
+def find_noise(plan: PrivacyPlan) -> float:
+    """The deviation of every number that is released."""
+    return plan.noise_std / plan.expected_batch_size
 
 
 def announce(plan: PrivacyPlan, num_classes: int) -> str:
@@ -196,7 +205,7 @@ def read_means(path: Path) -> tuple[torch.Tensor, dict]:
         return file.get_tensor("means"), json.loads(file.metadata()["about"])
 
 
-def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, features) -> Path:
+def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, kind: Release) -> Path:
     """Draw a set that matches the published means; its folder. The ledger notes what it holds.
 
     Raises:
@@ -210,33 +219,14 @@ def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, features) -> Pat
         for i in range(count)
     ]
     columns = num_classes if 1 < num_classes <= 10 else 8
-    images = draw_images(released, args, features, told["seed"])
+    images = encode(kind.draw(released, find_noise(plan)))
     write_set(run, plan.steps, entries, images, {"means": told}, columns)
     report_set(run.output_dir)
     return run.output_dir / SET
 
 
-def draw_images(
-    released: torch.Tensor, args: MeansArguments, features, seed: int
-) -> Iterator[tuple[int, bytes]]:
-    """(number, PNG) of every image of the set, from what was released [batches, classes, D + 1];
-    several generators take their turns."""
-    targets, num_classes = [read_target(means) for means in released], released.shape[1]
-    indices = torch.arange(args.num_synthetic_images)
-
-    def encode(numbers: torch.Tensor, drawn: torch.Tensor) -> Iterator[tuple[int, bytes]]:
-        for index, image in zip(numbers.tolist(), drawn, strict=True):
+def encode(drawn: Drawn) -> Iterator[tuple[int, bytes]]:
+    """(number, PNG) of every image."""
+    for numbers, images in drawn:
+        for index, image in zip(numbers.tolist(), images, strict=True):
             yield index, encode_png(Image.fromarray(image.permute(1, 2, 0).numpy()))
-
-    if args.release == CENTRAL:
-        for part in indices.split(500):
-            drawn = draw_central(targets, int(part[0]), part % num_classes, args, seed)
-            yield from encode(part, drawn)
-        return
-    for number in range(args.num_generators):
-        title = f"generator {number + 1} of {args.num_generators}"
-        own_seed = seed + 1000 * number
-        generator = fit_generator(targets[0], features, args, own_seed, title)
-        mine = indices[indices // num_classes % args.num_generators == number]
-        for part in mine.split(500):
-            yield from encode(part, draw(generator, part % num_classes, own_seed))
