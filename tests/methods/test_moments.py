@@ -19,6 +19,7 @@ from utils.methods.moments import (
     SECOND,
     Places,
     build_basis,
+    count_components,
     pack,
     start_places,
     sum_moments,
@@ -81,6 +82,12 @@ def test_one_unit_moves_the_sum_by_the_bound_at_most(image):
         assert moved.isfinite().all() and moved.norm() <= 1
     first = start_places(build_basis(2, True), 2, 3)
     assert sum_moments([(0, 0, torch.ones(3, SIDE, SIDE))], first, 1.0).norm() > 0.99
+
+
+def test_more_noise_leaves_fewer_components():
+    assert count_components(144, 10, 2.26 / 60_000) == 27
+    assert count_components(144, 10, 2.26 / 3_000) == 1
+    assert count_components(144, 1, 1e-9) == 64
 
 
 def test_mixtures_find_the_groups_and_their_spread():

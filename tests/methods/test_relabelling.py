@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -112,6 +113,26 @@ def test_labels_follow_the_published_classifier_alone(public, image_folder, tmp_
     assert "7 images, grid.png" in again
     events = read_json(tmp_path / "again" / "privacy.json")["events"]
     assert [event["purpose"] for event in events] == ["relabelling"] * 2
+
+
+def test_only_agreed_leaves_what_kept_its_label(public, image_folder, tmp_path):
+    more = ["--target_epsilon", 3, "--only_agreed"]
+    shown = relabel(public, image_folder, tmp_path / "run", *more)
+    labels = {hash_file(path): f"{i % 4}" for i, path in enumerate(sorted(public.glob("0*.png")))}
+    rows = (tmp_path / "run" / "set" / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in rows]
+    assert f"{len(rows)} images are left" in shown and 0 < len(rows) < 24
+    stayed = {row["label"] for row in rows
+              if labels[hash_file(tmp_path / "run" / "set" / row["file_name"])] == row["label"]}
+    for row in rows:  # all of a class that some stayed in stayed
+        own = labels[hash_file(tmp_path / "run" / "set" / row["file_name"])]
+        assert (own == row["label"]) == (row["label"] in stayed)
+
+
+def test_a_class_that_nobody_agrees_about_is_not_lost():
+    before, after = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 1, 1])
+    assert story.find_agreed(before, after) == [0, 1, 3, 4, 5]
+    assert story.find_agreed(before, before) == list(range(6))
 
 
 @pytest.mark.parametrize(

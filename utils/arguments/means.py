@@ -49,7 +49,9 @@ class MeansArguments:
     central_batches: int = option("Poisson batches, each of which gives an image a class", 4)
     central_rate: float = option("probability that a unit is in such a batch", 0.5)
     moment_side: int = option("cosines each way that moments are of, from the lowest", 12)
-    moment_components: int = option("Gaussians a class", 10)
+    moment_components: int | None = option(
+        "Gaussians a class; default: as many as the noise leaves apart, at most 64", None
+    )
     moment_rounds: int = option("releases of moments, each about places that the last one told", 2)
     num_synthetic_images: int = option("images to draw, balanced over the classes", 2000)
     release_epsilon: float | None = option(
@@ -75,7 +77,8 @@ class MeansArguments:
                 "sets to --warm_start"
             )
         check_between("moment_side", self.moment_side, 2, 32)
-        check_between("moment_components", self.moment_components, 1, 1000)
+        if self.moment_components is not None:
+            check_between("moment_components", self.moment_components, 1, 1000)
         check_between("moment_rounds", self.moment_rounds, 1, math.inf)
         check_between("central_side", self.central_side, 1, 32)
         check_between("central_batches", self.central_batches, 1, math.inf)

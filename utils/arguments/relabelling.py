@@ -19,6 +19,11 @@ class RelabellingArguments:
     num_images: int | None = option(
         "images to keep, balanced over the new classes, the surest first; default: all", None
     )
+    only_agreed: bool = option(
+        "keep only images that get the label which they had: fewer, and both agree about them. A "
+        "class of which none is left keeps what was named so",
+        False,
+    )
     relabel_steps: int = option("private steps of the classifier, each on all private images", 200)
     relabel_epsilon: float | None = option(
         "epsilon of the classifier alone; default: what --target_epsilon leaves after what the set "

@@ -18,6 +18,7 @@ from utils.privacy.unit_sums import sum_units
 
 FIRST = 0.5  # the norm that an image's distance from its place may have in the sum; COUNT its count
 SECOND = (1 - COUNT**2 - FIRST**2) ** 0.5  # and its second moments: together, of norm one at most
+CLEAR, MOST_COMPONENTS = 0.25, 64
 
 
 def build_basis(side: int, grey: bool) -> torch.Tensor:
@@ -64,6 +65,17 @@ class Places:
         counts, firsts = torch.zeros(len(away)), torch.zeros_like(away)
         counts[nearest], firsts[nearest] = COUNT, FIRST * own
         return torch.cat([counts, firsts.flatten(), SECOND * pack(torch.outer(own, own))])
+
+
+def count_components(size: int, num_classes: int, noise: float) -> int:
+    """How many places a class can have, so that noise moves the mean at each, were they equally
+    full, by at most a quarter of the reach.
+
+    Args:
+        size: d. noise: the deviation of every number of the mean over all units.
+    """
+    most = CLEAR * FIRST / (noise * size**0.5 * num_classes)
+    return int(min(max(most, 1), MOST_COMPONENTS))
 
 
 def start_places(basis: torch.Tensor, num_classes: int, components: int) -> Places:

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -115,7 +116,12 @@ def run_relabelling(
     on_main_process(lambda: run.publish(export, plan, told))
     changed = int((named.classes != election.candidates.classes).sum())
     accelerator.print(f"{changed} of {len(seen)} images got another label")
-    kept = named.select(keep_best(sure.numpy(), named.classes, args.num_images or len(sure)))
+    left, sure = named, sure.numpy()
+    if args.only_agreed:
+        agree = find_agreed(election.candidates.classes, named.classes)
+        left, sure = named.select(agree), sure[agree]
+        accelerator.print(f"{len(agree)} images are left, about which both agree")
+    kept = left.select(keep_best(sure, left.classes, args.num_images or len(sure)))
     did = {"relabelled": asdict(args) | about}
     leave_set(kept, did, election.paid, plan, run, training, hub)
 
@@ -222,6 +228,13 @@ def rename(
         for entry, number in zip(candidates.entries, found.tolist(), strict=True)
     ]
     return Candidates(candidates.images, entries, found.numpy())
+
+
+def find_agreed(before: np.ndarray, after: np.ndarray) -> list[int]:
+    """Images whose class [M] stays; and those of a new class that no image of it stays in."""
+    agree = before == after
+    lost = ~np.isin(after, after[agree])
+    return (agree | lost).nonzero()[0].tolist()
 
 
 def draw_changes(

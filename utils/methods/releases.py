@@ -10,7 +10,13 @@ from utils.methods.central_images import central_features, draw_central
 from utils.methods.mean_features import build_features, sum_features
 from utils.methods.mean_generator import draw, fit_generator, read_target
 from utils.methods.mixtures import Mixture, choose_places, fit_mixture
-from utils.methods.moments import Places, build_basis, start_places, sum_moments
+from utils.methods.moments import (
+    Places,
+    build_basis,
+    count_components,
+    start_places,
+    sum_moments,
+)
 
 TOGETHER = 500  # images drawn at a time
 
@@ -89,7 +95,10 @@ class Moments:
         self, released: Iterable[torch.Tensor], num_classes: int, noise: float
     ) -> tuple[Places, Mixture | None]:
         """After these rounds: where the next one measures, and what the last one told."""
-        places, mixture = start_places(self.basis, num_classes, self.args.moment_components), None
+        components = self.args.moment_components
+        if components is None:
+            components = count_components(len(self.basis), num_classes, noise)
+        places, mixture = start_places(self.basis, num_classes, components), None
         for moments in released:
             mixture = fit_mixture(moments, places, noise)
             places = choose_places(mixture, self.seed)
