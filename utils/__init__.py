@@ -21,6 +21,9 @@
         mean_features       features of images, and their sums over private units
         mean_generator      a generator fitted to released means
         central_images      small means of Poisson batches, and images made of them
+        moments             second moments of private images, and what one image adds to them
+        mixtures            Gaussians, fitted to released moments
+        releases            the kinds of release: what each sums, and what is drawn after
         election            what either needs first: the candidates, their cost, their classes
         votes               votes of private images for synthetic ones, and what is kept by them
         choice              which matrices to keep, from noisy scores alone

@@ -184,7 +184,8 @@ def test_an_interrupted_release_is_not_paid_for_twice(
     (run,) = {r["run"] for r in ledger.records()}
     assert count_charged_steps(ledger.records(), run) == 1
     sums = []
-    monkeypatch.setattr(releases, "sum_features", lambda *a: sums.append(a))  # would read them again
+    # It would read the images again.
+    monkeypatch.setattr(releases, "sum_features", lambda *a: sums.append(a))
     assert "saved the weights" in train_here(arguments)
     assert sums == []
     events = list_charged_events(ledger.records())

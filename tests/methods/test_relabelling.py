@@ -122,8 +122,11 @@ def test_only_agreed_leaves_what_kept_its_label(public, image_folder, tmp_path):
     rows = (tmp_path / "run" / "set" / "metadata.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in rows]
     assert f"{len(rows)} images are left" in shown and 0 < len(rows) < 24
-    stayed = {row["label"] for row in rows
-              if labels[hash_file(tmp_path / "run" / "set" / row["file_name"])] == row["label"]}
+    stayed = {
+        row["label"]
+        for row in rows
+        if labels[hash_file(tmp_path / "run" / "set" / row["file_name"])] == row["label"]
+    }
     for row in rows:  # all of a class that some stayed in stayed
         own = labels[hash_file(tmp_path / "run" / "set" / row["file_name"])]
         assert (own == row["label"]) == (row["label"] in stayed)

@@ -107,6 +107,6 @@ def choose_places(mixture: Mixture, seed: int) -> Places:
         drawn = mixture.draw(torch.full((DRAWS,), number), seed + number)
         clusters = KMeans(components, n_init=1, random_state=seed).fit(drawn.double().numpy())
         centres.append(torch.from_numpy(clusters.cluster_centers_).float())
-        distances.append((drawn - centres[-1][torch.from_numpy(clusters.labels_).long()]).norm(dim=1))
+        distances.append(torch.cdist(drawn, centres[-1]).min(1).values)
     reach = torch.cat(distances).quantile(REACHED).item()
     return Places(mixture.basis, torch.stack(centres), reach)

@@ -31,11 +31,10 @@ def build_basis(side: int, grey: bool) -> torch.Tensor:
 
     if grey:
         return plane(side).float()
-    colours = [([1.0, 1.0, 1.0], side), ([1.0, 0.0, -1.0], side // 2), ([1.0, -2.0, 1.0], side // 2)]
+    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
     rows = []
-    for colour, count in colours:
-        weights = torch.tensor(colour, dtype=torch.float64)
-        rows.append(torch.kron((weights / weights.norm())[None], plane(count)))
+    for colour, count in zip(colours, (side, side // 2, side // 2), strict=True):
+        rows.append(torch.kron((colour / colour.norm())[None], plane(count)))
     return torch.cat(rows).float()
 
 

@@ -79,9 +79,10 @@ class Central:
         return sum_features(rows, self.features, num_classes, bound)
 
     def draw(self, released, noise):
-        targets, num_classes = [read_target(means) for means in released], released.shape[1]
-        for part in torch.arange(self.args.num_synthetic_images).split(TOGETHER):
-            yield part, draw_central(targets, int(part[0]), part % num_classes, self.args, self.seed)
+        args, num_classes = self.args, released.shape[1]
+        targets = [read_target(means) for means in released]
+        for part in torch.arange(args.num_synthetic_images).split(TOGETHER):
+            yield part, draw_central(targets, int(part[0]), part % num_classes, args, self.seed)
 
 
 class Moments:
