@@ -47,11 +47,8 @@ class Mixture:
 
 
 def fit_mixture(released: torch.Tensor, places: Places, noise: float) -> Mixture:
-    """From the noisy mean over all units of what they add (`Places.measure`).
-
-    What the noise hides is left out: places where there may be nobody, the distance of a mean from
-    its place (James and Stein 1961), directions of no more variance than noise alone would give,
-    and what tells the covariance of a class from that of all.
+    """From the noisy mean over all units of what they add (`Places.measure`); what the noise hides
+    is left out.
 
     Args:
         released: [C, K + K * d + d * (d + 1) / 2].
@@ -60,43 +57,65 @@ def fit_mixture(released: torch.Tensor, places: Places, noise: float) -> Mixture
     num_classes, components, size = places.centres.shape
     split = [components, components * size, size * (size + 1) // 2]
     counts, firsts, seconds = released.double().split(split, 1)
+    firsts = firsts.view(num_classes, components, size)
+    shares, away = find_means(counts / COUNT, firsts / FIRST, noise)
+    seconds = torch.stack([unpack(packed, size) for packed in seconds / SECOND])
+    about_means = seconds - torch.einsum("ck,cki,ckj->cij", shares, away, away)
+    sizes = shares.sum(1)
+    roots = find_roots(about_means, sizes, noise / SECOND)
+    return Mixture(
+        places.basis,
+        (shares / sizes[:, None]).float(),
+        places.centres + places.reach * away.float(),
+        places.reach * roots.float(),
+    )
 
-    # Who is where, and how far from there: in units of the reach.
-    counts = counts / COUNT
-    somebody = counts > TOLD_APART * noise / COUNT
+
+def find_means(
+    counts: torch.Tensor, firsts: torch.Tensor, noise: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The share of all units at each place [C, K], and how far their mean is from it [C, K, d], in
+    units of the reach.
+
+    Nobody is where a count may be noise alone. The noise draws means away from their places: they
+    are drawn back (James and Stein 1961).
+    """
+    doubt, size = noise / COUNT, firsts.shape[2]
+    somebody = counts > TOLD_APART * doubt
     somebody[:, 0] |= ~somebody.any(1)
-    counts = torch.where(somebody, counts.clamp_min(max(noise / COUNT, TINY)), 0)
-    at = torch.where(somebody, counts, 1)[..., None]
-    away = somebody[..., None] * firsts.view(num_classes, components, size) / FIRST / at
-    doubt = size * (noise / FIRST / at).square()
-    away = away * (1 - doubt / away.square().sum(2, keepdim=True).clamp_min(TINY)).clamp_min(0)
+    shares = torch.where(somebody, counts.clamp_min(max(doubt, TINY)), 0)
+    at = torch.where(somebody, shares, 1)[..., None]
+    away = somebody[..., None] * firsts / at
+    by_noise = size * (noise / FIRST / at).square()
+    shrunk = 1 - by_noise / away.square().sum(2, keepdim=True).clamp_min(TINY)
+    return shares, away * shrunk.clamp_min(0)
 
-    # Their covariance, about the means: of each class, and of all.
-    sizes, all_of_them = counts.sum(1), counts.sum()
-    raw = torch.stack([unpack(packed, size) for packed in seconds / SECOND])
-    raw = raw - torch.einsum("ck,cki,ckj->cij", counts, away, away)
-    pooled = raw.sum(0) / all_of_them
-    hidden = noise / SECOND * (2 * size * num_classes) ** 0.5 / all_of_them  # radius of noise alone
-    values, directions = torch.linalg.eigh(pooled)
-    told = values > hidden
+
+def find_roots(seconds: torch.Tensor, sizes: torch.Tensor, noise: float) -> torch.Tensor:
+    """Roots of the covariances [C, d, r], of sums of products about the means [C, d, d].
+
+    Kept are the r directions in which all classes together vary by more than the largest eigenvalue
+    that noise alone would have; and of what tells a class from all, number by number, what stands
+    out of the noise.
+
+    Args:
+        sizes: [C], the share of all units. noise: of a number on the diagonal.
+    """
+    num_classes, size, everybody = len(seconds), seconds.shape[1], sizes.sum()
+    values, directions = torch.linalg.eigh(seconds.sum(0) / everybody)
+    told = values > noise * (2 * size * num_classes) ** 0.5 / everybody
     told[-1] = True
     values, directions = values[told].clamp_min(TINY), directions[:, told]
     root, whiten = directions * values.sqrt(), directions / values.sqrt()
-    roots = []
-    for covariance, count in zip(raw, sizes, strict=True):
-        differs = whiten.T @ (covariance / count) @ whiten - torch.eye(len(values))
-        variance = (noise / SECOND / count).square() / torch.outer(values, values)
+    one, roots = torch.eye(len(values), dtype=values.dtype), []
+    for products, share in zip(seconds, sizes, strict=True):
+        differs = whiten.T @ (products / share) @ whiten - one
+        variance = (noise / share).square() / torch.outer(values, values)
         squares = differs.square()
         differs = differs * squares / (squares + 2 * variance).clamp_min(TINY)
-        shape, turned = torch.linalg.eigh(torch.eye(len(values)) + differs)
-        roots.append(root @ (turned * shape.clamp_min(FLAT).sqrt()))
-    reach = places.reach
-    return Mixture(
-        places.basis,
-        (counts / sizes[:, None]).float(),
-        places.centres + reach * away.float(),
-        reach * torch.stack(roots).float(),
-    )
+        spread, turned = torch.linalg.eigh(one + differs)
+        roots.append(root @ (turned * spread.clamp_min(FLAT).sqrt()))
+    return torch.stack(roots)
 
 
 def choose_places(mixture: Mixture, seed: int) -> Places:

@@ -114,14 +114,7 @@ def run_relabelling(
         draw_changes(election.candidates, named, sure, count).save(folder / "relabelled.png")
 
     on_main_process(lambda: run.publish(export, plan, told))
-    changed = int((named.classes != election.candidates.classes).sum())
-    accelerator.print(f"{changed} of {len(seen)} images got another label")
-    left, sure = named, sure.numpy()
-    if args.only_agreed:
-        agree = find_agreed(election.candidates.classes, named.classes)
-        left, sure = named.select(agree), sure[agree]
-        accelerator.print(f"{len(agree)} images are left, about which both agree")
-    kept = left.select(keep_best(sure, left.classes, args.num_images or len(sure)))
+    kept = keep(election.candidates, named, sure.numpy(), args, accelerator)
     did = {"relabelled": asdict(args) | about}
     leave_set(kept, did, election.paid, plan, run, training, hub)
 
@@ -228,6 +221,23 @@ def rename(
         for entry, number in zip(candidates.entries, found.tolist(), strict=True)
     ]
     return Candidates(candidates.images, entries, found.numpy())
+
+
+def keep(
+    before: Candidates,
+    after: Candidates,
+    sure: np.ndarray,
+    args: RelabellingArguments,
+    accelerator: Accelerator,
+) -> Candidates:
+    """The images that are left under their new names, the surest [M] of every class first."""
+    changed = int((after.classes != before.classes).sum())
+    accelerator.print(f"{changed} of {len(sure)} images got another label")
+    if args.only_agreed:
+        agreed = find_agreed(before.classes, after.classes)
+        after, sure = after.select(agreed), sure[agreed]
+        accelerator.print(f"{len(agreed)} images are left, about which both agree")
+    return after.select(keep_best(sure, after.classes, args.num_images or len(sure)))
 
 
 def find_agreed(before: np.ndarray, after: np.ndarray) -> list[int]:
