@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest audit mutants style format space base
+.PHONY: help demo test test-all test-latest audit mutants style format space base
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,10 @@ help:  ## show this list
 demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about six minutes)
 	$(BIN)/python examples/digits/demo.py
 
-test: .venv/.installed  ## run the tests (about half an hour)
+test: .venv/.installed  ## run the tests but the slowest (about twelve minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal -m "not slow"
+
+test-all: .venv/.installed  ## run all tests (about half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
 test-latest:  ## run the tests with the newest of everything but torch: which pins can move? (half an hour)

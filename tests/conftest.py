@@ -39,6 +39,12 @@ CAPTION = ["--label_column", "label", "--caption_template", "the digit {label}"]
 BUDGET = ["--target_epsilon", "8", "--target_delta", "1e-3"]
 
 
+def few_fast(cases, fast: int = 1) -> list:
+    """`cases` of a test, all but the first of which `make test` leaves to `make test-all`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return cases[:fast] + [pytest.param(*case, marks=pytest.mark.slow) for case in cases[fast:]]
+
+
 def train_arguments(base, images, output, *more):
     return [
         *("--pretrained_model_name_or_path", base, "--train_data_dir", images, *CAPTION, *BUDGET),

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
+from tests.conftest import (
+    ROOT,
+    few_fast,
+    quiet_environment,
+    read_json,
+    train_arguments,
+    train_here,
+)
 from tests.killed_runs import POINTS
 from utils.errors import UsageError
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about, read_state
@@ -24,14 +31,17 @@ def kill_runs(base, images, folder, *more):
     )
 
 
-def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(tiny_base, image_folder, tmp_path):
-    """At 19 chosen and 20 random moments; see `tests/killed_runs.py`."""
-    run = kill_runs(tiny_base, image_folder, tmp_path)
+@pytest.mark.parametrize("random", few_fast([0, 20]))
+def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(
+    tiny_base, image_folder, tmp_path, random
+):
+    """At 19 chosen moments, and then at 20 random ones, too; see `tests/killed_runs.py`."""
+    run = kill_runs(tiny_base, image_folder, tmp_path, "--random", random)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.splitlines()[-1]
     print(summary)
     counts = json.loads(summary)
-    assert counts["killed"] == len(POINTS) + 20 <= counts["trials"]
+    assert counts["killed"] == len(POINTS) + random <= counts["trials"]
     assert counts["resumed"] >= len(POINTS) // 2
 
 
@@ -205,6 +215,7 @@ def test_a_process_whose_run_went_on_elsewhere_releases_nothing_more(tmp_path):
     second.release(3, "checkpoint")
 
 
+@pytest.mark.slow
 def test_kill_9_in_every_stage_loses_nothing_and_charges_once(tiny_base, image_folder, tmp_path):
     """At 28 chosen moments of means, selection, warm start, training, curation and relabelling."""
     command = [sys.executable, "-m", "tests.killed_stages", tiny_base, image_folder, tmp_path]

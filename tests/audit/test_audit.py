@@ -76,6 +76,7 @@ def test_the_bound_exceeds_what_a_broken_gaussian_reports(signal, repeats):
 SMALL = ["--num_images", 16, "--num_canaries", 3000, "--train_batch_size", 128]
 
 
+@pytest.mark.slow
 def test_the_audit_runs_the_real_loop_and_every_mutant(run_script, tiny_base, tmp_path):
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "audit"]
     run = run_script("audit_privacy.py", *arguments, *SMALL, "--mutants", "--json")
@@ -122,6 +123,7 @@ def test_mistakes(run_script, tiny_base, tmp_path, change, words):
     assert run.returncode == 2 and words in run.stderr
 
 
+@pytest.mark.slow
 def test_an_audit_of_private_images_is_recorded_and_stays_private(
     run_script, tiny_base, image_folder, tmp_path
 ):

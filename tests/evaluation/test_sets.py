@@ -58,6 +58,7 @@ def load(**arguments):
     return load_sets(EvaluateArguments(**{k: str(v) for k, v in arguments.items()}), None)
 
 
+@pytest.mark.slow
 def test_the_columns_of_the_cifar10_recipe(sets, run_script, tmp_path):
     """Its images are in `img`, those of sample.py in `image`."""
     arguments = ["--synthetic", sets / "synthetic", "--test_dataset_name", sets / "cifar10"]

@@ -111,6 +111,7 @@ def test_a_selection_ranks_no_layer_that_packs_rows(pipeline):
     assert layers - ranked == packed.get(family.title, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "attention"])
 def test_bf16_rounds_no_worse_than_autograd(pipeline, method):
     adapt(pipeline, method)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import train_arguments
+from tests.conftest import few_fast, train_arguments
 from tests.families import FAMILIES, SIDE, save_family
 from tests.hub.conftest import COMMON, KINDS
 from tests.hub.test_models import assert_alike, from_the_card
@@ -15,7 +15,7 @@ CASES = [(n, "lora", OF_PEFT if n in ("pixart", "dit") else LORA) for n in FAMIL
 CASES += [("sana", "loda", LODA), ("sd35", "ldm", WHOLE)]
 
 
-@pytest.mark.parametrize("name, kind, files", CASES)
+@pytest.mark.parametrize("name, kind, files", few_fast(CASES))
 def test_it_comes_back_from_the_hub(hub, on_hub, image_folder, tmp_path, name, kind, files):
     folder = tmp_path / "base"
     save_family(name, folder)

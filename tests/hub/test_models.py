@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import CAPTION, read_json, train_arguments
+from tests.conftest import CAPTION, few_fast, read_json, train_arguments
 from tests.hub.conftest import COMMON, KINDS, find_secrets, push
 from utils.arguments.parsing import parse
 from utils.arguments.publishing import RepositoryArguments
@@ -17,7 +17,7 @@ from utils.errors import UsageError
 from utils.hub.upload import ATTEMPTS, list_files_to_publish, upload
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few_fast(KINDS, 2))
 def test_a_run_pushes_exactly_these_files_and_they_come_back_whole(
     hub, on_hub, smiths, tmp_path, kind
 ):
@@ -69,6 +69,7 @@ def from_the_card(on_hub, card: str, output) -> None:
     assert float(counted.stdout.split()[0]) == pytest.approx(stated, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_passing_failure_is_tried_again_and_a_lasting_one_keeps_everything(hub, on_hub, finished):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     command = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id", "user/flaky"]
@@ -157,6 +158,7 @@ def test_a_card_that_claims_another_epsilon_does_not_verify(on_hub, finished):
     assert verified.returncode == 1 and "cannot be read" in verified.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_push_once(hub, on_hub, image_folder, tmp_path):
     arguments = train_arguments("user/base", image_folder, tmp_path / "run")
     arguments += ["--push_to_hub", "--hub_model_id", "user/pair"]

@@ -17,6 +17,7 @@ from utils.methods import curation as story
 from utils.methods.classes import build_nearest
 
 
+@pytest.mark.slow
 def test_a_private_base_behind_a_set_is_not_forgotten(drawn, tiny_base, image_folder, tmp_path):
     """It is carried into the statement of a vote; a warm start elsewhere, which would lose it, is
     refused."""
@@ -72,6 +73,7 @@ def test_another_seed_is_not_gone_on_with(public, image_folder, tmp_path, monkey
     assert "12 images" in curate(public, image_folder, tmp_path / "run", *more, 1, *resume)
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_votes_that_one_does(public, image_folder, tmp_path):
     arguments = ["--synthetic", public, "--train_data_dir", image_folder, *CAPTION, *EXTRACTOR]
     arguments += ["--target_delta", 1e-3, "--target_epsilon", 3, "--debug_noise_seed", 5]

@@ -208,6 +208,7 @@ def test_the_noise_is_that_of_the_plan(image_folder, tmp_path, monkeypatch):
     assert abs(noise.mean().item()) < 6 / len(noise) ** 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_release_one_sum(image_folder, tmp_path):
     """Each adds its share of the units, and the noise is added once."""
     budget = ["--target_epsilon", 3, "--target_delta", 1e-3, "--debug_noise_seed", 5]

@@ -59,6 +59,7 @@ def test_a_unit_lost_with_its_image_leaves_a_plan_for_the_others(tiny_base, imag
     assert (plan["num_units"], plan["expected_batch_size"]) == (39, 39)
 
 
+@pytest.mark.slow
 def test_plan_of_a_config_times_the_run(tiny_base, tmp_path, run_script):
     config = tmp_path / "dp_loda.yaml"
     config.write_text(

@@ -127,6 +127,7 @@ def test_a_stand_in_that_teaches_nothing_is_called_that(tmp_path, capsys, loss, 
 REHEARSAL = ["--tried_rates", 0.003, 0.02, "--tried_steps", 4, "--num_held_out", 16]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_a_plan_that_trains(
     run_script, tiny_base, image_folder, tmp_path, capsys
 ):

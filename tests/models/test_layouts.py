@@ -151,6 +151,7 @@ def test_plain_diffusers_generates_the_same_from_the_hub(tiny_base, xl_base, tmp
     assert np.abs(without - ours).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", STABLE_DIFFUSION)
 def test_stable_diffusion_trains_exports_and_reloads_at_full_size(version, image_folder, tmp_path):
     """860 million weights, at 64 pixels: about a minute, 6 GB of memory and 2 GB of disk."""

@@ -13,6 +13,7 @@ import torch
 from tests.conftest import (
     CAPTION,
     ROOT,
+    few_fast,
     quiet_environment,
     read_json,
     train_arguments,
@@ -174,6 +175,7 @@ def test_processes_that_drift_apart_are_caught(tmp_path):
 MORE = ["--checkpointing_steps", 1, "--num_validation_images", 1, "--freeze_lora_a"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_publishes_and_one_process_resumes_it(
     tiny_base, image_folder, tmp_path
 ):
@@ -208,7 +210,7 @@ def list_children(parent: int) -> list[int]:
     return sorted(int(pid) for pid in found.stdout.split())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", few_fast([0, 1]))
 def test_one_killed_process_ends_the_others_and_the_ledger_is_true(
     tiny_base, image_folder, tmp_path, victim
 ):
@@ -228,6 +230,7 @@ def test_one_killed_process_ends_the_others_and_the_ledger_is_true(
     assert set(list_steps(checkpoints)) <= released and max(released) < 500
 
 
+@pytest.mark.slow
 def test_sampling_and_evaluation_share_their_work(tiny_base, image_folder, tmp_path):
     """Two processes draw the images that one does, and train the classifiers that one does."""
     results = []

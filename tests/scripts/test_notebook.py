@@ -25,6 +25,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_trains_on_a_zip(image_folder, tmp_path, monkeypatch, capsys):
     """In a copy of the repository, from the notebook's own folder."""
     copy = tmp_path / "copy"

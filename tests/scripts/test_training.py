@@ -13,7 +13,7 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from tests.conftest import BUDGET, read_json, train_arguments
+from tests.conftest import BUDGET, few_fast, read_json, train_arguments
 from utils.arguments.methods import LoraArguments
 from utils.arguments.training import DataArguments
 from utils.data.images import ImageRows, find_readable_rows
@@ -100,7 +100,7 @@ OTHER_METHODS = [
 ]
 
 
-@pytest.mark.parametrize("script, more, files", OTHER_METHODS)
+@pytest.mark.parametrize("script, more, files", few_fast(OTHER_METHODS, 2))
 def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     run_script, tiny_base, image_folder, tmp_path, script, more, files
 ):
