@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-latest audit mutants style format space base
+.PHONY: help demo test test-all test-latest test-lowest audit mutants style format space base
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,13 @@ test-latest:  ## run the tests with the newest of everything but torch: which pi
 	@.venv-latest/bin/pip freeze -r .venv-latest/requirements.txt | sed '/^##/,$$d; /^#/d; s/+.*//; s/_/-/g' \
 		| grep -vixF -f requirements.txt -f requirements-dev.txt || echo none
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n $$(nproc) --dist worksteal
+
+test-lowest:  ## run the tests with the older versions in requirements-lowest.txt (half an hour)
+	$(PYTHON) -m venv .venv-lowest
+	sed '/^-r/d' requirements.txt requirements-dev.txt \
+		| grep -vE "^($$(sed '/^#/d; s/==.*//' requirements-lowest.txt | paste -sd '|'))==" > .venv-lowest/requirements.txt
+	.venv-lowest/bin/pip install --quiet -r .venv-lowest/requirements.txt -r requirements-lowest.txt
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $$(nproc) --dist worksteal
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants

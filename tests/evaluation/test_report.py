@@ -99,9 +99,24 @@ def test_it_says_what_was_spent_and_marks_what_is_not_covered(report):
 
 
 def test_runs_are_compared_class_by_class(report):
-    (label,) = re.findall(r'aria-label="(Accuracy by class[^"]*)"', report.read_text())
+    (label,) = re.findall(r'aria-label="(accuracy by class[^"]*)"', report.read_text())
     assert "scans &amp; more: worst" in label and "public model: worst" in label
     assert "no statement" not in label  # nothing is known of it
+
+
+def test_runs_of_several_labels_are_compared_by_their_roc_areas(tmp_path):
+    runs = []
+    for epsilon in (1.0, 3.0):
+        found = results(epsilon)
+        found["auroc"] = found.pop("accuracy") | {"value": 0.71, "not_measured": []}
+        runs.append((f"at {epsilon:g}", found))
+    sheets = {"synthetic": Image.new("RGB", (9, 9))}
+    page = Page(runs[0][0], runs[0][1], None, sheets, runs=runs[1:])
+    write_report(page, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r'aria-label="ROC area by class, a panel a run. at 1: worst', text)
+    assert '<th scope="col" class="number">ROC area</th>' in text and "71 ± 0.4 %" in text
+    assert '<th scope="col" class="number">accuracy</th>' not in text
 
 
 def test_without_anything_private_there_is_no_mark(tmp_path):

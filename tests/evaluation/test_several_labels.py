@@ -21,10 +21,12 @@ from utils.evaluation.downstream import (
     LabelledImages,
     measure_downstream_auroc,
 )
-from utils.evaluation.fidelity import measure_by_class
 from utils.evaluation.measuring import extract_sets, load_sets
 from utils.metrics.clip_score.clip_score import clip_score
-from utils.metrics.frechet_distance.frechet_distance import frechet_distance
+from utils.metrics.frechet_distance.frechet_distance import (
+    frechet_distance,
+    frechet_distance_by_class,
+)
 from utils.models.public_models import build_tokenizer
 
 FINDINGS = ["effusion", "mass"]  # a bright left half, a bright upper half
@@ -136,7 +138,7 @@ def test_distances_class_by_class():
     generator = np.random.default_rng(0)
     first, second = generator.normal(size=(2, 60, 4))
     labels = (["a", "b", "c"] * 20, ["a"] * 30 + ["b"] * 29 + ["c"])
-    found = measure_by_class((first, second), labels)
+    found = frechet_distance_by_class(first, second, *labels)
     assert set(found) == {"a", "b"}  # of c there is one real image
     assert found["b"] == pytest.approx(frechet_distance(first[1::3], second[30:59]))
 

@@ -154,6 +154,18 @@ metric.add_batch = None  # it would write what it is given to a file
 found = metric.compute(**inputs)
 print(found)
 assert NAME in found or "recall" in found
+if NAME == "frechet_distance":
+    inputs |= {"prediction_labels": labels[:25], "reference_labels": labels[25:]}
+    more = metric.compute(**inputs)
+    assert more["frechet_distance"] == found["frechet_distance"]
+    assert set(more["per_class"]) == {0, 1}
+if NAME == "synthetic_accuracy":
+    several = numpy.stack([labels, 1 - labels, labels], 1)
+    inputs |= {"prediction_labels": several[:25], "reference_labels": several[25:]}
+    more = metric.compute(**inputs)
+    assert set(more) == {"synthetic_auroc", "standard_deviation", "per_label"}
+    assert abs(more["synthetic_auroc"] - numpy.mean(more["per_label"])) < 1e-9
+    assert len(more["per_label"]) == 3
 assert all(value is None or numpy.isfinite(value) for value in found.values())
 """
 

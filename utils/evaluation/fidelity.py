@@ -68,18 +68,6 @@ def measure_fidelity(
     return entries
 
 
-def measure_by_class(
-    features: tuple[np.ndarray, np.ndarray], labels: tuple[list[str], list[str]]
-) -> dict[str, float]:
-    """The Frechet distance between the images of each class that has two in both sets."""
-    found = {}
-    for name in sorted(set(labels[0]) & set(labels[1])):
-        rows = [f[np.array(own) == name] for f, own in zip(features, labels, strict=True)]
-        if min(map(len, rows)) > 1:
-            found[name] = frechet_distance(*rows)
-    return found
-
-
 def inception_score(log_probabilities: np.ndarray, splits: int = 10) -> tuple[float, float | None]:
     """exp E KL(p(y|x) || p(y)), mean and deviation over splits (Salimans et al. 2016, section 4).
 

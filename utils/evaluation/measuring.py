@@ -37,11 +37,12 @@ from utils.evaluation.downstream import (
     measure_downstream_auroc,
 )
 from utils.evaluation.features import ExtractedFeatures, build_extractor, extract
-from utils.evaluation.fidelity import NEIGHBOURS, measure_by_class, measure_fidelity
+from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
 from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
 from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
 from utils.files import METADATA, METRICS, REPORT, SAMPLING_SETTINGS, write_durably
+from utils.metrics.frechet_distance.frechet_distance import frechet_distance_by_class
 from utils.sampling.generation import prepare_generation
 from utils.sampling.paid_sets import check_judge
 from utils.sampling.rejection import generate_set
@@ -232,9 +233,12 @@ def measure_classes(
     sets: dict[str, LabelledRows], features: dict[str, ExtractedFeatures]
 ) -> dict[str, float]:
     """The Frechet distance class by class."""
-    found = [(features[name].features, sets[name]) for name in ("synthetic", "real")]
-    labels = tuple(list(read_labels(own.images.rows, own.label_column)) for _, own in found)
-    return measure_by_class(tuple(rows for rows, _ in found), labels)
+    rows, labels = [], []
+    for name in ("synthetic", "real"):
+        images, label_column = sets[name]
+        rows.append(features[name].features)
+        labels.append(list(read_labels(images.rows, label_column)))
+    return frechet_distance_by_class(*rows, *labels)
 
 
 def measure_utility(

@@ -57,9 +57,9 @@ def plot_quality_trade_off(runs: list[tuple[str, dict]], metric: str, label: str
         return _svg(figure, f"{label} against epsilon. {'; '.join(values)}.")
 
 
-def plot_classes_of_runs(runs: list[tuple[str, dict]]) -> str:
-    """Accuracy by class, a small panel a run, all on one scale."""
-    classes = list(runs[0][1]["accuracy"]["per_class"])
+def plot_classes_of_runs(runs: list[tuple[str, dict]], metric: str, label: str) -> str:
+    """Accuracy or ROC area by class, a small panel a run, all on one scale."""
+    classes = list(runs[0][1][metric]["per_class"])
     columns = 2  # to be read on a phone, too
     lines, places = -(-len(runs) // columns), range(len(classes))
     with plt.rc_context(STYLE | {"svg.hashsalt": "classes", "font.size": 8}):
@@ -72,19 +72,19 @@ def plot_classes_of_runs(runs: list[tuple[str, dict]]) -> str:
             sharey=True,
         )
         values = []
-        for axis, (name, results) in zip(axes.flat, runs, strict=False):
-            found = results["accuracy"]["per_class"]
-            shares = [100 * found.get(label, 0) for label in classes]
+        for axis, (run, results) in zip(axes.flat, runs, strict=False):
+            found = results[metric]["per_class"]
+            shares = [100 * found.get(name, 0) for name in classes]
             axis.barh(places, shares, color=BLUE)
-            axis.set_title(f"{name}\nepsilon {results['epsilon']['value']:.3g}", fontsize=8)
+            axis.set_title(f"{run}\nepsilon {results['epsilon']['value']:.3g}", fontsize=8)
             axis.set(xlim=(0, 100), yticks=places, yticklabels=classes)
             worst = int(np.argmin(shares))
-            values.append(f"{name}: worst {classes[worst]}, {shares[worst]:.1f} %")
+            values.append(f"{run}: worst {classes[worst]}, {shares[worst]:.1f} %")
         axes[0][0].invert_yaxis()
         for axis in axes.flat[len(runs) :]:
             axis.set_axis_off()
-        figure.supxlabel("accuracy, %", fontsize=8, color=TEXT)
-        return _svg(figure, f"Accuracy by class, a panel a run. {'; '.join(values)}.")
+        figure.supxlabel(f"{label}, %", fontsize=8, color=TEXT)
+        return _svg(figure, f"{label} by class, a panel a run. {'; '.join(values)}.")
 
 
 def plot_neighbour_distances(spaces: list[Neighbours]) -> str:

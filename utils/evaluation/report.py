@@ -29,6 +29,8 @@ FIDELITY = {
     "density": ("density", "how thickly real images surround synthetic ones; 1 is alike"),
     "coverage": ("coverage", "share of real images with a synthetic one near"),
 }
+LEARNT = {"accuracy": "accuracy", "auroc": "ROC area"}  # by classifiers: shares, class by class
+COMPARED = {**LEARNT, "frechet_distance": "Fréchet distance"}
 MARK = '<div class="private">not covered by epsilon</div>'
 
 
@@ -146,7 +148,7 @@ def _fidelity(page: Page) -> str:
 
 def _utility(results: dict) -> str:
     """What classifiers learn, of one label an image or of any number."""
-    kinds = [kind for kind in ("accuracy", "auroc") if kind in results]
+    kinds = [kind for kind in LEARNT if kind in results]
     if not kinds:
         return ""
     kind = kinds[0]
@@ -234,32 +236,25 @@ def _comparison(page: Page) -> str:
     if not page.runs:
         return ""
     runs = [(page.title, page.results), *page.runs]
+    compared = {m: n for m, n in COMPARED.items() if any(m in results for _, results in runs)}
     lines = []
     for name, results in runs:
-        cells = [
-            format_metric(results.get("epsilon")),
-            format_metric(results.get("accuracy"), percent=True),
-            format_metric(results.get("frechet_distance")),
-        ]
+        cells = [format_metric(results.get("epsilon"))]
+        cells += [format_metric(results.get(m), percent=m in LEARNT) for m in compared]
         row = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{row}</tr>')
-    head = "".join(
-        f'<th scope="col" class="number">{title}</th>'
-        for title in ("epsilon", "accuracy", "Fréchet distance")
-    )
+    titles = ["epsilon", *compared.values()]
+    head = "".join(f'<th scope="col" class="number">{title}</th>' for title in titles)
     plots = ""
-    for metric, label in (("accuracy", "accuracy"), ("frechet_distance", "Fréchet distance")):
-        known = [
-            run
-            for run in runs
-            if metric in run[1] and format_metric(run[1].get("epsilon")) != "unknown"
-        ]
+    spent = [run for run in runs if format_metric(run[1].get("epsilon")) != "unknown"]
+    for metric, label in compared.items():
+        known = [run for run in spent if metric in run[1]]
         if len(known) > 1:
             plots += f"<figure>{plot_quality_trade_off(known, metric, label)}</figure>"
-    known = [run for run in runs if "per_class" in run[1].get("accuracy", {})]
-    known = [run for run in known if format_metric(run[1].get("epsilon")) != "unknown"]
-    if len(known) > 1:
-        plots += f"<figure>{plot_classes_of_runs(known)}</figure>"
+    for metric, name in LEARNT.items():
+        known = [run for run in spent if "per_class" in run[1].get(metric, {})]
+        if len(known) > 1:
+            plots += f"<figure>{plot_classes_of_runs(known, metric, name)}</figure>"
     return (
         '<h2>Against other runs</h2><div class="wide"><table><caption>Fréchet distances compare '
         "only where extractor and numbers of images are the same</caption>"

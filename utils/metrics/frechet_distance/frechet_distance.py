@@ -47,19 +47,44 @@ def frechet_distance(predictions: np.ndarray, references: np.ndarray, block: int
     return max(0.0, metric.compute().item())  # rounding may leave equal sets below zero
 
 
+def frechet_distance_by_class(
+    predictions: np.ndarray, references: np.ndarray, prediction_labels: list, reference_labels: list
+) -> dict:
+    """The Frechet distance between the images of each class that has two in both sets.
+
+    Args:
+        prediction_labels, reference_labels: the class of each row, [N] and [M].
+    """
+    found, labels = {}, [np.asarray(own) for own in (prediction_labels, reference_labels)]
+    for name in sorted(set(prediction_labels) & set(reference_labels)):
+        both = zip((predictions, references), labels, strict=True)
+        of_class = [rows[own == name] for rows, own in both]
+        if min(map(len, of_class)) > 1:
+            found[name] = frechet_distance(*of_class)
+    return found
+
+
 class FrechetDistance(evaluate.Metric):
     def _info(self):
         row = datasets.Sequence(datasets.Value("float32"))
         return evaluate.MetricInfo(
             description="Frechet distance between two sets of features; FID if Inception's.",
             citation=CITATION,
-            inputs_description="predictions, references: features [N, d] and [M, d].",
+            inputs_description=(
+                "predictions, references: features [N, d] and [M, d]; prediction_labels [N] and "
+                "reference_labels [M]: for the distance of each class, too."
+            ),
             features=datasets.Features({"predictions": row, "references": row}),
         )
 
-    def compute(self, *, predictions, references):
+    def compute(self, *, predictions, references, prediction_labels=None, reference_labels=None):
         """Unlike in `evaluate`, nothing is cached on disk: the rows may describe private images."""
-        return self._compute(np.asarray(predictions), np.asarray(references))
+        rows = np.asarray(predictions), np.asarray(references)
+        return self._compute(*rows, prediction_labels, reference_labels)
 
-    def _compute(self, predictions, references):
-        return {"frechet_distance": frechet_distance(predictions, references)}
+    def _compute(self, predictions, references, prediction_labels=None, reference_labels=None):
+        result = {"frechet_distance": frechet_distance(predictions, references)}
+        if prediction_labels is not None and reference_labels is not None:
+            labels = list(prediction_labels), list(reference_labels)
+            result["per_class"] = frechet_distance_by_class(predictions, references, *labels)
+        return result
