@@ -27,7 +27,7 @@ FLOORS = [
     {"methods"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-SKIP = {".venv", ".venv-latest", "runs", ".git"}
+SKIP = {".venv", ".venv-latest", ".venv-lowest", "runs", ".git"}
 
 
 def list_files(folder: Path = ROOT) -> list[Path]:

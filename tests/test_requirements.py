@@ -65,10 +65,20 @@ def test_one_that_is_not_named_is_found(tmp_path):
     assert find_unnamed(path) == {"pytest", "anyio"}
 
 
+@pytest.mark.skipif(
+    Path(sys.prefix).name in (".venv-latest", ".venv-lowest"), reason="made of other versions"
+)
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
 def test_what_is_installed_is_what_is_named(name):
     for library, pinned in read_requirements(name).items():
         assert version(library).split("+")[0] == pinned, library
+
+
+def test_the_lowest_versions_are_lower_and_of_named_libraries():
+    pinned = read_requirements("requirements.txt")
+    for library, lowest in read_requirements("requirements-lowest.txt").items():
+        numbers = [[int(n) for n in text.split(".")] for text in (lowest, pinned[library])]
+        assert numbers[0] < numbers[1], library
 
 
 def test_the_version_is_the_same_everywhere():
