@@ -17,6 +17,7 @@ interrupted resumes. Rows are kept in benchmarks/results/table.json.
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from threading import Lock
 
 import yaml
 from PIL import Image
-from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
@@ -96,13 +96,10 @@ def verify(folder: Path, log: Path) -> dict:
     }
 
 
-def count_trained(adapter: Path) -> int | None:
-    """How many weights an adapter has, beside the public model's."""
-    files = [*adapter.glob("*.safetensors"), *adapter.glob("*/*.safetensors")]
-    if not files:
-        return None
-    with safe_open(files[0], "pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())
+def count_trained(log: Path) -> int | None:
+    """How many weights a training script said that it trains; None for other stages."""
+    said = re.search(r"([\d,]+) trainable parameters", log.read_text() if log.exists() else "")
+    return int(said[1].replace(",", "")) if said else None
 
 
 def run_cell(path: Path, private: dict[str, str]) -> None:
@@ -118,7 +115,7 @@ def run_cell(path: Path, private: dict[str, str]) -> None:
     row = {key: cell[key] for key in ("set", "epsilon", "method")} | {"cell": path.stem}
     row["seconds"] = {name: round(step["seconds"]) for name, step in steps.items()}  # to plan by
     row["commit"] = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)[:7]
-    row["trained"] = count_trained(folder / "adapter")
+    row["trained"] = count_trained(folder / "adapter.log")
     if "ledger" in cell:
         row["privacy"] = verify(folder / cell["ledger"], folder / "verify.log")
     if "measure" in cell:
