@@ -41,8 +41,8 @@ BUDGET = ["--target_epsilon", "8", "--target_delta", "1e-3"]
 
 def few_fast(cases, fast: int = 1) -> list:
     """`cases` of a test, all but the first of which `make test` leaves to `make test-all`."""
-    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return cases[:fast] + [pytest.param(*case, marks=pytest.mark.slow) for case in cases[fast:]]
+    cases, marks = [c if isinstance(c, tuple) else (c,) for c in cases], pytest.mark.slow
+    return [pytest.param(*c, marks=marks if i >= fast else ()) for i, c in enumerate(cases)]
 
 
 def train_arguments(base, images, output, *more):
