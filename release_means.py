@@ -8,8 +8,9 @@
         --warm_start runs/digits/means/set --learning_rate 4e-3 --output_dir runs/digits/warm
 
 The mean over the private images of their features, by class, is released with noise (DP-MERF,
-Harder et al. 2021; DP-MEPF, Harder et al. 2023). A small generator is then fitted to what was
-released, never reading the private images again. In --output_dir: means.safetensors, the noisy
+Harder et al. 2021; DP-MEPF, Harder et al. 2023); or, with --release moments, their second moments.
+A small generator, or mixtures of Gaussians, are then fitted to what was released, never reading the
+private images again. In --output_dir: means.safetensors, the noisy
 means, with their statement privacy.json; and set/, images with prompts and labels, as sample.py
 leaves them. With --resume_from_checkpoint latest an interrupted release goes on: what is paid for
 is not paid for twice. --config may be that of a training script, whose other options are ignored.

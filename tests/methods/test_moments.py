@@ -13,7 +13,7 @@ from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import means as story
 from utils.methods import releases
-from utils.methods.mean_features import COUNT, SIDE
+from utils.methods.mean_features import COUNT, SIDE, sum_features
 from utils.methods.mixtures import choose_places, fit_mixture
 from utils.methods.moments import (
     SECOND,
@@ -88,6 +88,18 @@ def test_more_noise_leaves_fewer_components():
     assert count_components(144, 10, 2.26 / 60_000) == 27
     assert count_components(144, 10, 2.26 / 3_000) == 1
     assert count_components(144, 1, 1e-9) == 64
+
+
+def test_a_row_of_no_class_is_in_no_class():
+    """Not in the last one, where Python finds what is at -1."""
+    image, basis = torch.ones(3, SIDE, SIDE), build_basis(2, True)
+    places = start_places(basis, 3, 2)
+    assert (sum_moments([(0, -1, image)], places, 1.0) == 0).all()
+    total = sum_moments([(0, -1, image), (0, 2, image)], places, 1.0)
+    whole = sum_moments([(0, 2, image)], places, 2.0)
+    torch.testing.assert_close(total, whole / 2, rtol=1e-5, atol=0)
+    features = sum_features([(0, -1, image)], lambda images: images.flatten(1)[:, :4] / 2, 3, 1.0)
+    assert (features == 0).all()
 
 
 def test_mixtures_find_the_groups_and_their_spread():

@@ -14,7 +14,7 @@ from utils.methods.moments import FIRST, SECOND, Places, unpack
 DRAWS = 4000  # images a class from which the places of the next round are chosen
 REACHED = 0.9  # of them are within its reach
 TOLD_APART = 3.0  # noise deviations that a count must reach: below it there may be nobody
-TINY = 1e-12
+TINY = 1e-12  # in place of zero, where one divides
 FLAT = 0.02  # the least variance a direction keeps, in that of all classes together
 
 

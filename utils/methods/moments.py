@@ -18,6 +18,7 @@ from utils.privacy.unit_sums import sum_units
 
 FIRST = 0.5  # the norm that an image's distance from its place may have in the sum; COUNT its count
 SECOND = (1 - COUNT**2 - FIRST**2) ** 0.5  # and its second moments: together, of norm one at most
+# How far noise may move the mean at a place, in units of the reach; and places a class, at most.
 CLEAR, MOST_COMPONENTS = 0.25, 64
 
 

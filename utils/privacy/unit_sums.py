@@ -6,7 +6,8 @@ from operator import itemgetter
 
 import torch
 
-# Of one row: what it adds to which places of the sum; all other places get nothing.
+# Of one row: what it adds to which places of the sum; all other places get nothing. A place below
+# zero is nowhere: that of a row of no class, which counts among its unit's rows all the same.
 Contribution = dict[int, torch.Tensor]
 
 
@@ -38,6 +39,7 @@ def average(contributions: Iterator[Contribution]) -> Contribution:
     part, count = {}, 0
     for contribution in contributions:
         for place, numbers in contribution.items():
-            part[place] = part.get(place, 0) + numbers.double()
+            if place >= 0:
+                part[place] = part.get(place, 0) + numbers.double()
         count += 1
     return {place: numbers / count for place, numbers in part.items()}
