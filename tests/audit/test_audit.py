@@ -92,6 +92,7 @@ def test_the_audit_runs_the_real_loop_and_every_mutant(run_script, tiny_base, tm
     assert (tmp_path / "audit" / "audit.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_image_canaries_and_own_images(run_script, tiny_base, image_folder, tmp_path):
     (tmp_path / "set").mkdir()
     rows = load_split(None, None, str(image_folder), "train")

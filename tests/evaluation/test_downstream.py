@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from tests.conftest import few_fast
 from utils.errors import UsageError
 from utils.evaluation.downstream import (
     Classifiers,
@@ -19,7 +20,7 @@ from utils.metrics.synthetic_accuracy.classifiers import (
 )
 
 
-@pytest.mark.parametrize("network", list(CLASSIFIERS))
+@pytest.mark.parametrize("network", few_fast(CLASSIFIERS, 2))
 def test_classifiers_learn_and_score_what_they_are_given(network):
     """Two classes that differ in brightness; the accuracy is that of the predictions."""
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from utils.arguments.publishing import RepositoryArguments
 from utils.errors import UsageError
 
 
+@pytest.mark.slow
 def test_what_is_published_joins_a_collection_once(hub, on_hub, finished):
     """By its title, which is made the first time, or by its slug."""
     push = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id"]

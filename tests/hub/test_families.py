@@ -15,7 +15,7 @@ CASES = [(n, "lora", OF_PEFT if n in ("pixart", "dit") else LORA) for n in FAMIL
 CASES += [("sana", "loda", LODA), ("sd35", "ldm", WHOLE)]
 
 
-@pytest.mark.parametrize("name, kind, files", few_fast(CASES))
+@pytest.mark.parametrize("name, kind, files", few_fast(CASES, 0))
 def test_it_comes_back_from_the_hub(hub, on_hub, image_folder, tmp_path, name, kind, files):
     folder = tmp_path / "base"
     save_family(name, folder)

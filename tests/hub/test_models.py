@@ -185,6 +185,7 @@ def test_a_token_leaves_the_command_line(monkeypatch):
     assert "hf_" not in " ".join(sys.argv)
 
 
+@pytest.mark.slow
 def test_private_images_may_come_from_the_hub(hub, on_hub, image_folder, tmp_path):
     hub.put("dataset", "user/scans", image_folder)
     arguments = ["--pretrained_model_name_or_path", "user/base", "--dataset_name", "user/scans"]

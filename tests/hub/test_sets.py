@@ -1,6 +1,7 @@
 """Synthetic sets on the Hub."""
 
 import huggingface_hub
+import pytest
 from huggingface_hub import HfApi
 
 from tests.conftest import ROOT, read_json
@@ -99,6 +100,7 @@ def test_an_upload_replaces_what_an_earlier_one_left(hub, finished, monkeypatch)
     assert set(there) == {*files, "notes.md"}
 
 
+@pytest.mark.slow
 def test_a_curated_set_is_published_with_all_that_it_cost(
     hub, on_hub, image_folder, tmp_path, tiny_base
 ):

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import ROOT, quiet_environment, read_json, train_arguments, train_here
+from tests.conftest import ROOT, few_fast, quiet_environment, read_json, train_arguments, train_here
 from tests.worlds import LinearWorld, assert_normal, build_plan, train
 from utils.arguments.training import TrainingArguments
 from utils.errors import UsageError
@@ -40,7 +40,7 @@ def check_published(output, steps: int = 3) -> None:
     assert [e["steps"] for e in read_json(output / "privacy.json")["events"]] == [steps]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", few_fast([(signal.SIGTERM, 143), (signal.SIGINT, 130)]))
 def test_a_signal_ends_training_at_a_checkpoint(tiny_base, image_folder, tmp_path, number, code):
     output = tmp_path / "run"
     more = ["--max_train_steps", 500, "--checkpointing_steps", 500, "--num_validation_images", 0]

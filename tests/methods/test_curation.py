@@ -146,6 +146,7 @@ def test_what_no_ledger_paid_for_is_refused(drawn, public, tiny_base, image_fold
     assert not (tmp_path / "run" / "votes.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_curated_set_is_a_warm_start(drawn, tiny_base, image_folder, tmp_path):
     """And so is one of sample.py: what its adapter cost is composed."""
     for name in ("adapter", "set"):

@@ -75,6 +75,7 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, content):
         read_settings(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_says_how_its_samples_were_drawn_and_sample_py_draws_so(
     tiny_base, image_folder, tmp_path, run_script
 ):

@@ -84,6 +84,7 @@ def test_a_planted_copy_is_found_and_an_honest_run_has_none(digits):
     assert compare("pixels", planted, private, real).copies().tolist() == [17, 99, 150]
 
 
+@pytest.mark.slow
 def test_one_run_answers_everything_and_marks_what_read_private_images(
     run_script, folders, digits, tmp_path
 ):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
@@ -74,6 +75,7 @@ def test_the_autoencoder_of_a_private_result_is_refused(
     assert run.returncode == 2 and "is a private result" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path):
     """In the layout of Stable Diffusion 3; text is what its pipeline makes of it."""
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
