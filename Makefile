@@ -25,21 +25,21 @@ test: .venv/.installed  ## run the tests but the slowest
 test-all: .venv/.installed  ## run all tests (about half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
-test-latest:  ## run the tests with the newest of everything but torch: which pins can move? (half an hour)
+test-latest:  ## make test with the newest of everything but torch: which pins can move?
 	$(PYTHON) -m venv .venv-latest
 	sed '/^-r/d; /^torch==/!s/==.*//' requirements.txt requirements-dev.txt > .venv-latest/requirements.txt
 	.venv-latest/bin/pip install --quiet --upgrade -r .venv-latest/requirements.txt
 	@echo "newer than the pins:"
 	@.venv-latest/bin/pip freeze -r .venv-latest/requirements.txt | sed '/^##/,$$d; /^#/d; s/+.*//; s/_/-/g' \
 		| grep -vixF -f requirements.txt -f requirements-dev.txt || echo none
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n $$(nproc) --dist worksteal
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n $$(nproc) --dist worksteal -m "not slow"
 
-test-lowest:  ## run the tests with the older versions in requirements-lowest.txt (half an hour)
+test-lowest:  ## make test with the older versions in requirements-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	sed '/^-r/d' requirements.txt requirements-dev.txt \
 		| grep -vE "^($$(sed '/^#/d; s/==.*//' requirements-lowest.txt | paste -sd '|'))==" > .venv-lowest/requirements.txt
 	.venv-lowest/bin/pip install --quiet -r .venv-lowest/requirements.txt -r requirements-lowest.txt
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $$(nproc) --dist worksteal
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $$(nproc) --dist worksteal -m "not slow"
 
 audit: .venv/.installed  ## prove a lower bound on epsilon, and catch the loop broken on purpose (about eight minutes)
 	$(BIN)/python audit_privacy.py --mutants
