@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,6 +33,7 @@ from utils.methods.labeller import (
     fit_whitening,
     read_images,
 )
+from utils.methods.rendered import see_rendered
 from utils.privacy.plan import make_plan
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import clipped_gradient_sum, private_steps
@@ -136,6 +138,41 @@ def test_a_class_that_nobody_agrees_about_is_not_lost():
     before, after = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 1, 1])
     assert story.find_agreed(before, after) == [0, 1, 3, 4, 5]
     assert story.find_agreed(before, before) == list(range(6))
+
+
+def test_private_and_synthetic_images_pass_through_the_autoencoder(
+    public, image_folder, tiny_base, tmp_path
+):
+    """What made the features white is of the synthetic images as the autoencoder gives them back;
+    a run that is resumed must name the same."""
+    more = ["--target_epsilon", 3, "--autoencoder", tiny_base, "--relabel_steps", 4]
+    assert "24 images" in relabel(public, image_folder, tmp_path / "run", *more)
+    file = load_file(tmp_path / "run" / "labeller.safetensors")
+    vae, side = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae"), 16
+    pixels = [crop_to_pixels(Image.open(p), side) for p in sorted(public.glob("0*.png"))]
+    with torch.no_grad():
+        latents = vae.encode(torch.stack(pixels).float() / 127.5 - 1).latent_dist.mode()
+        seen = torch.nn.functional.interpolate(
+            vae.decode(latents).sample, (32, 32), mode="bilinear", antialias=True
+        )
+    extractor = build_extractor(
+        ExtractorArguments("classifier", classifier_weights=str(EXTRACTOR[-1])),
+        torch.device("cpu"),
+    )
+    features = extract_pixels(extractor, ((seen.clamp(-1, 1) + 1) * 127.5).round().byte())
+    assert torch.allclose(fit_whitening(features).mean, file["mean"], atol=1e-3)
+    rendered = see_rendered(extractor, str(tiny_base), torch.device("cpu"))
+    assert rendered.resolution == side and "rendered_by" in rendered.about()
+    assert "rendered_by" not in extractor.about()
+    assert torch.allclose(
+        extract_pixels(rendered, torch.stack(pixels[:1])), features[:1], atol=1e-3
+    )  # each by itself
+
+
+def test_the_autoencoder_of_a_private_result_is_refused(drawn, image_folder, tmp_path):
+    more = ["--target_epsilon", 9, "--autoencoder", drawn / "adapter"]
+    shown = relabel(drawn / "set", image_folder, tmp_path / "run", *more)
+    assert "is a private result itself: name the public model it began as" in shown
 
 
 @pytest.mark.parametrize(

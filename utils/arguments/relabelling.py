@@ -24,6 +24,12 @@ class RelabellingArguments:
         "class of which none is left keeps what was named so",
         False,
     )
+    autoencoder: str | None = option(
+        "a public pipeline, folder or Hub id: the classifier sees private and synthetic images as "
+        "its autoencoder gives them back, so that its blur tells neither apart; name the base that "
+        "the images were drawn from",
+        None,
+    )
     relabel_steps: int = option("private steps of the classifier, each on all private images", 200)
     relabel_epsilon: float | None = option(
         "epsilon of the classifier alone; default: what --target_epsilon leaves after what the set "

@@ -55,6 +55,7 @@ class Extractor:
         name: as it is reported. weights: the SHA-256 of its weights.
         resolution: R, pixels that it reads.
         embed_texts: n texts -> embeddings [n, d], comparable with features; None without any.
+        rendered_by: the SHA-256 of an autoencoder through which images pass first; None without.
     """
 
     name: str
@@ -62,11 +63,13 @@ class Extractor:
     resolution: int
     network: Network
     embed_texts: Callable[[list[str]], np.ndarray] | None = None
+    rendered_by: str | None = None
 
     def about(self) -> dict:
         """What is reported beside every number that this extractor gave."""
         resize = RESIZE.format(self.resolution)
-        return {"extractor": self.name, "extractor_weights": self.weights, "resize": resize}
+        about = {"extractor": self.name, "extractor_weights": self.weights, "resize": resize}
+        return about | ({"rendered_by": self.rendered_by} if self.rendered_by else {})
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,18 @@ def _clip(args: ExtractorArguments, device: torch.device) -> Extractor:
         scaled = normalise_pixels(pixels, scale.image_mean, scale.image_std)
         return model(pixel_values=scaled).image_embeds, None
 
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-
     def embed_texts(texts: list[str]) -> np.ndarray:
         return _embed_texts(args.clip_model, texts, device)
 
-    return Extractor("clip", digest.hexdigest(), model.config.image_size, network, embed_texts)
+    return Extractor("clip", hash_weights(model), model.config.image_size, network, embed_texts)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """The SHA-256 of all tensors of a model, in order."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_clip(kind: type, name: str):

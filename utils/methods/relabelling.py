@@ -6,7 +6,7 @@ Shapes: M synthetic images.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ from utils.methods.labeller import (
 )
 from utils.methods.planning import load_private_rows, preview, print_plan, reserve
 from utils.methods.private_run import save_between
+from utils.methods.rendered import see_rendered
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import keep_best
 from utils.models.drawing import adopt_template
@@ -78,6 +79,9 @@ def run_relabelling(
     privacy = join_ledger(privacy, args.synthetic)
     found = load_private_rows(accelerator, adopt_template(data, model), training)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
+    if args.autoencoder is not None:
+        seen = see_rendered(election.extractor, args.autoencoder, accelerator.device)
+        election = replace(election, extractor=seen)
     prompts = find_prompts(election, args)
 
     def plan_for(num_units: int) -> PrivacyPlan:

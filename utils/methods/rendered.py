@@ -1,0 +1,41 @@
+"""Images as an autoencoder gives them back, so that synthetic ones do not stand out by its blur."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from utils.data.images import scale_to_unit_range
+from utils.errors import UsageError
+from utils.evaluation.features import Extractor, hash_weights
+from utils.ledger.verification import read_base_statement
+from utils.models.families import find_family
+from utils.models.pipelines import load_pipeline
+
+
+def see_rendered(extractor: Extractor, name: str, device: torch.device) -> Extractor:
+    """`extractor`, of images that the autoencoder of a public pipeline has encoded and decoded.
+
+    Args:
+        name: of the pipeline: a folder or Hub id.
+
+    Raises:
+        UsageError: the pipeline is a private result; see `load_pipeline`.
+    """
+    if read_base_statement(name, None)[0] is not None:
+        raise UsageError(
+            f"--autoencoder {name} is a private result itself: name the public model it began as"
+        )
+    pipeline = load_pipeline(name)
+    autoencoder, side = pipeline.vae.to(device), find_family(pipeline).native_resolution
+
+    def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        seen = autoencoder(scale_to_unit_range(pixels)).sample  # each from its own latents' mode
+        if side != extractor.resolution:
+            size = (extractor.resolution, extractor.resolution)
+            seen = F.interpolate(seen, size, mode="bilinear", antialias=True)
+        return extractor.network(((seen.clamp(-1, 1) + 1) * 127.5).round().byte())
+
+    return replace(
+        extractor, resolution=side, network=network, rendered_by=hash_weights(autoencoder)
+    )
