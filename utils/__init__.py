@@ -8,6 +8,7 @@
         curation            the story of a curation: votes, noise, publish; keep, or vary and repeat
         relabelling         the story of a relabelling: a private classifier, then new labels
         labeller            that classifier: linear, of features made white
+        rendered            both as an autoencoder gives them back, before that classifier
         kept_sets           the set that a vote or a relabelling leaves
         first_stages        selection and means as stages of a training command
         warm_start          ordinary training on a synthetic set, before the first private step

@@ -79,9 +79,8 @@ def run_relabelling(
     privacy = join_ledger(privacy, args.synthetic)
     found = load_private_rows(accelerator, adopt_template(data, model), training)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
-    if args.autoencoder is not None:
-        seen = see_rendered(election.extractor, args.autoencoder, accelerator.device)
-        election = replace(election, extractor=seen)
+    extractor = see_rendered(election.extractor, args.autoencoder, accelerator.device)
+    election = replace(election, extractor=extractor)
     prompts = find_prompts(election, args)
 
     def plan_for(num_units: int) -> PrivacyPlan:

@@ -13,15 +13,17 @@ from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 
 
-def see_rendered(extractor: Extractor, name: str, device: torch.device) -> Extractor:
+def see_rendered(extractor: Extractor, name: str | None, device: torch.device) -> Extractor:
     """`extractor`, of images that the autoencoder of a public pipeline has encoded and decoded.
 
     Args:
-        name: of the pipeline: a folder or Hub id.
+        name: of the pipeline: a folder or Hub id; None leaves the extractor as it is.
 
     Raises:
         UsageError: the pipeline is a private result; see `load_pipeline`.
     """
+    if name is None:
+        return extractor
     if read_base_statement(name, None)[0] is not None:
         raise UsageError(
             f"--autoencoder {name} is a private result itself: name the public model it began as"
