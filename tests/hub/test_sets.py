@@ -10,6 +10,7 @@ from utils.arguments.publishing import RepositoryArguments
 from utils.hub.upload import list_files_to_publish, upload
 
 
+@pytest.mark.slow
 def test_a_synthetic_set_is_published_pulled_and_evaluated(
     hub, on_hub, finished, image_folder, tmp_path
 ):

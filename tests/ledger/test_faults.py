@@ -93,6 +93,7 @@ def test_a_full_disk_gets_a_sentence_and_nothing_is_lost(
     check_published(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_a_sentence_too(tiny_base, image_folder, tmp_path):
     """A real refusal by the operating system, not a simulated one; and then a fresh start."""
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")

@@ -182,6 +182,7 @@ def test_training_on_a_private_base_adds_what_was_spent_on_it(private_base, imag
     assert "cannot be added up" in train_here(again)
 
 
+@pytest.mark.slow
 def test_a_set_brings_the_epsilon_that_was_verified(
     private_base, adapter, tmp_path, run_script, tiny_base
 ):

@@ -198,6 +198,7 @@ class InceptionStandIn(torch.nn.Module):
         return means if return_features else means.softmax(1)
 
 
+@pytest.mark.slow
 def test_each_extractor_reads_images_its_own_way(folders, tmp_path):
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 

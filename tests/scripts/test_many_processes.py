@@ -194,6 +194,7 @@ def test_a_run_of_two_processes_publishes_and_one_process_resumes_it(
     assert read_json(output / "privacy.json")["epsilon"] != planned
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_process_sees_ends_all(tiny_base, image_folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "other.txt").write_text("somebody else's")

@@ -17,6 +17,7 @@ from utils.models.pipelines import load_pipeline
 Output = namedtuple("Output", "sample")
 
 
+@pytest.mark.slow
 def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_path):
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
     arguments += ["--autoencoder_channels", 8, 16, "--unet_channels", 8, 16, "--text_width", 16]

@@ -100,7 +100,7 @@ OTHER_METHODS = [
 ]
 
 
-@pytest.mark.parametrize("script, more, files", few_fast(OTHER_METHODS, 2))
+@pytest.mark.parametrize("script, more, files", few_fast(OTHER_METHODS))
 def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     run_script, tiny_base, image_folder, tmp_path, script, more, files
 ):
