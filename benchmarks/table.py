@@ -17,6 +17,7 @@ interrupted resumes. Rows are kept in benchmarks/results/table.json.
 import argparse
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -137,9 +138,9 @@ def measure(images: str, test: str, folder: Path) -> dict:
     if not output.exists():
         call(["evaluate.py", *data, *JUDGES], folder / "evaluate.log")
     strips = RESULTS.parent / "strips"
-    if (Path(images) / "grid.png").exists():
+    if (Path(images) / "metadata.jsonl").exists():  # of a synthetic set
         strips.mkdir(exist_ok=True)
-        cut_strip(images, strips / f"{folder.name}.png")
+        draw_strip(Path(images), strips / f"{folder.name}.png")
     found = json.loads(output.read_text())
     distance = found["frechet_distance"]
     return {
@@ -155,11 +156,20 @@ def read_rows() -> list[dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
-def cut_strip(images: str, target: Path) -> None:
-    """Two images a class, from the sheet of a set whose columns are its classes."""
-    with Image.open(Path(images) / "grid.png") as grid:
-        side = grid.width // 10
-        grid.convert("L").crop((0, 0, grid.width, 2 * side)).save(target)
+def draw_strip(images: Path, target: Path) -> None:
+    """Two images of each class of a set, at random."""
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    names = list(dict.fromkeys(row["label"] for row in rows))
+    random.Random(0).shuffle(rows)
+    picked = [[row for row in rows if row["label"] == name][:2] for name in names]
+    with Image.open(images / rows[0]["file_name"]) as first:
+        side = first.width
+    strip = Image.new("L", (side * len(names), 2 * side))
+    for column, own in enumerate(picked):
+        for line, row in enumerate(own):
+            with Image.open(images / row["file_name"]) as image:
+                strip.paste(image.convert("L"), (side * column, side * line))
+    strip.save(target)
 
 
 def show(rows: list[dict]) -> None:

@@ -233,14 +233,17 @@ def keep(
     args: RelabellingArguments,
     accelerator: Accelerator,
 ) -> Candidates:
-    """The images that are left under their new names, the surest [M] of every class first."""
+    """The images that are left under their new names: the surest [M] of every class, as they were
+    drawn one after another; the classes take turns."""
     changed = int((after.classes != before.classes).sum())
     accelerator.print(f"{changed} of {len(sure)} images got another label")
     if args.only_agreed:
         agreed = find_agreed(before.classes, after.classes)
         after, sure = after.select(agreed), sure[agreed]
         accelerator.print(f"{len(agreed)} images are left, about which both agree")
-    return after.select(keep_best(sure, after.classes, args.num_images or len(sure)))
+    left = after.select(sorted(keep_best(sure, after.classes, args.num_images or len(sure))))
+    as_drawn = -np.arange(len(left.images))  # so that the sheet does not show the surest
+    return left.select(keep_best(as_drawn, left.classes, len(left.images)))
 
 
 def find_agreed(before: np.ndarray, after: np.ndarray) -> list[int]:
