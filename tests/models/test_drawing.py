@@ -109,6 +109,7 @@ def test_a_run_says_how_its_samples_were_drawn_and_sample_py_draws_so(
     assert other.returncode == 2 and "images of other settings" in other.stderr
 
 
+@pytest.mark.slow
 def test_captions_are_made_as_the_base_was_trained_and_prompts_as_the_adapter_was(
     tiny_base, image_folder, tmp_path, run_script, capsys
 ):
