@@ -19,7 +19,7 @@ help:  ## show this list
 demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about six minutes)
 	$(BIN)/python examples/digits/demo.py
 
-test: .venv/.installed  ## run the tests but the slowest
+test: .venv/.installed  ## run the tests but the slowest (twelve minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal -m "not slow"
 
 test-all: .venv/.installed  ## run all tests (about half an hour)
