@@ -27,8 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import yaml
 from PIL import Image
+
+from utils.data.images import tile_images
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
@@ -162,14 +166,9 @@ def draw_strip(images: Path, target: Path) -> None:
     names = list(dict.fromkeys(row["label"] for row in rows))
     random.Random(0).shuffle(rows)
     picked = [[row for row in rows if row["label"] == name][:2] for name in names]
-    with Image.open(images / rows[0]["file_name"]) as first:
-        side = first.width
-    strip = Image.new("L", (side * len(names), 2 * side))
-    for column, own in enumerate(picked):
-        for line, row in enumerate(own):
-            with Image.open(images / row["file_name"]) as image:
-                strip.paste(image.convert("L"), (side * column, side * line))
-    strip.save(target)
+    files = [own[line % len(own)]["file_name"] for line in range(2) for own in picked]
+    strip = tile_images([Image.open(images / name) for name in files], len(names))
+    strip.convert("L").save(target)
 
 
 def show(rows: list[dict]) -> None:

@@ -262,7 +262,6 @@ def test_waiting_grows_and_a_refusal_is_not_tried_again(finished, monkeypatch):
     assert waits == 2 * [1.0, 2.0, 4.0]
 
 
-@pytest.mark.slow
 def test_the_card_shows_private_metrics_only_if_asked_to(hub, on_hub, finished, tmp_path):
     """What read private images, and figures about other images than this adapter's, stay off it."""
     statement = read_json(finished / "privacy.json")

@@ -108,8 +108,13 @@ def test_labels_follow_the_published_classifier_alone(public, image_folder, tmp_
     folder = tmp_path / "run" / "set"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 24
+    order = [hash_file(path) for path in files]
+    places = {name: [] for name in "0123"}
     for row in rows:
-        assert found[hash_file(folder / row["file_name"])] == row["label"]
+        digest = hash_file(folder / row["file_name"])
+        assert found[digest] == row["label"]
+        places[row["label"]].append(order.index(digest))
+    assert all(own == sorted(own) for own in places.values())  # as drawn, not the surest first
     again = relabel(tmp_path / "run" / "set", image_folder, tmp_path / "again",
                     "--relabel_epsilon", 2, "--num_images", 7)  # fmt: skip
     assert "7 images, grid.png" in again
@@ -141,10 +146,17 @@ def test_a_class_that_nobody_agrees_about_is_not_lost():
 
 
 def test_private_and_synthetic_images_pass_through_the_autoencoder(
-    public, image_folder, tiny_base, tmp_path
+    public, image_folder, tiny_base, tmp_path, monkeypatch
 ):
-    """What made the features white is of the synthetic images as the autoencoder gives them back;
-    a run that is resumed must name the same."""
+    """What made the features white is of the synthetic images as the autoencoder gives them back,
+    and private images are read by the same extractor."""
+    readers = []
+
+    def read(private_set, numbers, extractor, *more):
+        readers.append(extractor)
+        return read_images(private_set, numbers, extractor, *more)
+
+    monkeypatch.setattr(story, "read_images", read)
     more = ["--target_epsilon", 3, "--autoencoder", tiny_base, "--relabel_steps", 4]
     assert "24 images" in relabel(public, image_folder, tmp_path / "run", *more)
     file = load_file(tmp_path / "run" / "labeller.safetensors")
@@ -163,6 +175,7 @@ def test_private_and_synthetic_images_pass_through_the_autoencoder(
     assert torch.allclose(fit_whitening(features).mean, file["mean"], atol=1e-3)
     rendered = see_rendered(extractor, str(tiny_base), torch.device("cpu"))
     assert rendered.resolution == side and "rendered_by" in rendered.about()
+    assert [reader.about() for reader in readers] == [rendered.about()]
     assert "rendered_by" not in extractor.about()
     assert torch.allclose(
         extract_pixels(rendered, torch.stack(pixels[:1])), features[:1], atol=1e-3

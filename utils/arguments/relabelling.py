@@ -17,7 +17,7 @@ class RelabellingArguments:
         "is in the same ledger; or that sample.py drew from a public model"
     )
     num_images: int | None = option(
-        "images to keep, balanced over the new classes, the surest first; default: all", None
+        "images to keep, the surest, balanced over the new classes; default: all", None
     )
     only_agreed: bool = option(
         "keep only images that get the label which they had: fewer, and both agree about them. A "
