@@ -8,7 +8,9 @@ A cell is a YAML file: the private set, epsilon, a name, and `steps`, each a com
 repository that writes a folder of the cell. `{private}` stands for the private set and `{cell}` for
 the cell's folder; --output_dir is added. `measure` is the folder of the images that are judged, by
 classifiers that are trained on them, and by their Frechet distance to the test images; without it,
-the last step prints an accuracy as JSON. `ledger` is the folder whose statement is verified.
+the last step prints an accuracy as JSON. `ledger` is the folder whose statement is verified. `runs`
+is how often a cell is run, each time with noise of its own; `show` has their mean. A file may hold
+several `cells`, each with what is its own; steps may name that in braces, too.
 
 Cells run side by side, one thread each. A step that ended is not run again, and one that was
 interrupted resumes. Rows are kept in benchmarks/results/table.json.
@@ -107,17 +109,28 @@ def count_trained(log: Path) -> int | None:
     return int(said[1].replace(",", "")) if said else None
 
 
-def run_cell(path: Path, private: dict[str, str]) -> None:
+def read_cells(path: Path) -> dict[str, dict]:
+    """The cells of a file by the names of their folders, a cell of several runs once a run."""
+    shared = yaml.safe_load(path.read_text())
+    several = {name: shared | own for name, own in shared.pop("cells", {path.stem: {}}).items()}
+    return {
+        name if run == 1 else f"{name}_run{run}": cell
+        for name, cell in several.items()
+        for run in range(1, cell.get("runs", 1) + 1)
+    }
+
+
+def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
     """Take the steps of a cell that are left, measure its images, and keep its row."""
-    if any(row["cell"] == path.stem for row in read_rows()):
+    if any(row["cell"] == title for row in read_rows()):
         return
-    cell, folder = yaml.safe_load(path.read_text()), RUNS / path.stem
+    folder = RUNS / title
     folder.mkdir(parents=True, exist_ok=True)
-    names, steps = {"private": private[cell["set"]], "cell": folder}, {}
+    names, steps = cell | {"private": private[cell["set"]], "cell": folder}, {}
     for name, command in cell.get("steps", {}).items():
         steps[name] = take_step(folder, name, command.format(**names))
-        print(f"{path.stem}: {name}, {steps[name]['seconds'] / 60:.0f} minutes", flush=True)
-    row = {key: cell[key] for key in ("set", "epsilon", "method")} | {"cell": path.stem}
+        print(f"{title}: {name}, {steps[name]['seconds'] / 60:.1f} minutes", flush=True)
+    row = {key: cell[key] for key in ("set", "epsilon", "method")} | {"cell": title}
     row["seconds"] = {name: round(step["seconds"]) for name, step in steps.items()}  # to plan by
     row["commit"] = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)[:7]
     row["trained"] = count_trained(folder / "adapter.log")
@@ -132,7 +145,7 @@ def run_cell(path: Path, private: dict[str, str]) -> None:
     with writing:
         rows = sorted([*read_rows(), row], key=lambda row: row["cell"])
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{path.stem}: accuracy {100 * row['accuracy']:.1f} %", flush=True)
+    print(f"{title}: accuracy {100 * row['accuracy']:.1f} %", flush=True)
 
 
 def measure(images: str, test: str, folder: Path) -> dict:
@@ -245,18 +258,21 @@ def main():
     run.add_argument("--private", nargs="*", default=[], metavar="SET=FOLDER",
                      help=f"local copies of {', '.join(SETS)}")  # fmt: skip
     run.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    run.add_argument("--only", nargs="+", metavar="CELL", help="of the cells in the files, in this order")
     commands.add_parser("show", help="print the tables, and draw the plots")
     args = parser.parse_args()
     if args.command == "show":
         return show(read_rows())
     private = SETS | dict(pair.split("=", 1) for pair in args.private)
+    cells = {title: cell for path in args.cells for title, cell in read_cells(path).items()}
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for cell, future in [(c, pool.submit(run_cell, c, private)) for c in args.cells]:
+        todo = [(t, pool.submit(run_cell, t, cells[t], private)) for t in args.only or cells]
+        for title, future in todo:
             error = future.exception()
             if error is not None:
                 failed += 1
-                print(f"{cell.stem}: {error}", file=sys.stderr, flush=True)
+                print(f"{title}: {error}", file=sys.stderr, flush=True)
     sys.exit(min(failed, 1))
 
 

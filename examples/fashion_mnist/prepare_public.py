@@ -1,12 +1,14 @@
-"""Public photographs of clothes, made to look like the private ones: light on black.
+"""Public photographs of things, made to look like the private ones: light on black.
 
     python examples/fashion_mnist/prepare_public.py --dataset_name FOLDER \\
         --output_dir runs/fashion_mnist/public
 
-FOLDER is a data set with the columns image and label of the clothing-dataset of A. Grigorev and
-others (CC0 1.0), whose pieces lie on floors, beds and walls. Each image becomes the distance of its
-grey values from the median of its border, scaled to reach 255; classes are called as in
-Fashion-MNIST where the same thing is meant, and the pieces that it does not know keep their names.
+FOLDER is a data set with the columns image and label: the clothing-dataset of A. Grigorev and
+others (CC0 1.0), whose pieces lie on floors, beds and walls, with or without other things, whose
+labels may begin with their source and a slash. Each image becomes the distance of its grey values
+from the median of its border, less what the border itself varies by, scaled to reach 255; those whose
+border varies much are left out. Each is there twice, the second time mirrored. Classes are called as
+in Fashion-MNIST where the same thing is meant, and what it does not know keeps its name.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageOps
 
 CALLED = {
     **dict.fromkeys(["T-Shirt", "Polo", "Top", "Undershirt"], "T - shirt / top"),
@@ -25,15 +27,21 @@ CALLED = {
     **dict.fromkeys(["Shirt", "Blouse"], "Shirt"),
     "Shoes": "Sneaker",
 }
-UNNAMED = ("Not sure", "Other", "Skip")
+QUIET = 0.4  # of the largest distance
+UNNAMED = ("Not sure", "Other", "Skip", "BACKGROUND Google")
 
 
-def darken(image: Image.Image) -> Image.Image:
-    """The distance of each grey value from the median of the border, scaled to reach 255."""
+def darken(image: Image.Image) -> Image.Image | None:
+    """The distance of each grey value from the median of the border, less what nine tenths of the
+    border stay below, scaled to reach 255; None if a tenth of the border is further than QUIET."""
     grey = np.asarray(image.convert("L").resize((32, 32)), dtype=float)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    distance = np.abs(grey - np.median(border))
-    return Image.fromarray((255 * distance / max(distance.max(), 1)).round().astype("uint8"))
+    distance, noise = np.abs(grey - np.median(border)), np.abs(border - np.median(border))
+    floor = np.quantile(noise, 0.9)
+    if floor > QUIET * distance.max():
+        return None
+    cleared = np.clip(distance - floor, 0, None)
+    return Image.fromarray((255 * cleared / max(cleared.max(), 1)).round().astype("uint8"))
 
 
 def main():
@@ -44,15 +52,18 @@ def main():
     parser.add_argument("--output_dir", required=True, help="gets train.parquet")
     args = parser.parse_args()
     rows = load_dataset(args.dataset_name, split="train")
-    names = rows.features["label"].names
+    names = [name.split("/")[-1].replace("_", " ") for name in rows.features["label"].names]
 
-    def prepare(row: dict) -> dict:
-        name = names[row["label"]]
-        return {"image": darken(row["image"]), "label": CALLED.get(name, name)}
+    def prepare(batch: dict) -> dict:
+        darkened = [darken(image) for image in batch["image"]]
+        images = [image for image in darkened if image is not None]
+        called = [CALLED.get(names[label], names[label]) for label in batch["label"]]
+        called = [name for name, image in zip(called, darkened, strict=True) if image is not None]
+        return {"image": images + [ImageOps.mirror(i) for i in images], "label": called * 2}
 
     features = Features({"image": ImageFeature(), "label": Value("string")})
     rows = rows.filter(lambda label: names[label] not in UNNAMED, input_columns="label")
-    rows = rows.map(prepare, remove_columns=rows.column_names, features=features)
+    rows = rows.map(prepare, batched=True, remove_columns=rows.column_names, features=features)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     rows.to_parquet(Path(args.output_dir) / "train.parquet")
 
