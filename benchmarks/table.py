@@ -1,8 +1,7 @@
 """The table: private generators on equal footing, by the protocol of docs/results.md.
 
-    python benchmarks/table.py run benchmarks/cells/mnist_*.yaml       # days; resumes where it was
-    python benchmarks/table.py run benchmarks/cells/*.yaml --private mnist=FOLDER --jobs 2
-    python benchmarks/table.py show                                    # tables and plots
+    python benchmarks/table.py run benchmarks/cells/*.yaml --private mnist=FOLDER    # days; resumes
+    python benchmarks/table.py show                                                  # and plots
 
 A cell is a YAML file: the private set, epsilon, a name, and `steps`, each a command of this
 repository that writes a folder of the cell. `{private}` stands for the private set and `{cell}` for
@@ -27,6 +26,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, stdev
 from threading import Lock
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -137,7 +137,7 @@ def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
     if "ledger" in cell:
         row["privacy"] = verify(folder / cell["ledger"], folder / "verify.log")
     if "measure" in cell:
-        row |= measure(cell["measure"].format(**names), private[cell["set"]], folder)
+        row |= measure(cell["measure"].format(**names), names["private"], folder)
     else:
         printed = json.loads(steps[list(steps)[-1]]["printed"])
         row |= {"accuracy": printed["accuracy"], "trained": printed["trainable_parameters"]}
@@ -184,43 +184,66 @@ def draw_strip(images: Path, target: Path) -> None:
     strip.convert("L").save(target)
 
 
+def gather(rows: list[dict]) -> list[dict]:
+    """One row a cell: the means of its runs, their deviation; private runs are added."""
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        cells.setdefault((row["set"], row["method"], row["epsilon"] or 0), []).append(row)
+    gathered = []
+    for _, runs in sorted(cells.items()):
+        row = dict(runs[0]) | {"runs": len(runs), "deviation": None}
+        for key in {"accuracy", "frechet_distance", "images"} & row.keys():
+            row[key] = fmean(run[key] for run in runs)
+        names = row.get("networks", ())
+        row["networks"] = {name: fmean(run["networks"][name] for run in runs) for name in names}
+        counts = [run.get("privacy", {}).get("private_runs") for run in runs]
+        row["private_runs"] = None if None in counts else sum(counts)
+        if len(runs) > 1:
+            row["deviation"] = stdev(run["accuracy"] for run in runs)
+        gathered.append(row)
+    return gathered
+
+
 def show(rows: list[dict]) -> None:
     """Print a table a set, and draw benchmarks/results/table.png."""
+    rows = gather(rows)
     for name in sorted({row["set"] for row in rows}):
         print(f"\n### {name}\n")
-        print("| method | epsilon | delta | mean | " + " | ".join(NETWORKS), end="")
+        print("| method | epsilon | delta | runs | mean | " + " | ".join(NETWORKS), end="")
         print(" | Frechet distance | images | trained weights | private runs |")
-        print("| --- " * (len(NETWORKS) + 8) + "|")
-        mine = [row for row in rows if row["set"] == name]
-        for row in sorted(mine, key=lambda row: (row["method"], row["epsilon"] or 0)):
-            print("|", " | ".join(describe(row)), "|")
+        print("| --- " * (len(NETWORKS) + 9) + "|")
+        for row in rows:
+            if row["set"] == name:
+                print("|", " | ".join(describe(row)), "|")
     plot(rows)
 
 
 def describe(row: dict) -> list[str]:
-    """The cells of a row, as text."""
-    privacy, networks = row.get("privacy", {}), row.get("networks", {})
+    """The cells of a row of `gather`, as text."""
+    privacy, networks = row.get("privacy", {}), row["networks"]
+    mean = f"**{100 * row['accuracy']:.1f}**"
+    if row["deviation"] is not None:
+        mean += f" ± {100 * row['deviation']:.1f}"
     known = {
         "epsilon": (privacy.get("epsilon"), "{:.2f}"),
         "delta": (privacy.get("delta"), "{:.1e}"),
-        "mean": (100 * row["accuracy"], "**{:.1f}**"),
+        "runs": (row["runs"], "{}"),
+        "mean": (mean, "{}"),
         **{n: (100 * networks[n] if n in networks else None, "{:.1f}") for n in NETWORKS},
         "distance": (row.get("frechet_distance"), "{:.3g}"),
-        "images": (row.get("images"), "{:,}"),
+        "images": (row.get("images"), "{:,.0f}"),
         "trained": (row["trained"], "{:,}"),
-        "runs": (privacy.get("private_runs"), "{}"),
+        "private runs": (row["private_runs"], "{}"),
     }
     texts = ["-" if value is None else form.format(value) for value, form in known.values()]
     return [row["method"], *texts]
 
 
 def plot(rows: list[dict]) -> None:
-    """A line of panels a set: accuracy by epsilon and by trained weights, distance by epsilon."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """A line of panels a set, of rows of `gather`: accuracy by epsilon and by weights, distance."""
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("Agg")
     sets = sorted({row["set"] for row in rows})
     methods = sorted({row["method"] for row in rows})
     colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
@@ -229,9 +252,8 @@ def plot(rows: list[dict]) -> None:
         ("trained", "trained weights", lambda row: 100 * row["accuracy"], "accuracy, %"),
         ("epsilon", "epsilon", lambda row: row.get("frechet_distance"), "Fréchet distance"),
     ]
-    figure, axes = plt.subplots(
-        len(sets), len(panels), figsize=(11, 3 * len(sets) + 0.6), squeeze=False
-    )
+    size = (11, 3 * len(sets) + 0.6)
+    figure, axes = plt.subplots(len(sets), len(panels), figsize=size, squeeze=False)
     for line, name in zip(axes, sets, strict=True):
         for axis, (key, across, value, up) in zip(line, panels, strict=True):
             for method in methods:
@@ -249,16 +271,15 @@ def plot(rows: list[dict]) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="take the steps that are left")
     run.add_argument("cells", nargs="+", type=Path, help="YAML files")
-    run.add_argument("--private", nargs="*", default=[], metavar="SET=FOLDER",
-                     help=f"local copies of {', '.join(SETS)}")  # fmt: skip
+    local = f"local copies of {', '.join(SETS)}"
+    run.add_argument("--private", nargs="*", default=[], metavar="SET=FOLDER", help=local)
     run.add_argument("--jobs", type=int, default=2, help="cells at a time")
-    run.add_argument("--only", nargs="+", metavar="CELL", help="of the cells in the files, in this order")
+    run.add_argument("--only", nargs="+", metavar="CELL", help="of those in the files, in order")
     commands.add_parser("show", help="print the tables, and draw the plots")
     args = parser.parse_args()
     if args.command == "show":
@@ -269,11 +290,10 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [(t, pool.submit(run_cell, t, cells[t], private)) for t in args.only or cells]
         for title, future in todo:
-            error = future.exception()
-            if error is not None:
-                failed += 1
+            if error := future.exception():
+                failed = 1
                 print(f"{title}: {error}", file=sys.stderr, flush=True)
-    sys.exit(min(failed, 1))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,24 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from tests.conftest import ROOT
 
 # By its path: Opacus installs a package of the name benchmarks.
 table = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "table.py")))
-CELLS = sorted((ROOT / "benchmarks" / "cells").glob("*.yaml"))
+CELLS: dict[str, dict] = {}
+for path in sorted((ROOT / "benchmarks" / "cells").glob("*.yaml")):
+    assert not CELLS.keys() & table.read_cells(path)
+    CELLS |= table.read_cells(path)
 
 
-@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
-def test_every_step_is_a_script_with_such_options(path):
-    cell = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+def test_every_step_is_a_script_with_such_options(cell):
     assert cell["set"] in table.SETS and cell["method"]
     steps = cell.get("steps", {})
     arguments = "".join(file.read_text() for file in (ROOT / "utils" / "arguments").glob("*.py"))
     for number, command in enumerate(steps.values()):
-        script, *words = shlex.split(command.format(private="P", cell="C"))
+        script, *words = shlex.split(command.format(**cell | {"private": "P", "cell": "C"}))
         assert (ROOT / script).is_file()
         known = arguments + (ROOT / script).read_text()
         for option in [word[2:] for word in words if word.startswith("--")]:
@@ -37,6 +38,35 @@ def test_every_step_is_a_script_with_such_options(path):
     measured = cell.get("measure", "{private}")
     assert measured == "{private}" or measured.split("/")[1] in steps
     assert cell.get("ledger", next(iter(steps), None)) in [None, *steps]
+
+
+def test_a_file_holds_several_cells_and_a_cell_several_runs(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(
+        "set: mnist\nsteps: {images: 'sample.py {rate}'}\n"
+        "cells: {a: {rate: 1, runs: 2}, b: {rate: 2, set: fashion_mnist}}\n"
+    )
+    cells = table.read_cells(path)
+    assert list(cells) == ["a", "a_run2", "b"] and cells["a"] == cells["a_run2"]
+    assert [cells[name]["set"] for name in ("a", "b")] == ["mnist", "fashion_mnist"]
+    assert cells["b"]["steps"]["images"].format(**cells["b"]) == "sample.py 2"
+    path.write_text("set: mnist\nmethod: other\n")
+    assert table.read_cells(path) == {"both": {"set": "mnist", "method": "other"}}
+
+
+def test_runs_of_a_cell_are_averaged_and_their_private_runs_added():
+    one = {"set": "mnist", "method": "m", "epsilon": 1, "trained": 5, "accuracy": 0.9}
+    one |= {"networks": {"cnn": 0.9}, "privacy": {"epsilon": 1.0, "private_runs": 2}}
+    two = one | {"accuracy": 0.8, "networks": {"cnn": 0.8}}
+    other = one | {"epsilon": 10}
+    row, alone = table.gather([one, other, two])
+    assert (row["runs"], row["private_runs"], alone["runs"]) == (2, 4, 1)
+    assert row["accuracy"] == pytest.approx(0.85) and alone["accuracy"] == 0.9
+    assert row["networks"]["cnn"] == pytest.approx(0.85)
+    assert row["deviation"] == pytest.approx(0.1 / 2**0.5) and alone["deviation"] is None
+    texts = table.describe(row)
+    assert "**85.0** ± 7.1" in texts and texts[-1] == "4"
+    assert "**90.0**" in table.describe(alone)
 
 
 def test_a_step_that_ended_is_not_run_again(tmp_path, monkeypatch):
@@ -53,8 +83,9 @@ def test_a_step_that_ended_is_not_run_again(tmp_path, monkeypatch):
 
 def test_rows_are_described_as_they_are():
     rows = json.loads(table.RESULTS.read_text()) if table.RESULTS.exists() else []
+    for row in table.gather(rows):
+        assert len(table.describe(row)) == len(table.NETWORKS) + 9
     for row in rows:
-        assert len(table.describe(row)) == len(table.NETWORKS) + 8
         if "privacy" in row and row["epsilon"]:
             assert row["privacy"]["epsilon"] <= row["epsilon"]
         if "networks" in row:

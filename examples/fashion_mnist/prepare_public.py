@@ -6,9 +6,9 @@
 FOLDER is a data set with the columns image and label: the clothing-dataset of A. Grigorev and
 others (CC0 1.0), whose pieces lie on floors, beds and walls, with or without other things, whose
 labels may begin with their source and a slash. Each image becomes the distance of its grey values
-from the median of its border, less what the border itself varies by, scaled to reach 255; those whose
-border varies much are left out. Each is there twice, the second time mirrored. Classes are called as
-in Fashion-MNIST where the same thing is meant, and what it does not know keeps its name.
+from the median of its border, less what the border itself varies by, scaled to reach 255; those
+whose border varies much are left out. Each is there twice, the second time mirrored. Classes are
+called as in Fashion-MNIST where the same thing is meant; what it does not know keeps its name.
 """
 
 import argparse
