@@ -13,6 +13,10 @@
         --caption_template "the digit {label}" --resolution 32 --output_dir runs/digits/flow_base \\
         --architecture sd3 --autoencoder_from examples/digits/base
 
+    # a second public stage: train on a base with other images
+    accelerate launch pretrain_ldm.py --start_from runs/digits/base --dataset_name FOLDER \\
+        --label_column label --resolution 32 --output_dir runs/digits/second
+
 Trains an autoencoder, then a text encoder and a U-Net (or a transformer) together, and saves a
 pipeline folder that plain `DiffusionPipeline.from_pretrained` loads, with a grid of
 reconstructions and a grid of samples. It gives NO privacy: only for images that may leak.
@@ -42,8 +46,9 @@ def check_resolution(resolution: int | None, halvings: int, args: PretrainArgume
 def main():
     data, args = parse(DataArguments, PretrainArguments, description=__doc__)
     output_dir = Path(args.output_dir)
-    own = args.autoencoder_from is None
-    check_resolution(data.resolution, len(args.autoencoder_channels) - 1 if own else 0, args)
+    if args.start_from is None:
+        own = args.autoencoder_from is None
+        check_resolution(data.resolution, len(args.autoencoder_channels) - 1 if own else 0, args)
     if (output_dir / "model_index.json").exists():
         raise UsageError(
             f"{output_dir} already holds a finished pipeline; name another --output_dir"
@@ -61,11 +66,18 @@ def main():
     )
     from utils.data.rows import load_rows, read_captions
     from utils.methods import pretraining
-    from utils.models.public_models import build_tokenizer, save_in_fp16
+    from utils.methods.public_objectives import check_base, take_pipeline
+    from utils.models.public_models import save_in_fp16
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
 
+    taken = take_pipeline(args)
+    base = taken if args.start_from else None
+    if base is not None:
+        data.resolution = check_base(base, data.resolution, args)
+    elif taken is not None:
+        check_resolution(data.resolution, len(taken.vae.config.block_out_channels) - 1, args)
     images = ImageRows(load_rows(data), data.image_column, data.window)
     images, left_out = keep_readable(images, data.strict_images)
     captions = read_captions(images.rows, data)
@@ -76,19 +88,13 @@ def main():
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
 
-    if own:
+    if taken is None:
         vae = pretraining.train_autoencoder(accelerator, pixels, args)
     else:
-        vae = pretraining.take_autoencoder(args.autoencoder_from).to(accelerator.device)
-        check_resolution(data.resolution, len(vae.config.block_out_channels) - 1, args)
+        vae = taken.vae.to(accelerator.device)
     latents = pretraining.encode_all(vae, pixels, accelerator.device)
-    shift = float(latents.mean()) if args.architecture == "sd3" else 0.0
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    if shift:
-        vae.register_to_config(shift_factor=shift)
-    tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
-    latents = (latents - shift) * vae.config.scaling_factor
-    trained = pretraining.train_denoiser(accelerator, latents, captions, tokenizer, args)
+    latents = pretraining.scale_latents(latents, vae, args)
+    trained = pretraining.train_denoiser(accelerator, latents, captions, base, args)
 
     if accelerator.is_main_process:
         pipeline = trained.assemble(vae)

@@ -35,7 +35,8 @@
         trial               one of them, in a process of its own
         workers             processes for them, one thread each
         stand_in            public images that stand for the private ones
-        pretraining         the public stage: autoencoder, text encoder and U-Net from scratch
+        pretraining         the public stage: autoencoder, then text encoder and denoiser
+        public_objectives   what it trains: new models, or those of a base; their losses
         plots               a map of the U-Net with its noisy scores; the curves of a rehearsal
     audit/          what an attacker can prove about a run
         audited_run         the real loop, or a mutant of it, with canaries among the images

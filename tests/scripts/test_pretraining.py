@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 
 from tests.conftest import CAPTION, read_json, train_arguments, train_here
 from utils.arguments.pretraining import PretrainArguments
-from utils.methods.pretraining import FlowObjective
+from utils.methods.public_objectives import FlowObjective
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 
@@ -67,13 +67,53 @@ def test_the_autoencoder_of_another_pipeline_is_taken_as_it_is(
     assert ours.config.shift_factor != 0 and theirs.config.shift_factor is None
 
 
-def test_the_autoencoder_of_a_private_result_is_refused(
-    run_script, image_folder, tmp_path, trained
+def test_a_second_stage_starts_from_the_weights_of_a_base(
+    run_script, tiny_base, image_folder, tmp_path
 ):
+    """With a rate of nothing, the base comes out again."""
+    arguments = ["--train_data_dir", image_folder, "--caption", "", "--start_from", tiny_base]
+    arguments += ["--train_batch_size", 4, "--denoiser_steps", 2, "--learning_rate"]
+    same, moved = tmp_path / "same", tmp_path / "moved"
+    for folder, rate in [(same, 0), (moved, 1e-3)]:
+        run = run_script("pretrain_ldm.py", *arguments, rate, "--output_dir", folder)
+        assert run.returncode == 0, run.stderr
+    base, again, other = (load_pipeline(str(path)) for path in (tiny_base, same, moved))
+
+    def has_moved(pipeline, part: str) -> bool:
+        known = getattr(base, part).state_dict()
+        now = getattr(pipeline, part).state_dict()
+        return any((now[n].float() - v.float()).abs().max() > 1e-3 for n, v in known.items())
+
+    parts = ("vae", "unet", "text_encoder")
+    assert [has_moved(again, part) for part in parts] == [False] * 3  # saved in fp16
+    assert [has_moved(other, part) for part in parts] == [False, True, True]
+    assert again.vae.config.scaling_factor == base.vae.config.scaling_factor
+    assert again.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    assert again.scheduler.config.prediction_type == base.scheduler.config.prediction_type
+
+
+@pytest.mark.parametrize("option", ["--autoencoder_from", "--start_from"])
+def test_a_private_result_is_no_base(run_script, image_folder, tmp_path, trained, option):
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
-    arguments += ["--autoencoder_from", trained[0], "--output_dir", tmp_path / "base"]
+    arguments += [option, trained[0], "--output_dir", tmp_path / "base"]
     run = run_script("pretrain_ldm.py", *arguments)
-    assert run.returncode == 2 and "is a private result" in run.stderr
+    assert run.returncode == 2 and f"{option} {trained[0]} is a private result" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--architecture", "sd3"], "give the architecture that it has"),
+        (["--resolution", 64], "pixels: give --resolution"),
+        (["--autoencoder_from", "BASE"], "leave out --autoencoder_from"),
+    ],
+)
+def test_a_base_that_does_not_suit_is_refused(
+    run_script, tiny_base, image_folder, tmp_path, more, said
+):
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--start_from", tiny_base]
+    run = run_script("pretrain_ldm.py", *arguments, *more, "--output_dir", tmp_path / "base")
+    assert run.returncode == 2 and said in run.stderr and not (tmp_path / "base").exists()
 
 
 @pytest.mark.slow
@@ -96,7 +136,7 @@ def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path)
     family.text_length = 16
     told, seen = family.encode_text(["the digit 3"], 16), []
     args = PretrainArguments(output_dir="unused", architecture="sd3", text_width=16)
-    objective = FlowObjective(8, pipeline.tokenizer, args)
+    objective = FlowObjective.build(8, pipeline.tokenizer, args)
     objective.text_encoders = torch.nn.ModuleList(family.encoders)
     objective.transformer.forward = lambda noisy, **given: seen.append(given) or Output(noisy)
     objective(torch.zeros(1, 4, 8, 8), objective.tokenize(["the digit 3"]))

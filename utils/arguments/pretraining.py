@@ -20,6 +20,12 @@ class PretrainArguments:
         "is: none is trained",
         None,
     )
+    start_from: str | None = option(
+        "a public pipeline of this script, folder or Hub id, to train on: its autoencoder is kept, "
+        "and its denoiser, text encoders and tokenizers are what training starts from, in their "
+        "sizes; for a second public stage",
+        None,
+    )
     architecture: str = option(
         "of the denoiser: unet, as in Stable Diffusion 1, trained by DDPM; or sd3, a transformer "
         "as in Stable Diffusion 3, trained as a flow",
@@ -50,6 +56,8 @@ class PretrainArguments:
 
     def __post_init__(self):
         check_seed(self.seed)
+        if self.start_from is not None and self.autoencoder_from is not None:
+            raise UsageError("--start_from keeps its own autoencoder: leave out --autoencoder_from")
         if self.architecture == "sd3":
             if self.transformer_width < 32 or self.transformer_width % 32:
                 raise UsageError("--transformer_width must be a multiple of 32")

@@ -1,16 +1,14 @@
-"""The public stage: an autoencoder, then text encoders and a denoiser, trained from scratch.
+"""The public stage: an autoencoder, then text encoders and a denoiser.
 
 Nothing here is private.
 """
 
 import copy
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -21,109 +19,14 @@ from utils.arguments.sampling import DrawingArguments
 from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
-from utils.ledger.verification import read_base_statement
-from utils.models.denoising import denoising_loss
+from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
-from utils.models.families.sd3 import StableDiffusion3
-from utils.models.families.stable_diffusion import StableDiffusion, tokenize_captions
-from utils.models.pipelines import load_pipeline
-from utils.models.processes import Flow, read_process
-from utils.models.public_models import (
-    assemble_pipeline,
-    assemble_sd3,
-    build_autoencoder,
-    build_scheduler,
-    build_t5,
-    build_text_encoder,
-    build_text_encoder_pair,
-    build_transformer,
-    build_unet,
-)
+from utils.models.public_models import build_autoencoder, build_tokenizer
 from utils.sampling.generation import generate
 
 # What suits small images; benchmarks/RESULTS.md has what 50 steps of DDIM would gain.
 SMALL = {"num_inference_steps": 8, "guidance_scale": 2.0}
 SMALL_FLOW = {"num_inference_steps": 12, "guidance_scale": 2.0}
-
-
-class AutoencoderObjective(nn.Module):
-    """Pixel loss plus a light KL term, on uint8 images [batch, 3, R, R]."""
-
-    def __init__(self, vae: AutoencoderKL, kl_weight: float):
-        super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
-
-    def forward(self, pixels):
-        images = scale_to_unit_range(pixels)
-        posterior = self.vae.encode(images).latent_dist
-        latents = posterior.sample()
-        kl = posterior.kl().mean() / latents[0].numel()
-        return F.mse_loss(self.vae.decode(latents).sample, images) + self.kl_weight * kl
-
-
-class UNetObjective(nn.Module):
-    """The denoising loss of a U-Net and the text encoder that guides it."""
-
-    def __init__(self, latent_side: int, tokenizer, args: PretrainArguments):
-        super().__init__()
-        self.text_encoder = build_text_encoder(tokenizer, args.text_width, args.text_layers)
-        self.unet = build_unet(latent_side, tuple(args.unet_channels), args.text_width)
-        self.scheduler, self.tokenizer = build_scheduler(args.prediction_type), tokenizer
-
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token ids: [n, T]."""
-        return tokenize_captions(self.tokenizer, captions)
-
-    def forward(self, latents, token_ids):
-        text = {"encoder_hidden_states": self.text_encoder(token_ids).last_hidden_state}
-        noise, process = torch.randn_like(latents), read_process(self.scheduler)
-        quantiles = torch.rand(len(latents), device=latents.device)
-        predict = partial(StableDiffusion.predict, self.unet)
-        return denoising_loss(predict, process, latents, text, noise, quantiles).mean()
-
-    def assemble(self, vae) -> StableDiffusionPipeline:
-        parts = (self.text_encoder, self.tokenizer, self.unet, self.scheduler)
-        return assemble_pipeline(vae, *parts)
-
-
-class FlowObjective(nn.Module):
-    """The flow-matching loss of a transformer and the text encoders that guide it; noise levels are
-    logit-normal (Esser et al. 2024, section 3.1)."""
-
-    def __init__(self, latent_side: int, tokenizer, args: PretrainArguments):
-        super().__init__()
-        pair = build_text_encoder_pair(tokenizer, args.text_width, args.text_layers)
-        t5, self.t5_tokenizer = build_t5(args.text_width, args.max_tokens)
-        self.text_encoders = nn.ModuleList([*pair, t5])
-        size = (args.transformer_width, args.transformer_layers)
-        self.transformer = build_transformer(latent_side, *size, args.text_width)
-        self.tokenizer = tokenizer
-
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token ids, CLIP's and then T5's: [n, 2, T]."""
-        both = (self.tokenizer, self.t5_tokenizer)
-        return torch.stack([tokenize_captions(tokenizer, captions) for tokenizer in both], 1)
-
-    def forward(self, latents, token_ids):
-        *pair, t5 = self.text_encoders
-        outputs = [encoder(token_ids[:, 0], output_hidden_states=True) for encoder in pair]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        words = t5(token_ids[:, 1]).last_hidden_state
-        text = {
-            "encoder_hidden_states": torch.cat([hidden, words], 1),
-            "pooled_projections": torch.cat([output.text_embeds for output in outputs], -1),
-        }
-        noise = torch.randn_like(latents)
-        quantiles = torch.randn(len(latents), device=latents.device).sigmoid()
-        predict = partial(StableDiffusion3.predict, self.transformer)
-        return denoising_loss(predict, Flow(1.0), latents, text, noise, quantiles).mean()
-
-    def assemble(self, vae) -> StableDiffusion3Pipeline:
-        tokenizers = [self.tokenizer, self.tokenizer, self.t5_tokenizer]
-        return assemble_sd3(vae, list(self.text_encoders), tokenizers, self.transformer)
-
-
-OBJECTIVES = {"unet": UNetObjective, "sd3": FlowObjective}
 
 
 def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) -> nn.Module:
@@ -206,26 +109,34 @@ def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
     return fit(accelerator, "autoencoder", objective, sample_batch, steps, rate, args).vae
 
 
-def take_autoencoder(base: str) -> AutoencoderKL:
-    """That of another pipeline.
+def scale_latents(
+    latents: torch.Tensor, vae: AutoencoderKL, args: PretrainArguments
+) -> torch.Tensor:
+    """As the denoiser sees them; their scale is noted in the autoencoder's configuration. With
+    --start_from it is that of the base, which its denoiser knows."""
+    is_flow = args.architecture == "sd3"
+    if args.start_from is None:
+        vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        if is_flow:
+            vae.register_to_config(shift_factor=float(latents.mean()))
+    shift = vae.config.shift_factor if is_flow else 0.0
+    return (latents - shift) * vae.config.scaling_factor
 
-    Raises:
-        UsageError: see `load_pipeline`; or it is a private result, or has other latents.
+
+def train_denoiser(accelerator, latents, captions, base, args) -> Objective:
+    """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability.
+
+    Args:
+        base: the pipeline that training starts from; None for a new one.
     """
-    if read_base_statement(base, None)[0] is not None:
-        raise UsageError(f"--autoencoder_from {base} is a private result, and this stage is public")
-    vae = load_pipeline(base).vae
-    if not isinstance(vae, AutoencoderKL) or vae.config.latent_channels != 4:
-        raise UsageError(f"--autoencoder_from {base}: an AutoencoderKL of 4 channels is wanted")
-    return vae
-
-
-def train_denoiser(
-    accelerator, latents, captions, tokenizer, args
-) -> UNetObjective | FlowObjective:
-    """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability."""
-    torch.manual_seed(args.seed)
-    objective = OBJECTIVES[args.architecture](latents.shape[-1], tokenizer, args)
+    torch.manual_seed(args.seed)  # the same start, whether or not a stage was resumed
+    kind, _ = OBJECTIVES[args.architecture]
+    if base is None:
+        tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
+        objective = kind.build(latents.shape[-1], tokenizer, args)
+    else:
+        objective = kind.take(base)
+    objective.train().requires_grad_(True)
     distinct = ["", *sorted(set(captions))]
     token_table = objective.tokenize(distinct)
     numbers = {caption: i for i, caption in enumerate(distinct)}
