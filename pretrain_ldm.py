@@ -50,9 +50,7 @@ def main():
         own = args.autoencoder_from is None
         check_resolution(data.resolution, len(args.autoencoder_channels) - 1 if own else 0, args)
     if (output_dir / "model_index.json").exists():
-        raise UsageError(
-            f"{output_dir} already holds a finished pipeline; name another --output_dir"
-        )
+        raise UsageError(f"{output_dir} holds a finished pipeline; name another --output_dir")
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     import torch
     from accelerate import Accelerator
