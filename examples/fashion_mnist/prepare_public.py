@@ -55,11 +55,10 @@ def main():
     names = [name.split("/")[-1].replace("_", " ") for name in rows.features["label"].names]
 
     def prepare(batch: dict) -> dict:
-        darkened = [darken(image) for image in batch["image"]]
-        images = [image for image in darkened if image is not None]
-        called = [CALLED.get(names[label], names[label]) for label in batch["label"]]
-        called = [name for name, image in zip(called, darkened, strict=True) if image is not None]
-        return {"image": images + [ImageOps.mirror(i) for i in images], "label": called * 2}
+        pairs = zip(map(darken, batch["image"]), batch["label"], strict=True)
+        kept = [(image, CALLED.get(names[n], names[n])) for image, n in pairs if image is not None]
+        kept += [(ImageOps.mirror(image), name) for image, name in kept]
+        return {"image": [image for image, _ in kept], "label": [name for _, name in kept]}
 
     features = Features({"image": ImageFeature(), "label": Value("string")})
     rows = rows.filter(lambda label: names[label] not in UNNAMED, input_columns="label")
