@@ -141,7 +141,8 @@ def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
     else:
         printed = json.loads(steps[list(steps)[-1]]["printed"])
         row |= {"accuracy": printed["accuracy"], "trained": printed["trainable_parameters"]}
-        row["privacy"] = {"epsilon": printed["epsilon"]["add_or_remove_one"]}
+        spent, delta = printed["epsilon"]["add_or_remove_one"], printed["epsilon"]["delta"]
+        row["privacy"] = {"epsilon": spent, "delta": delta, "private_runs": 1}
     with writing:
         rows = sorted([*read_rows(), row], key=lambda row: row["cell"])
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
