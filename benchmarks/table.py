@@ -7,12 +7,12 @@ A cell is a YAML file: the private set, epsilon, a name, and `steps`, each a com
 repository that writes a folder of the cell. `{private}` stands for the private set and `{cell}` for
 the cell's folder; --output_dir is added. `measure` is the folder of the images that are judged, by
 classifiers that are trained on them, and by their Frechet distance to the test images; without it,
-the last step prints an accuracy as JSON. `ledger` is the folder whose statement is verified. `runs`
-is how often a cell is run, each time with noise of its own; `show` has their mean. A file may hold
-several `cells`, each with what is its own; steps may name that in braces, too.
+the last step prints an accuracy as JSON. `ledger` is the folder whose statement is verified; `runs`
+is how often a cell is run, with new noise: `show` has the mean. A file may hold several `cells`,
+each with what is its own; steps may name that in braces, too.
 
-Cells run side by side, one thread each. A step that ended is not run again, and one that was
-interrupted resumes. Rows are kept in benchmarks/results/table.json.
+Cells run side by side, one thread each; a step that ended is not run again, another resumes. Rows
+are kept in benchmarks/results/table.json.
 """
 
 import argparse
