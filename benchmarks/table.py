@@ -124,8 +124,7 @@ def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
     """Take the steps of a cell that are left, measure its images, and keep its row."""
     if any(row["cell"] == title for row in read_rows()):
         return
-    folder = RUNS / title
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := RUNS / title).mkdir(parents=True, exist_ok=True)
     names, steps = cell | {"private": private[cell["set"]], "cell": folder}, {}
     for name, command in cell.get("steps", {}).items():
         steps[name] = take_step(folder, name, command.format(**names))
