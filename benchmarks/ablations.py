@@ -16,6 +16,7 @@ Rows are kept in benchmarks/results/ablations.json; one that is there is not mad
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -109,8 +110,9 @@ def find_base(steps: int | None) -> Path:
 
 
 def train(point: Point, stand_in: Path, run: int, folder: Path) -> Path:
-    """The adapter of a point, in `folder` unless it is there."""
+    """The adapter of a point, trained into `folder` unless it is there."""
     if not (folder / "privacy.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         plan = [word for name, value in PLAN.items() for word in (f"--{name}", value)]
         plan += ["--target_epsilon", 10, "--target_delta", 1e-4, "--num_validation_images", 0]
         data = ["--train_data_dir", stand_in, "--label_column", "label", "--seed", run]
@@ -128,6 +130,7 @@ def measure(axis: str, name: str, stand_in: Path, run: int) -> dict:
     is_middle = (point.options, point.public_steps) == (MIDDLE.options, MIDDLE.public_steps)
     where = RUNS / f"middle-{run}" if is_middle else folder
     adapter = train(point, stand_in, run, where / "adapter")
+    shutil.rmtree(folder / "images", ignore_errors=True)
     draw = ["--adapter", adapter, "--class_names", *DIGITS, "--num_images", point.images]
     draw += ["--batch_size", 100, "--seed", run, "--output_dir", folder / "images"]
     call("sample.py", "--pretrained_model_name_or_path", find_base(point.public_steps), *draw)
