@@ -148,6 +148,17 @@ def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path)
     drawing = read_json(tmp_path / "run" / "sampling.json")
     assert drawing["max_sequence_length"] == 16 and drawing["guidance_scale"] == 2.0
 
+    again = ["--train_data_dir", image_folder, *CAPTION, "--architecture", "sd3"]
+    again += ["--start_from", base, "--denoiser_steps", 2, "--learning_rate", 0]
+    run = run_script("pretrain_ldm.py", *again, "--output_dir", tmp_path / "again")
+    assert run.returncode == 0, run.stderr
+    same = load_pipeline(str(tmp_path / "again"))
+    for part in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        known, now = getattr(pipeline, part).state_dict(), getattr(same, part).state_dict()
+        for name, value in known.items():
+            torch.testing.assert_close(now[name], value, rtol=1e-3, atol=1e-4)
+    assert same.vae.config.shift_factor == pipeline.vae.config.shift_factor
+
 
 def test_pretraining_interrupted_within_a_stage_continues(accelerator, tmp_path, monkeypatch):
     from utils.arguments.pretraining import PretrainArguments
