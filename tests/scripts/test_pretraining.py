@@ -106,6 +106,7 @@ def test_a_private_result_is_no_base(run_script, image_folder, tmp_path, trained
         (["--architecture", "sd3"], "give the architecture that it has"),
         (["--resolution", 64], "pixels: give --resolution"),
         (["--autoencoder_from", "BASE"], "leave out --autoencoder_from"),
+        (["--unet_channels", 8, 16], "leave out --unet_channels"),
     ],
 )
 def test_a_base_that_does_not_suit_is_refused(

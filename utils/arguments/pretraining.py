@@ -7,6 +7,12 @@ from utils.arguments.values import check_seed, choose_precision
 from utils.errors import UsageError
 
 
+# What --start_from takes from its base.
+OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "unet_channels", "prediction_type"]
+OF_A_BASE += ["transformer_width", "transformer_layers", "text_width", "text_layers"]
+OF_A_BASE += ["vocab_size", "max_tokens"]
+
+
 @dataclass
 class PretrainArguments:
     """Sizes and schedule of the public stage."""
@@ -56,8 +62,11 @@ class PretrainArguments:
 
     def __post_init__(self):
         check_seed(self.seed)
-        if self.start_from is not None and self.autoencoder_from is not None:
-            raise UsageError("--start_from keeps its own autoencoder: leave out --autoencoder_from")
+        if self.start_from is not None:
+            plain = type(self)(output_dir=self.output_dir)
+            given = [name for name in OF_A_BASE if getattr(self, name) != getattr(plain, name)]
+            if given:
+                raise UsageError(f"--start_from keeps that of its base: leave out --{given[0]}")
         if self.architecture == "sd3":
             if self.transformer_width < 32 or self.transformer_width % 32:
                 raise UsageError("--transformer_width must be a multiple of 32")
