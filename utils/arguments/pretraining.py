@@ -6,7 +6,6 @@ from utils.arguments.parsing import option
 from utils.arguments.values import check_seed, choose_precision
 from utils.errors import UsageError
 
-
 # What --start_from takes from its base.
 OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "unet_channels", "prediction_type"]
 OF_A_BASE += ["transformer_width", "transformer_layers", "text_width", "text_layers"]
