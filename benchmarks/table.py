@@ -18,7 +18,6 @@ are kept in benchmarks/results/table.json.
 import argparse
 import json
 import os
-import random
 import re
 import shlex
 import subprocess
@@ -29,12 +28,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from threading import Lock
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path += [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import yaml
-from PIL import Image
-
-from utils.data.images import tile_images
+from table_plots import draw_strip, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
@@ -173,17 +170,6 @@ def read_rows() -> list[dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
-def draw_strip(images: Path, target: Path) -> None:
-    """Two images of each class of a set, at random."""
-    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
-    names = list(dict.fromkeys(row["label"] for row in rows))
-    random.Random(0).shuffle(rows)
-    picked = [[row for row in rows if row["label"] == name][:2] for name in names]
-    files = [own[line % len(own)]["file_name"] for line in range(2) for own in picked]
-    strip = tile_images([Image.open(images / name) for name in files], len(names))
-    strip.convert("L").save(target)
-
-
 def gather(rows: list[dict]) -> list[dict]:
     """One row a cell: the means of its runs, their deviation; private runs are added."""
     cells: dict[tuple, list[dict]] = {}
@@ -215,7 +201,7 @@ def show(rows: list[dict]) -> None:
         for row in rows:
             if row["set"] == name:
                 print("|", " | ".join(describe(row)), "|")
-    plot(rows)
+    plot(rows, RESULTS.with_suffix(".png"))
 
 
 def describe(row: dict) -> list[str]:
@@ -237,37 +223,6 @@ def describe(row: dict) -> list[str]:
     }
     texts = ["-" if value is None else form.format(value) for value, form in known.values()]
     return [row["method"], *texts]
-
-
-def plot(rows: list[dict]) -> None:
-    """A line of panels a set, of rows of `gather`: accuracy by epsilon and by weights, distance."""
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("Agg")
-    sets = sorted({row["set"] for row in rows})
-    methods = sorted({row["method"] for row in rows})
-    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
-    panels = [
-        ("epsilon", "epsilon", lambda row: 100 * row["accuracy"], "accuracy, %"),
-        ("trained", "trained weights", lambda row: 100 * row["accuracy"], "accuracy, %"),
-        ("epsilon", "epsilon", lambda row: row.get("frechet_distance"), "Fréchet distance"),
-    ]
-    size = (11, 3 * len(sets) + 0.6)
-    figure, axes = plt.subplots(len(sets), len(panels), figsize=size, squeeze=False)
-    for line, name in zip(axes, sets, strict=True):
-        for axis, (key, across, value, up) in zip(line, panels, strict=True):
-            for method in methods:
-                mine = [r for r in rows if (r["set"], r["method"]) == (name, method)]
-                points = sorted((r[key], value(r)) for r in mine if r[key] and value(r))
-                if points:
-                    axis.plot(*zip(*points, strict=True), "o-", color=colours[method], label=method)
-            axis.set(xscale="log", xlabel=across, ylabel=up, title=name.replace("_", "-"))
-            axis.spines[["top", "right"]].set_visible(False)
-    handles = {h.get_label(): h for axis in axes.flat for h in axis.get_lines()}
-    figure.legend(handles.values(), handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
-    plt.close(figure)
 
 
 def main():
