@@ -36,8 +36,8 @@ def build_unet_and_engine(
     return unet, pipeline.scheduler
 
 
-def unet_inputs(rows: int):
-    generator = torch.Generator().manual_seed(5)
+def unet_inputs(rows: int, seed: int = 5):
+    generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(rows, 4, 8, 8, generator=generator)
     noise = torch.randn(rows, 4, 8, 8, generator=generator)
     embeddings = torch.randn(rows, 8, 16, generator=generator)
@@ -45,9 +45,9 @@ def unet_inputs(rows: int):
     return latents, embeddings, noise, timesteps
 
 
-def unet_engine_rows(unet, scheduler, units, draws, autocast=False):
+def unet_engine_rows(unet, scheduler, units, draws, autocast=False, seed=5):
     engine = PerUnitGradients(unet, draws)
-    inputs = unet_inputs(units * draws)
+    inputs = unet_inputs(units * draws, seed)
     with engine.recording(units) as record:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = unet_losses(unet, scheduler, *inputs)
@@ -55,9 +55,9 @@ def unet_engine_rows(unet, scheduler, units, draws, autocast=False):
     return consistent_rows(record)
 
 
-def unet_reference_rows(unet, scheduler, units, draws):
+def unet_reference_rows(unet, scheduler, units, draws, seed=5):
     parameters = [p for p in unet.parameters() if p.requires_grad]
-    inputs = unet_inputs(units * draws)
+    inputs = unet_inputs(units * draws, seed)
     rows = []
     for unit in range(units):
         part = [tensor[unit * draws : (unit + 1) * draws] for tensor in inputs]
@@ -117,13 +117,18 @@ def test_gradient_checkpointing_changes_nothing(trainable):
 
 @pytest.mark.parametrize("trainable", ["lora_conv", "all"])
 def test_bf16_autocast_rounds_no_worse_than_autograd_and_rows_are_fp32(trainable):
+    """On the average: a single input's rounding may differ by a third either way."""
     unet, scheduler = build_unet_and_engine(trainable)
-    exact = unet_reference_rows(unet, scheduler, 2, 2)
-    ours = unet_engine_rows(unet, scheduler, 2, 2, autocast=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        ordinary = unet_reference_rows(unet, scheduler, 2, 2)
-    assert ours.dtype == torch.float32
-    assert (ours - exact).norm() < 1.25 * (ordinary - exact).norm()
+    errors = []
+    for seed in range(8):
+        exact = unet_reference_rows(unet, scheduler, 2, 2, seed)
+        ours = unet_engine_rows(unet, scheduler, 2, 2, autocast=True, seed=seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            ordinary = unet_reference_rows(unet, scheduler, 2, 2, seed)
+        assert ours.dtype == torch.float32
+        errors.append(torch.stack([(ours - exact).norm(), (ordinary - exact).norm()]))
+    ours, ordinary = torch.stack(errors).mean(0)
+    assert ours < 1.25 * ordinary
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)

@@ -19,6 +19,7 @@ from utils.arguments.sampling import DrawingArguments
 from utils.data.images import scale_to_unit_range, tile_images
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
+from utils.gradients.short_attention import use_fast_attention
 from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.public_models import build_autoencoder, build_tokenizer
@@ -34,6 +35,7 @@ def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) 
 
     The rows of step t depend on the seed, t and the process alone: a resumed run continues exactly.
     """
+    use_fast_attention()
     state_dir = Path(args.output_dir) / CHECKPOINTS / name
     optimizer = torch.optim.AdamW(objective.parameters(), learning_rate, weight_decay=1e-4)
     scheduler = get_scheduler(

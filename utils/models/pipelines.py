@@ -10,6 +10,7 @@ from torch import nn
 
 from utils.errors import CannotLoad, UsageError
 from utils.gradients.fast_linear import use_fast_linear
+from utils.gradients.short_attention import use_fast_attention
 from utils.models.families import FAMILIES, find_family
 from utils.models.processes import find_distillation, read_process
 
@@ -122,8 +123,9 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
 
 
 def freeze(part: nn.Module) -> nn.Module:
-    """Turn off gradients and dropout; choose the fastest memory layout and matrix products."""
+    """Turn off gradients and dropout; choose the fastest memory layout, products and attention."""
     use_fast_linear(part)
+    use_fast_attention()
     return part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
