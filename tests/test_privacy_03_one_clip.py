@@ -11,11 +11,13 @@ from torch import nn
 
 import utils.privacy.training
 from tests.gradients.test_products import alternating
-from tests.worlds import HOSTILE, LinearWorld, UNetWorld, build_plan
+from tests.worlds import HOSTILE, LinearWorld, Rounding, UNetWorld, build_plan
 from utils.arguments.training import CLIPPING_MODES
 from utils.audit.mutants import break_loop
+from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.privacy.dp_sgd import clipped_sum
+from utils.privacy.precision import check_products
 from utils.privacy.training import clipped_gradient_sum, reduce_micro_batches, split_units
 
 
@@ -237,6 +239,16 @@ def test_products_are_never_computed_in_tf32(accelerator, monkeypatch):
     finally:
         backends.cuda.matmul.fp32_precision = before
     assert found == [("ieee", "ieee")] * 4 and total.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bits", [7, 10])  # of bf16, and of TF32
+@pytest.mark.parametrize("names", ["__matmul__ matmul", "conv2d", "_linear_pointwise linear"])
+def test_a_library_that_rounds_behind_pytorchs_back_is_refused(names, bits):
+    """As oneDNN does under ONEDNN_DEFAULT_FPMATH_MODE=BF16."""
+    with Rounding(names, 23):
+        check_products(torch.device("cpu"))
+    with Rounding(names, bits), pytest.raises(UsageError, match="lower precision"):
+        check_products(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bound", [5.0e-15, 1.5e-15, 1.4e-15])

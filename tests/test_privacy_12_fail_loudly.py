@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.conftest import ROOT, build_tiny_pipeline
 from tests.test_house import find_imports
-from tests.worlds import build_plan, train
+from tests.worlds import Rounding, build_plan, train
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.public_passes import leave_out_unused, rehearse
@@ -161,6 +161,26 @@ def test_a_model_that_mixes_rows_is_found_before_any_image_is_read(mixed):
     unet.forward = mix
     with pytest.raises(UsageError, match="mixes the rows"):
         rehearse(pipeline, engine, 16)
+
+
+def test_rounded_products_are_found_before_any_image_is_read():
+    pipeline = build_tiny_pipeline()
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with Rounding("conv2d", 7), pytest.raises(UsageError, match="ONEDNN_DEFAULT_FPMATH_MODE"):
+        rehearse(pipeline, PerUnitGradients(unet), 16)
+
+
+def test_a_lower_precision_that_is_set_globally_does_not_look_like_mixed_rows():
+    pipeline = build_tiny_pipeline(channels=(16, 32))
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    conv = torch.backends.mkldnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "bf16"
+    try:
+        rehearse(pipeline, PerUnitGradients(unet), 16)
+    finally:
+        conv.fp32_precision = before
 
 
 def test_an_unused_layer_is_found_before_any_image_is_read():

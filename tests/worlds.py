@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tests.conftest import build_tiny_pipeline
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -137,3 +138,22 @@ def assert_normal(noise: torch.Tensor, std: float) -> None:
     assert abs(z.square().mean() - 1) < TAIL * (2 / count) ** 0.5
     assert abs(z.pow(3).mean()) < TAIL * (15 / count) ** 0.5
     assert abs(z.pow(4).mean() - 3) < TAIL * (96 / count) ** 0.5
+
+
+class Rounding(TorchFunctionMode):
+    """A library that rounds what it multiplies to so many bits, where PyTorch cannot see it."""
+
+    def __init__(self, names: str, bits: int):
+        super().__init__()
+        self.names, self.bits = names.split(), bits
+
+    def round(self, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        fraction, exponent = value.frexp()
+        return (fraction * 2 ** (self.bits + 1)).round().ldexp(exponent - self.bits - 1)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", str(function)) in self.names:
+            args = [self.round(value) for value in args]
+        return function(*args, **(kwargs or {}))

@@ -110,6 +110,7 @@
         training            the one private training loop
         dp_sgd              its pieces: Poisson sampling, clipping, noise
         unit_sums           sums over units, each bounded by itself
+        precision           fp32 products in fp32, never in TF32 or bf16
         randomness          secret random numbers: batches, draws and noise
         plan                every number that the privacy of a run depends on
         accounting          epsilon by two accountants, and the noise that fits a budget

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from utils.gradients.recording import Recording
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.dp_sgd import add_noise_once, clipped_sum, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan
+from utils.privacy.precision import highest_precision
 from utils.privacy.randomness import SecretRandomness
 
 # (indices of units [U]) -> losses [U], each a function of its own unit alone
@@ -201,31 +202,6 @@ def avoid_devices_without_fp64() -> None:
     if torch.backends.mps.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
         print("Apple's GPU has no double precision: the processor trains", file=sys.stderr)
-
-
-@contextmanager
-def highest_precision() -> Iterator[None]:
-    """Within this context, fp32 products are computed in fp32, never in TF32 or bf16.
-
-    Those keep 10 or 7 bits, so a norm could come out too small, and a contribution too large. cuDNN
-    uses TF32 for convolutions unless it is asked not to, and a library can turn it on for products.
-
-    Raises:
-        RuntimeError: this build of PyTorch does not take the setting.
-    """
-    backends = torch.backends
-    operations = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    operations += (backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [operation.fp32_precision for operation in operations]
-    try:
-        for operation in operations:
-            operation.fp32_precision = "ieee"
-        if any(operation.fp32_precision != "ieee" for operation in operations):
-            raise RuntimeError("PyTorch computes fp32 products at a lower precision (TF32)")
-        yield
-    finally:
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision
 
 
 def _check_that_weights_moved(engine: PerUnitGradients, before: list[torch.Tensor]) -> None:
