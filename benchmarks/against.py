@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 from shapes import SHAPES, require_input_gradient
 
 ROOT = Path(__file__).resolve().parent.parent

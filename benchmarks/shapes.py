@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from utils.gradients.fast_linear import use_fast_linear
+from utils.gradients.short_attention import use_fast_attention
 from utils.models.families import Family, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from utils.models.processes import Flow, Process, read_process
 
@@ -64,6 +65,7 @@ class Shape:
         Opacus ignores layers in eval mode."""
         denoiser = self.build()
         use_fast_linear(denoiser)
+        use_fast_attention()
         for module in denoiser.modules():
             if type(module) is nn.GroupNorm:
                 module.register_forward_pre_hook(require_input_gradient)

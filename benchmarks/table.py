@@ -11,8 +11,9 @@ the last step prints an accuracy as JSON. `ledger` is the folder whose statement
 is how often a cell is run, with new noise: `show` has the mean. A file may hold several `cells`,
 each with what is its own; steps may name that in braces, too.
 
-Cells run side by side, one thread each; a step that ended is not run again, another resumes. Rows
-are kept in benchmarks/results/table.json.
+Cells run side by side, one thread each; or one after another, `--jobs 1 --processes 2`, each step
+that shares its work on so many. A step that ended is not run again, another resumes. Rows are kept
+in benchmarks/results/table.json.
 """
 
 import argparse
@@ -43,17 +44,20 @@ JUDGES += ["--classifier_seeds", 1]
 JUDGES += ["--metrics", "utility", "fidelity", "--extractor", "classifier"]
 JUDGES += ["--classifier_weights", "examples/digits/extractor.safetensors"]
 SPEND = ("train_dp_", "release_means", "select_saliency", "curate", "relabel")
+SHARE = ("train_dp_", "sample", "evaluate")  # their work among processes
 RESUME = ["--resume_from_checkpoint", "latest"]
 writing = Lock()
 
 
-def call(command: list, log: Path) -> str:
-    """Run a script of the repository on one thread; returns what it printed.
+def call(command: list, log: Path, processes: int) -> str:
+    """Run a script of the repository, one thread a process; returns what it printed.
 
     Raises:
         RuntimeError: it failed; its log says why.
     """
-    command = [sys.executable, *map(str, command)]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    shared = processes > 1 and command[0].startswith(SHARE)
+    command = [sys.executable, *map(str, several if shared else []), *map(str, command)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
         print("$", shlex.join(command[1:]), file=file, flush=True)
@@ -62,11 +66,11 @@ def call(command: list, log: Path) -> str:
         )
         print(run.stdout, file=file)
     if run.returncode:
-        raise RuntimeError(f"{command[1]} failed: see {log}")
+        raise RuntimeError(f"{shlex.join(command[1:])[:60]}... failed: see {log}")
     return run.stdout
 
 
-def take_step(folder: Path, name: str, command: str) -> dict:
+def take_step(folder: Path, name: str, command: str, processes: int) -> dict:
     """Run one step of a cell, unless it ended before; what it printed, and how long it took."""
     done, out = folder / f"{name}.json", folder / name
     if done.exists():
@@ -75,7 +79,7 @@ def take_step(folder: Path, name: str, command: str) -> dict:
     spends = parts[0].startswith(SPEND)
     parts += ["--output_dir", out] if not parts[0].startswith("benchmarks/dp_sgd") else []
     parts += RESUME if spends and (out / "private" / "checkpoints").is_dir() else []
-    printed = call(parts, folder / f"{name}.log")
+    printed = call(parts, folder / f"{name}.log", processes)
     seconds = time.perf_counter() - start
     step = {"command": command, "seconds": seconds, "printed": printed.strip().split("\n")[-1]}
     done.write_text(json.dumps(step))
@@ -88,7 +92,7 @@ def verify(folder: Path, log: Path) -> dict:
     Raises:
         RuntimeError: it does not hold.
     """
-    call(["privacy_report.py", "verify", folder], log)
+    call(["privacy_report.py", "verify", folder], log, 1)
     statement = json.loads((folder / "privacy.json").read_text())
     ledgers = folder.parent.rglob("private/ledger.jsonl")
     lines = [json.loads(line) for ledger in ledgers for line in ledger.read_text().splitlines()]
@@ -117,14 +121,14 @@ def read_cells(path: Path) -> dict[str, dict]:
     }
 
 
-def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
+def run_cell(title: str, cell: dict, private: dict[str, str], processes: int) -> None:
     """Take the steps of a cell that are left, measure its images, and keep its row."""
     if any(row["cell"] == title for row in read_rows()):
         return
     (folder := RUNS / title).mkdir(parents=True, exist_ok=True)
     names, steps = cell | {"private": private[cell["set"]], "cell": folder}, {}
     for name, command in cell.get("steps", {}).items():
-        steps[name] = take_step(folder, name, command.format(**names))
+        steps[name] = take_step(folder, name, command.format(**names), processes)
         print(f"{title}: {name}, {steps[name]['seconds'] / 60:.1f} minutes", flush=True)
     row = {key: cell[key] for key in ("set", "epsilon", "method")} | {"cell": title}
     row["seconds"] = {name: round(step["seconds"]) for name, step in steps.items()}  # to plan by
@@ -133,7 +137,7 @@ def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
     if "ledger" in cell:
         row["privacy"] = verify(folder / cell["ledger"], folder / "verify.log")
     if "measure" in cell:
-        row |= measure(cell["measure"].format(**names), names["private"], folder)
+        row |= measure(cell["measure"].format(**names), names["private"], folder, processes)
     else:
         printed = json.loads(steps[list(steps)[-1]]["printed"])
         row |= {"accuracy": printed["accuracy"], "trained": printed["trainable_parameters"]}
@@ -145,12 +149,12 @@ def run_cell(title: str, cell: dict, private: dict[str, str]) -> None:
     print(f"{title}: accuracy {100 * row['accuracy']:.1f} %", flush=True)
 
 
-def measure(images: str, test: str, folder: Path) -> dict:
+def measure(images: str, test: str, folder: Path, processes: int) -> dict:
     """The accuracy of each network that is trained on the images, their mean, and the distance."""
     output = folder / "metrics.json"
     data = ["--synthetic", images, "--test_dataset_name", test, "--output_file", output]
     if not output.exists():
-        call(["evaluate.py", *data, *JUDGES], folder / "evaluate.log")
+        call(["evaluate.py", *data, *JUDGES], folder / "evaluate.log", processes)
     strips = RESULTS.parent / "strips"
     if (Path(images) / "metadata.jsonl").exists():  # of a synthetic set
         strips.mkdir(exist_ok=True)
@@ -234,6 +238,7 @@ def main():
     local = f"local copies of {', '.join(SETS)}"
     run.add_argument("--private", nargs="*", default=[], metavar="SET=FOLDER", help=local)
     run.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    run.add_argument("--processes", type=int, default=1, help="of a step that shares its work")
     run.add_argument("--only", nargs="+", metavar="CELL", help="of those in the files, in order")
     commands.add_parser("show", help="print the tables, and draw the plots")
     args = parser.parse_args()
@@ -243,7 +248,8 @@ def main():
     cells = {title: cell for path in args.cells for title, cell in read_cells(path).items()}
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [(t, pool.submit(run_cell, t, cells[t], private)) for t in args.only or cells]
+        rest = (private, args.processes)
+        todo = [(t, pool.submit(run_cell, t, cells[t], *rest)) for t in args.only or cells]
         for title, future in todo:
             if error := future.exception():
                 failed = 1

@@ -71,12 +71,12 @@ def test_runs_of_a_cell_are_averaged_and_their_private_runs_added():
 
 def test_a_step_that_ended_is_not_run_again(tmp_path, monkeypatch):
     calls = []
-    call = lambda command, log: calls.append(command) or "a\nb\n"  # noqa: E731
+    call = lambda command, log, processes: calls.append(command) or "a\nb\n"  # noqa: E731
     monkeypatch.setitem(table.take_step.__globals__, "call", call)
     (tmp_path / "adapter" / "private" / "checkpoints").mkdir(parents=True)
     command = "train_dp_lora.py --rank 4"
-    first = table.take_step(tmp_path, "adapter", command)
-    assert first == table.take_step(tmp_path, "adapter", command) and len(calls) == 1
+    first = table.take_step(tmp_path, "adapter", command, 1)
+    assert first == table.take_step(tmp_path, "adapter", command, 1) and len(calls) == 1
     assert calls[0][-2:] == table.RESUME  # its checkpoints were there
     assert first["printed"] == "b"
 
@@ -91,3 +91,11 @@ def test_rows_are_described_as_they_are():
         if "networks" in row:
             mean = sum(row["networks"].values()) / len(row["networks"])
             assert abs(mean - row["accuracy"]) < 1e-9
+
+
+def test_a_step_that_shares_its_work_is_started_by_torchrun(tmp_path):
+    log = tmp_path / "log"
+    assert table.call(["sample.py", "--help"], log, 2).count("usage:") == 2
+    assert table.call(["relabel.py", "--help"], log, 2).count("usage:") == 1
+    with pytest.raises(RuntimeError, match="privacy_report.py verify nowhere.* failed: see"):
+        table.call(["privacy_report.py", "verify", "nowhere"], log, 2)
