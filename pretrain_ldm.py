@@ -27,7 +27,7 @@ from pathlib import Path
 
 from utils.arguments.parsing import parse
 from utils.arguments.pretraining import PretrainArguments
-from utils.arguments.training import DataArguments
+from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError, run_script
 
 
@@ -64,32 +64,33 @@ def main():
     )
     from utils.data.rows import load_rows, read_captions
     from utils.methods import pretraining
-    from utils.methods.public_objectives import check_base, take_pipeline
+    from utils.methods.public_objectives import check_base, take_base
+    from utils.models.drawing import adopt_template
     from utils.models.public_models import save_in_fp16
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
 
-    taken = take_pipeline(args)
-    base = taken if args.start_from else None
+    base, vae = take_base(args)
     if base is not None:
         data.resolution = check_base(base, data.resolution, args)
-    elif taken is not None:
-        check_resolution(data.resolution, len(taken.vae.config.block_out_channels) - 1, args)
+        data = adopt_template(data, ModelArguments(pretrained_model_name_or_path=args.start_from))
+    elif vae is not None:
+        check_resolution(data.resolution, len(vae.config.block_out_channels) - 1, args)
     images = ImageRows(load_rows(data), data.image_column, data.window)
     images, left_out = keep_readable(images, data.strict_images)
     captions = read_captions(images.rows, data)
     accelerator.print(
         f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"
     )
+    pretraining.check_captions(captions, base, args)
     pixels = torch.cat(list(read_pixel_batches(images, data.resolution, 256)))
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
 
-    if taken is None:
+    if vae is None:
         vae = pretraining.train_autoencoder(accelerator, pixels, args)
-    else:
-        vae = taken.vae.to(accelerator.device)
+    vae.to(accelerator.device)
     latents = pretraining.encode_all(vae, pixels, accelerator.device)
     latents = pretraining.scale_latents(latents, vae, args)
     trained = pretraining.train_denoiser(accelerator, latents, captions, base, args)

@@ -102,7 +102,7 @@ def find_base(steps: int | None) -> Path:
         return SHIPPED
     base, public = RUNS / f"base-{steps}", ROOT / "runs" / "digits" / "public"
     if not (base / "model_index.json").exists():
-        if not public.exists():
+        if not (public / "validation.parquet").exists():  # the last that is written
             call("examples/digits/draw_public.py", "--output_dir", public)
         how = ["--denoiser_steps", steps, "--autoencoder_from", SHIPPED, "--output_dir", base]
         call("pretrain_ldm.py", "--config", "examples/digits/base.yaml", *how)

@@ -71,10 +71,19 @@ def call(command: list, log: Path, processes: int) -> str:
 
 
 def take_step(folder: Path, name: str, command: str, processes: int) -> dict:
-    """Run one step of a cell, unless it ended before; what it printed, and how long it took."""
+    """Run one step of a cell, unless it ended before; what it printed, and how long it took.
+
+    Raises:
+        RuntimeError: it failed, or ended before with another command.
+    """
     done, out = folder / f"{name}.json", folder / name
     if done.exists():
-        return json.loads(done.read_text())
+        step = json.loads(done.read_text())
+        if step["command"] != command:
+            raise RuntimeError(
+                f"{folder} was made by another command: move it away, or name a cell"
+            )
+        return step
     parts, start = shlex.split(command), time.perf_counter()
     spends = parts[0].startswith(SPEND)
     parts += ["--output_dir", out] if not parts[0].startswith("benchmarks/dp_sgd") else []
@@ -239,17 +248,23 @@ def main():
     run.add_argument("--private", nargs="*", default=[], metavar="SET=FOLDER", help=local)
     run.add_argument("--jobs", type=int, default=2, help="cells at a time")
     run.add_argument("--processes", type=int, default=1, help="of a step that shares its work")
-    run.add_argument("--only", nargs="+", metavar="CELL", help="of those in the files, in order")
+    run.add_argument(
+        "--only", nargs="+", metavar="CELL", help="of those in the files, in this order"
+    )
     commands.add_parser("show", help="print the tables, and draw the plots")
     args = parser.parse_args()
     if args.command == "show":
         return show(read_rows())
     private = SETS | dict(pair.split("=", 1) for pair in args.private)
     cells = {title: cell for path in args.cells for title, cell in read_cells(path).items()}
+    of_cell = {title: re.sub(r"_run\d+$", "", title) for title in cells}
+    if unknown := set(args.only or ()) - {*of_cell, *of_cell.values()}:
+        parser.error(f"no cell of these files: {', '.join(sorted(unknown))}")
+    chosen = [t for name in args.only or of_cell for t in cells if name in (t, of_cell[t])]
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
         rest = (private, args.processes)
-        todo = [(t, pool.submit(run_cell, t, cells[t], *rest)) for t in args.only or cells]
+        todo = [(t, pool.submit(run_cell, t, cells[t], *rest)) for t in dict.fromkeys(chosen)]
         for title, future in todo:
             if error := future.exception():
                 failed = 1

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -26,14 +27,14 @@ def plot(rows: list[dict], target: Path) -> None:
     """A line of panels a set: accuracy by epsilon and by trained weights, distance by epsilon.
 
     Args:
-        rows: one a cell, as `gather` leaves them; those without epsilon are the dashed ceiling.
+        rows: one a cell, as `gather` leaves them; that of real images is the dashed ceiling.
     """
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
     sets = sorted({row["set"] for row in rows})
     methods = sorted({row["method"] for row in rows if row["epsilon"]})
-    colours = dict(zip(methods, plt.get_cmap("tab20").colors, strict=False))
+    colours = dict(zip(methods, cycle(plt.get_cmap("tab20").colors), strict=False))
     size = (11, 3 * len(sets) + 0.2 + 0.15 * len(methods))
     figure, axes = plt.subplots(len(sets), 3, figsize=size, squeeze=False)
     for line, name in zip(axes, sets, strict=True):

@@ -79,6 +79,37 @@ def test_a_step_that_ended_is_not_run_again(tmp_path, monkeypatch):
     assert first == table.take_step(tmp_path, "adapter", command, 1) and len(calls) == 1
     assert calls[0][-2:] == table.RESUME  # its checkpoints were there
     assert first["printed"] == "b"
+    with pytest.raises(RuntimeError, match="another command"):
+        table.take_step(tmp_path, "adapter", f"{command} --seed 1", 1)
+
+
+def test_all_cells_of_the_files_can_be_drawn(tmp_path):
+    """More methods than matplotlib has colours."""
+    row = {"accuracy": 0.9, "frechet_distance": 2.0, "trained": 5, "networks": {}}
+    rows = [
+        row | {key: cell[key] for key in ("set", "method", "epsilon")} for cell in CELLS.values()
+    ]
+    plot = table.show.__globals__["plot"]
+    plot(table.gather(rows), tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+
+
+def test_cells_are_chosen_by_name_with_all_their_runs(tmp_path, monkeypatch, capsys):
+    path, ran = tmp_path / "some.yaml", []
+    path.write_text("set: mnist\nmethod: m\ncells: {a: {runs: 2}, b: {}, c: {}}\n")
+    where = table.main.__globals__
+    monkeypatch.setitem(where, "run_cell", lambda title, *rest: ran.append(title))
+    for only, expected in [([], ["a", "a_run2", "b", "c"]), (["c", "a"], ["c", "a", "a_run2"])]:
+        ran.clear()
+        words = ["table.py", "run", str(path), "--jobs", "1", *(["--only"] if only else []), *only]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit, match="0"):
+            table.main()
+        assert ran == expected
+    monkeypatch.setattr("sys.argv", ["table.py", "run", str(path), "--only", "a_run2", "d"])
+    with pytest.raises(SystemExit, match="2"):
+        table.main()
+    assert ran == expected and "no cell of these files: d" in capsys.readouterr().err
 
 
 def test_rows_are_described_as_they_are():

@@ -1,6 +1,9 @@
 """Clause 3: one unit, one clip. By replay: the clipped sum over D and over D minus one unit, with
 every unit's draws frozen."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import utils.privacy.training
+from tests.conftest import ROOT
 from tests.gradients.test_products import alternating
 from tests.worlds import HOSTILE, LinearWorld, Rounding, UNetWorld, build_plan
 from utils.arguments.training import CLIPPING_MODES
@@ -249,6 +253,23 @@ def test_a_library_that_rounds_behind_pytorchs_back_is_refused(names, bits):
         check_products(torch.device("cpu"))
     with Rounding(names, bits), pytest.raises(UsageError, match="lower precision"):
         check_products(torch.device("cpu"))
+
+
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="oneDNN computes in bf16 only where the processor does",
+)
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("variable", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_onednn_that_was_told_to_round_is_refused(variable, threads):
+    check = "from utils.privacy.precision import *; check_products(torch.device('cpu'))"
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    for told, said in [({}, ""), ({variable: "BF16"}, "(linear, conv2d) are computed at a lower")]:
+        command = [sys.executable, "-c", check]
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment | told, capture_output=True, text=True
+        )
+        assert said in run.stderr and bool(run.returncode) == bool(told), run.stderr
 
 
 @pytest.mark.parametrize("bound", [5.0e-15, 1.5e-15, 1.4e-15])

@@ -7,10 +7,12 @@ from torch import nn
 
 from tests.conftest import ROOT, build_tiny_pipeline
 from tests.test_house import find_imports
-from tests.worlds import Rounding, build_plan, train
+from tests.worlds import Rounding, build_plan, measure_update, train
+from utils.arguments.training import TrainingArguments
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.public_passes import leave_out_unused, rehearse
+from utils.methods.stages import start
 from utils.models.targets import resolve_targets
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState
@@ -163,12 +165,14 @@ def test_a_model_that_mixes_rows_is_found_before_any_image_is_read(mixed):
         rehearse(pipeline, engine, 16)
 
 
-def test_rounded_products_are_found_before_any_image_is_read():
-    pipeline = build_tiny_pipeline()
-    unet = pipeline.unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+def test_rounded_products_are_found_before_any_image_is_read(tmp_path):
     with Rounding("conv2d", 7), pytest.raises(UsageError, match="ONEDNN_DEFAULT_FPMATH_MODE"):
-        rehearse(pipeline, PerUnitGradients(unet), 16)
+        start(TrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_rounded_products_are_found_before_the_first_private_step(accelerator):
+    with Rounding("conv2d", 7), pytest.raises(UsageError, match="ONEDNN_DEFAULT_FPMATH_MODE"):
+        measure_update(accelerator, build_plan())
 
 
 def test_a_lower_precision_that_is_set_globally_does_not_look_like_mixed_rows():

@@ -33,12 +33,13 @@ UNNAMED = ("Not sure", "Other", "Skip", "BACKGROUND Google")
 
 def darken(image: Image.Image) -> Image.Image | None:
     """The distance of each grey value from the median of the border, less what nine tenths of the
-    border stay below, scaled to reach 255; None if a tenth of the border is further than QUIET."""
+    border stay below, scaled to reach 255; None if a tenth of the border is further than QUIET,
+    or nothing differs from it."""
     grey = np.asarray(image.convert("L").resize((32, 32)), dtype=float)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     distance, noise = np.abs(grey - np.median(border)), np.abs(border - np.median(border))
     floor = np.quantile(noise, 0.9)
-    if floor > QUIET * distance.max():
+    if distance.max() < 1 or floor > QUIET * distance.max():
         return None
     cleared = np.clip(distance - floor, 0, None)
     return Image.fromarray((255 * cleared / max(cleared.max(), 1)).round().astype("uint8"))

@@ -45,6 +45,13 @@ def test_many_keys_are_attended_to_in_bf16():
         assert attend(FEW + 1)[0].dtype == torch.bfloat16
 
 
+def test_fp64_stays_fp64():
+    use_fast_attention()
+    parts = torch.randn(3, 2, 3, 16, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(*parts).dtype == torch.float64
+
+
 def test_nothing_changes_without_autocast():
     use_fast_attention()
     halves = torch.randn(2, 3, 16, 8).bfloat16()

@@ -117,6 +117,22 @@ def test_a_base_that_does_not_suit_is_refused(
     assert run.returncode == 2 and said in run.stderr and not (tmp_path / "base").exists()
 
 
+def test_captions_that_no_prompt_could_tell_apart_are_refused(
+    run_script, tiny_base, image_folder, tmp_path
+):
+    """What a tokenizer does not know it cuts into letters, of which it reads the first few."""
+    arguments = ["--train_data_dir", image_folder, "--label_column", "label", "--caption_template"]
+    arguments += ["an unheard-of likeness, grey and unframed, of the {label}", "--resolution", 16]
+    arguments += ["--output_dir", tmp_path / "base"]
+    for more, said in [
+        (["--start_from", tiny_base], f"{tiny_base} lacks their words"),
+        (["--max_tokens", 5], "--max_tokens is too small"),
+    ]:
+        run = run_script("pretrain_ldm.py", *arguments, *more)
+        assert run.returncode == 2 and "become the same tokens" in run.stderr and said in run.stderr
+        assert not (tmp_path / "base").exists()
+
+
 @pytest.mark.slow
 def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path):
     """In the layout of Stable Diffusion 3; text is what its pipeline makes of it."""

@@ -9,7 +9,8 @@ from utils.errors import UsageError
 # What --start_from takes from its base.
 OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "unet_channels", "prediction_type"]
 OF_A_BASE += ["transformer_width", "transformer_layers", "text_width", "text_layers"]
-OF_A_BASE += ["vocab_size", "max_tokens"]
+OF_A_BASE += ["vocab_size", "max_tokens", "autoencoder_steps", "autoencoder_learning_rate"]
+OF_A_BASE += ["kl_weight"]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.gradients.short_attention import use_fast_attention
 from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
+from utils.models.families.stable_diffusion import tokenize_captions
 from utils.models.public_models import build_autoencoder, build_tokenizer
 from utils.sampling.generation import generate
 
@@ -185,6 +186,26 @@ def save_grids(
     pipeline.scheduler = scheduler
     tile_images(images, 8).save(output_dir / "samples.png")
     write_settings(drawing, output_dir)
+
+
+def check_captions(captions: list[str], base, args: PretrainArguments) -> None:
+    """Raises: UsageError if two captions become the same tokens, of --start_from's tokenizer or of
+    the one that will be built: a prompt could mean either."""
+    distinct = sorted(set(captions))
+    tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
+    if base is not None:
+        tokenizer = base.tokenizer
+    first: dict[tuple, str] = {}
+    for caption, ids in zip(distinct, tokenize_captions(tokenizer, distinct).tolist(), strict=True):
+        other = first.setdefault(tuple(ids), caption)
+        if other != caption:
+            why = "--max_tokens is too small for them"
+            if base is not None:
+                why = f"{args.start_from} lacks their words, or reads too few tokens"
+            raise UsageError(
+                f"the captions '{other}' and '{caption}' become the same tokens, so that no prompt "
+                f"could tell them apart: {why}; or give a shorter --caption_template"
+            )
 
 
 def check_settings(output_dir: Path, settings: dict, is_main: bool) -> None:

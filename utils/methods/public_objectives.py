@@ -140,15 +140,18 @@ OBJECTIVES = {
 }
 
 
-def take_pipeline(args: PretrainArguments) -> DiffusionPipeline | None:
-    """That of --start_from or --autoencoder_from, whose autoencoder suits this stage; None without.
+def take_base(
+    args: PretrainArguments,
+) -> tuple[DiffusionPipeline | None, AutoencoderKL | None]:
+    """The pipeline of --start_from, and the autoencoder of that or of --autoencoder_from, of which
+    nothing else is kept; None for what is to be made.
 
     Raises:
         UsageError: see `load_pipeline`; or it is a private result, or has other latents.
     """
     base = args.start_from or args.autoencoder_from
     if base is None:
-        return None
+        return None, None
     option = "--autoencoder_from" if args.start_from is None else "--start_from"
     if read_base_statement(base, None)[0] is not None:
         raise UsageError(f"{option} {base} is a private result, and this stage is public")
@@ -156,7 +159,7 @@ def take_pipeline(args: PretrainArguments) -> DiffusionPipeline | None:
     vae = pipeline.vae
     if not isinstance(vae, AutoencoderKL) or vae.config.latent_channels != 4:
         raise UsageError(f"{option} {base}: an AutoencoderKL of 4 channels is wanted")
-    return pipeline
+    return (None if args.start_from is None else pipeline), vae
 
 
 def check_base(pipeline: DiffusionPipeline, resolution: int | None, args: PretrainArguments) -> int:

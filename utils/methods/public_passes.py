@@ -16,7 +16,7 @@ from utils.models.families import find_family
 from utils.models.pipelines import collect_trained_modules, trains_text
 from utils.models.processes import read_process
 from utils.models.text import quiet
-from utils.privacy.precision import check_products, highest_precision
+from utils.privacy.precision import highest_precision
 
 
 def leave_out_unused(
@@ -69,10 +69,8 @@ def rehearse(
     Returns the memory that the gradients of one unit take, in bytes.
 
     Raises:
-        UsageError: a trainable layer is not used by this model, the model mixes rows, or fp32
-            products are not computed in fp32.
+        UsageError: a trainable layer is not used by this model, or the model mixes rows.
     """
-    check_products(engine.device)
 
     def measure(captions: list[str]) -> torch.Tensor:
         recording = engine.recording(len(captions), norms_only, num_draws=1)

@@ -33,6 +33,7 @@ from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
 from utils.models.shapes import load_shape
 from utils.privacy.plan import name_unit
+from utils.privacy.precision import check_products
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import avoid_devices_without_fp64, checksum
 
@@ -101,8 +102,9 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
     Nobody else can claim the folder while what is returned lives.
 
     Raises:
-        UsageError: see `claim_output_dir`; or there is no such tracker; or a run was told how many
-            units there are; or it was launched with DeepSpeed, FSDP or Megatron.
+        UsageError: see `claim_output_dir` and `check_products`; or there is no such tracker; or a
+            run was told how many units there are; or it was launched with DeepSpeed, FSDP or
+            Megatron.
     """
     if training.num_units is not None and not training.dry_run:
         raise UsageError("--num_units is for --dry_run: a run counts the units itself")
@@ -130,6 +132,7 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
             f"--report_to {training.report_to}: its package is not installed here; install it, or "
             "leave the option out"
         )
+    check_products(accelerator.device)
     if training.seed is not None:
         set_seed(training.seed)
     lock = []

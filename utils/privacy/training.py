@@ -20,7 +20,7 @@ from utils.gradients.recording import Recording
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.dp_sgd import add_noise_once, clipped_sum, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.precision import highest_precision
+from utils.privacy.precision import check_products, highest_precision
 from utils.privacy.randomness import SecretRandomness
 
 # (indices of units [U]) -> losses [U], each a function of its own unit alone
@@ -90,13 +90,15 @@ def private_steps(
     depends on the data leaves this function: no loss, norm, or batch size is shown.
 
     Raises:
-        UsageError: fp16, whose gradients overflow and need a loss scale that looks at the data.
+        UsageError: fp16, whose gradients overflow and need a loss scale that looks at the data; or
+            fp32 products are not computed in fp32.
         RuntimeError: a trainable tensor did not move at the first step with a positive rate, or the
             processes' weights differ after a step.
     """
     if accelerator.mixed_precision == "fp16":
         raise UsageError("fp16 is not supported: its loss scaling looks at the data; use bf16")
     engine, optimizer = state.engine, state.optimizer
+    check_products(engine.device)
     for tensor in state.adapter.values():  # every process starts where the main one does
         tensor.data.copy_(broadcast(tensor.data, from_process=0))
     progress = _Progress(accelerator, plan, state) if show_progress else None
