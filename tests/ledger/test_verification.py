@@ -150,6 +150,13 @@ def test_a_base_brings_its_statement_if_that_holds(published, tmp_path):
     assert read_base_statement(str(published)) == (changed | {"private": False}, True)
 
 
+def test_a_base_of_which_nobody_can_tell_is_taken_as_public_with_a_warning(capsys):
+    """Offline, as the tests are; once a name."""
+    for _ in range(2):
+        assert read_base_statement("someone/unheard-of") == (None, False)
+    assert capsys.readouterr().err.count("whether someone/unheard-of is a private result") == 1
+
+
 CARD = """---
 model-index:
 - name: run

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx2
@@ -123,6 +125,7 @@ def fetch_statement(
 
 def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:
     """`fetch_statement` of a base model: one that is a private result brings its epsilon along.
+    Says so, once, if nobody can tell.
 
     Raises:
         UsageError: its statement does not hold.
@@ -132,7 +135,18 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
         problems = check_statement(statement)
         if problems:
             raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
+    if statement is None and not is_known:
+        _warn_of_unknown(name)
     return statement, is_known
+
+
+@cache
+def _warn_of_unknown(name: str) -> None:
+    print(
+        f"warning: without the Hub nobody can tell whether {name} is a private result itself, "
+        "whose epsilon would have to be added; it is taken as public",
+        file=sys.stderr,
+    )
 
 
 def _read_json(path: Path) -> dict:
