@@ -84,7 +84,7 @@ LARGE = {
         ),
         (
             "fashion_mnist",
-            "runs/fashion_mnist/base",
+            "examples/fashion_mnist/base",
             CLOTHES,
             "a grey picture of a {label}",
             "runs/fashion_mnist/extractor.safetensors",
