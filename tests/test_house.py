@@ -142,3 +142,18 @@ def test_tests_mirror_the_house():
     folders -= {"__pycache__", "scripts"}
     assert folders <= {path.name for path in (ROOT / "utils").iterdir() if path.is_dir()}
     assert len(folders) >= 10
+
+
+def test_a_benchmark_finds_the_house_before_it_imports_from_it():
+    """Started as docs say, `python benchmarks/NAME.py`, it has its own folder on the path only."""
+    files = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    for name, text in files.items():
+        if '__name__ == "__main__"' not in text:
+            continue
+        known = False
+        for node in ast.parse(text).body:
+            known = known or "sys.path" in ast.unparse(node)
+            if isinstance(node, ast.ImportFrom):
+                sibling = files.get(node.module or "", "")
+                needs = node.module.startswith("utils") or "from utils" in sibling
+                assert known or not needs, f"benchmarks/{name}.py imports {node.module} too early"
