@@ -145,6 +145,15 @@ def test_a_class_that_nobody_agrees_about_is_not_lost():
     assert story.find_agreed(before, before) == list(range(6))
 
 
+def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
+    classes = np.array([0, 0, 1, 0, 2, 2, 1, 0, 2, 1, 1])
+    drawn = story.Candidates([*range(11)], [{"label": str(c)} for c in classes], classes)
+    for equal, count in [(False, 11), (True, 9)]:
+        args = story.RelabellingArguments(synthetic="unused", equal_classes=equal)
+        kept = story.keep(drawn, drawn, np.linspace(0.1, 0.9, 11), args, accelerator)
+        assert kept.images == [0, 2, 4, 1, 6, 5, 3, 9, 8, 7, 10][:count]
+
+
 def test_private_and_synthetic_images_pass_through_the_autoencoder(
     public, image_folder, tiny_base, tmp_path, monkeypatch
 ):

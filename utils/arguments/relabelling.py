@@ -24,6 +24,11 @@ class RelabellingArguments:
         "class of which none is left keeps what was named so",
         False,
     )
+    equal_classes: bool = option(
+        "keep as many of every class as of the rarest that is left, the first that were drawn: "
+        "otherwise whoever learns from the set seldom guesses what is often named otherwise",
+        False,
+    )
     autoencoder: str | None = option(
         "a public pipeline, folder or Hub id: the classifier sees private and synthetic images as "
         "its autoencoder gives them back, so that its blur tells neither apart; name the base that "

@@ -242,8 +242,13 @@ def keep(
         after, sure = after.select(agreed), sure[agreed]
         accelerator.print(f"{len(agreed)} images are left, about which both agree")
     left = after.select(sorted(keep_best(sure, after.classes, args.num_images or len(sure))))
+    count = len(left.images)
+    if args.equal_classes:
+        sizes = np.unique(left.classes, return_counts=True)[1]
+        count = len(sizes) * int(sizes.min())
+        accelerator.print(f"{count} images are left, {sizes.min()} of each of {len(sizes)} classes")
     as_drawn = -np.arange(len(left.images))  # so that the sheet does not show the surest
-    return left.select(keep_best(as_drawn, left.classes, len(left.images)))
+    return left.select(keep_best(as_drawn, left.classes, count))
 
 
 def find_agreed(before: np.ndarray, after: np.ndarray) -> list[int]:
