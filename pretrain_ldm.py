@@ -83,7 +83,7 @@ def main():
     accelerator.print(
         f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"
     )
-    pretraining.check_captions(captions, base, args)
+    tokenizer = pretraining.choose_tokenizer(captions, base, args)
     pixels = torch.cat(list(read_pixel_batches(images, data.resolution, 256)))
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
@@ -93,7 +93,7 @@ def main():
     vae.to(accelerator.device)
     latents = pretraining.encode_all(vae, pixels, accelerator.device)
     latents = pretraining.scale_latents(latents, vae, args)
-    trained = pretraining.train_denoiser(accelerator, latents, captions, base, args)
+    trained = pretraining.train_denoiser(accelerator, latents, captions, tokenizer, base, args)
 
     if accelerator.is_main_process:
         pipeline = trained.assemble(vae)

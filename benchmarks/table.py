@@ -57,6 +57,7 @@ def call(command: list, log: Path, processes: int) -> str:
     """
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     shared = processes > 1 and command[0].startswith(SHARE)
+    script = command[0]
     command = [sys.executable, *map(str, several if shared else []), *map(str, command)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
@@ -66,7 +67,7 @@ def call(command: list, log: Path, processes: int) -> str:
         )
         print(run.stdout, file=file)
     if run.returncode:
-        raise RuntimeError(f"{shlex.join(command[1:])[:60]}... failed: see {log}")
+        raise RuntimeError(f"{script} failed: see {log}")
     return run.stdout
 
 
@@ -249,7 +250,7 @@ def main():
     run.add_argument("--jobs", type=int, default=2, help="cells at a time")
     run.add_argument("--processes", type=int, default=1, help="of a step that shares its work")
     run.add_argument(
-        "--only", nargs="+", metavar="CELL", help="of those in the files, in this order"
+        "--only", nargs="+", metavar="CELL", help="of those in the files, all runs, in this order"
     )
     commands.add_parser("show", help="print the tables, and draw the plots")
     args = parser.parse_args()

@@ -39,6 +39,18 @@ def test_few_keys_are_attended_to_in_fp32(options):
     torch.testing.assert_close(found, attend(16, **chosen), rtol=0, atol=0)
 
 
+def test_nobody_elses_row_changes_because_of_one():
+    """Not by a bit: a unit's part must not depend on who else is in the batch."""
+    use_fast_attention()
+    parts = torch.randn(3, 4, 2, 16, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = F.scaled_dot_product_attention(*parts)
+        parts[:, 2] *= 100
+        after = F.scaled_dot_product_attention(*parts)
+    changed = (before != after).flatten(1).any(1)
+    assert changed.tolist() == [False, False, True, False]
+
+
 def test_many_keys_are_attended_to_in_bf16():
     use_fast_attention()
     with torch.autocast("cpu", torch.bfloat16):

@@ -107,6 +107,7 @@ def test_a_private_result_is_no_base(run_script, image_folder, tmp_path, trained
         (["--resolution", 64], "pixels: give --resolution"),
         (["--autoencoder_from", "BASE"], "leave out --autoencoder_from"),
         (["--unet_channels", 8, 16], "leave out --unet_channels"),
+        (["--kl_weight", 0.01], "leave out --kl_weight"),
     ],
 )
 def test_a_base_that_does_not_suit_is_refused(
@@ -115,6 +116,18 @@ def test_a_base_that_does_not_suit_is_refused(
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--start_from", tiny_base]
     run = run_script("pretrain_ldm.py", *arguments, *more, "--output_dir", tmp_path / "base")
     assert run.returncode == 2 and said in run.stderr and not (tmp_path / "base").exists()
+
+
+def test_a_second_stage_has_the_caption_template_of_its_base(
+    run_script, tiny_base, image_folder, tmp_path
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "sampling.json").write_text('{"caption_template": "a {label}"}')
+    arguments = ["--train_data_dir", image_folder, "--label_column", "label", "--start_from", base]
+    arguments += ["--train_batch_size", 4, "--denoiser_steps", 1, "--output_dir", tmp_path / "out"]
+    run = run_script("pretrain_ldm.py", *arguments)
+    assert run.returncode == 0 and "as the base model was trained: 'a {label}'" in run.stderr
+    assert read_json(tmp_path / "out" / "sampling.json")["caption_template"] == "a {label}"
 
 
 def test_captions_that_no_prompt_could_tell_apart_are_refused(

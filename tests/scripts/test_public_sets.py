@@ -18,8 +18,9 @@ def picture(thing: int, background: int, noise: int = 0) -> PILImage.Image:
 
 def test_things_become_light_on_black_and_are_there_twice(run_script, tmp_path):
     busy = PILImage.fromarray(np.random.default_rng(1).integers(256, size=(32, 32), dtype=np.uint8))
-    pictures = [picture(40, 220, 8), picture(200, 30), busy, picture(200, 30)]
-    rows = {"image": pictures, "label": [0, 1, 1, 2]}
+    nothing = PILImage.new("L", (32, 32), 90)
+    pictures = [picture(40, 220, 8), picture(200, 30), busy, nothing, picture(200, 30)]
+    rows = {"image": pictures, "label": [0, 1, 1, 1, 2]}
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "in" / "train.parquet")
     script = "examples/fashion_mnist/prepare_public.py"
@@ -27,7 +28,9 @@ def test_things_become_light_on_black_and_are_there_twice(run_script, tmp_path):
     run = run_script(script, *made)
     assert run.returncode == 0, run.stderr
     found = load_dataset(str(tmp_path / "out"), split="train")
-    assert found["label"][:] == ["T - shirt / top", "car side"] * 2  # neither busy nor unnamed
+    assert (
+        found["label"][:] == ["T - shirt / top", "car side"] * 2
+    )  # neither busy, empty nor unnamed
     images = [np.asarray(image).astype(int) for image in found["image"]]
     for image in images:
         assert image.max() == 255 and image[8:24, 8:24].min() > 200  # however dark it was

@@ -27,10 +27,9 @@ def use_fast_attention() -> torch.library.Library:
 def _attend(query, key, value, attn_mask=None, *rest, **options) -> torch.Tensor:
     """As F.scaled_dot_product_attention, query [..., L, E], key [..., S, E], value [..., S, V]; the
     result [..., L, V] is in the precision that it was computed in."""
-    if query.dtype == torch.float64:  # autocast leaves it alone
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, *rest, **options)
     dtype = torch.float32 if key.shape[-2] <= FEW else torch.get_autocast_dtype("cpu")
+    if query.dtype == torch.float64:  # which autocast leaves alone
+        dtype = torch.float64
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.to(dtype)
     with torch.autocast("cpu", enabled=False):

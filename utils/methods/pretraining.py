@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from utils.arguments.pretraining import PretrainArguments
 from utils.arguments.sampling import DrawingArguments
@@ -126,16 +127,39 @@ def scale_latents(
     return (latents - shift) * vae.config.scaling_factor
 
 
-def train_denoiser(accelerator, latents, captions, base, args) -> Objective:
+def choose_tokenizer(captions: list[str], base, args: PretrainArguments) -> CLIPTokenizer:
+    """That of --start_from, or one that learns its words from the captions.
+
+    Raises:
+        UsageError: two captions become the same tokens: a prompt could mean either.
+    """
+    if base is None:
+        tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
+        why = "--max_tokens is too small for them"
+    else:
+        tokenizer = base.tokenizer
+        why = f"{args.start_from} lacks their words, or reads too few tokens"
+    distinct, first = sorted(set(captions)), {}
+    for caption, ids in zip(distinct, tokenize_captions(tokenizer, distinct).tolist(), strict=True):
+        other = first.setdefault(tuple(ids), caption)
+        if other != caption:
+            raise UsageError(
+                f"the captions '{other}' and '{caption}' become the same tokens, so that no prompt "
+                f"could tell them apart: {why}; or give a shorter --caption_template"
+            )
+    return tokenizer
+
+
+def train_denoiser(accelerator, latents, captions, tokenizer, base, args) -> Objective:
     """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability.
 
     Args:
+        tokenizer: of `choose_tokenizer`.
         base: the pipeline that training starts from; None for a new one.
     """
     torch.manual_seed(args.seed)  # the same start, whether or not a stage was resumed
     kind, _ = OBJECTIVES[args.architecture]
     if base is None:
-        tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
         objective = kind.build(latents.shape[-1], tokenizer, args)
     else:
         objective = kind.take(base)
@@ -186,26 +210,6 @@ def save_grids(
     pipeline.scheduler = scheduler
     tile_images(images, 8).save(output_dir / "samples.png")
     write_settings(drawing, output_dir)
-
-
-def check_captions(captions: list[str], base, args: PretrainArguments) -> None:
-    """Raises: UsageError if two captions become the same tokens, of --start_from's tokenizer or of
-    the one that will be built: a prompt could mean either."""
-    distinct = sorted(set(captions))
-    tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
-    if base is not None:
-        tokenizer = base.tokenizer
-    first: dict[tuple, str] = {}
-    for caption, ids in zip(distinct, tokenize_captions(tokenizer, distinct).tolist(), strict=True):
-        other = first.setdefault(tuple(ids), caption)
-        if other != caption:
-            why = "--max_tokens is too small for them"
-            if base is not None:
-                why = f"{args.start_from} lacks their words, or reads too few tokens"
-            raise UsageError(
-                f"the captions '{other}' and '{caption}' become the same tokens, so that no prompt "
-                f"could tell them apart: {why}; or give a shorter --caption_template"
-            )
 
 
 def check_settings(output_dir: Path, settings: dict, is_main: bool) -> None:
