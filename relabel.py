@@ -12,6 +12,9 @@ by DP-SGD, every image in every step, and each synthetic image gets the label, a
 it finds likeliest. It is good at little noise: few weights, and features that were never private.
 What it costs joins the ledger and the new set's statement; --target_epsilon is for all.
 
+Images of the same adapter that are drawn later, or others to be kept, are named at no cost by the
+classifier that is there: relabel.py --labeller runs/mnist/relabelled --synthetic runs/mnist/more.
+
 In --output_dir: labeller.safetensors, the classifier, with its statement privacy.json;
 relabelled.png, images that changed their class, a column for each that they came to; and set/, as
 sample.py leaves one. With --resume_from_checkpoint latest an interrupted run goes on. --config may
@@ -37,10 +40,14 @@ def main():
     )
     if training.num_units is not None:
         raise UsageError("--num_units: a classifier needs the images, whose classes it learns")
+    if args.labeller is not None:
+        from utils.methods.naming import name_more
+
+        return name_more(args, extractor, training, hub)
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.relabelling import run_relabelling
 
-    run_relabelling(args, extractor, model, data, privacy, training, hub)
+    return run_relabelling(args, extractor, model, data, privacy, training, hub)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -33,6 +32,7 @@ from utils.methods.labeller import (
     fit_whitening,
     read_images,
 )
+from utils.methods.naming import find_prompts
 from utils.methods.rendered import see_rendered
 from utils.privacy.plan import make_plan
 from utils.privacy.randomness import SecretRandomness
@@ -78,7 +78,9 @@ def test_an_interrupted_run_goes_on_and_pays_once(public, image_folder, tmp_path
 
     more = ["--target_epsilon", 3, "--relabel_steps", 6, "--checkpointing_steps", 2]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(story, "rename", stop)  # after the last step, before anything is published
+        patch.setattr(
+            story, "name_images", stop
+        )  # after the last step, before anything is published
         relabel(public, image_folder, tmp_path / "run", *more)
     assert not (tmp_path / "run" / "labeller.safetensors").exists()
     more += ["--resume_from_checkpoint", "latest"]
@@ -137,21 +139,6 @@ def test_only_agreed_leaves_what_kept_its_label(public, image_folder, tmp_path):
     for row in rows:  # all of a class that some stayed in stayed
         own = labels[hash_file(tmp_path / "run" / "set" / row["file_name"])]
         assert (own == row["label"]) == (row["label"] in stayed)
-
-
-def test_a_class_that_nobody_agrees_about_is_not_lost():
-    before, after = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 1, 1])
-    assert story.find_agreed(before, after) == [0, 1, 3, 4, 5]
-    assert story.find_agreed(before, before) == list(range(6))
-
-
-def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
-    classes = np.array([0, 0, 1, 0, 2, 2, 1, 0, 2, 1, 1])
-    drawn = story.Candidates([*range(11)], [{"label": str(c)} for c in classes], classes)
-    for equal, count in [(False, 11), (True, 9)]:
-        args = story.RelabellingArguments(synthetic="unused", equal_classes=equal)
-        kept = story.keep(drawn, drawn, np.linspace(0.1, 0.9, 11), args, accelerator)
-        assert kept.images == [0, 2, 4, 1, 6, 5, 3, 9, 8, 7, 10][:count]
 
 
 def test_private_and_synthetic_images_pass_through_the_autoencoder(
@@ -217,12 +204,11 @@ def test_mistakes_get_a_sentence_and_nothing_is_spent(public, image_folder, tmp_
 def test_a_class_with_several_prompts_is_refused():
     entries = [{"label": name, "text": f"the digit {name}"} for name in "0101"]
     candidates = SimpleNamespace(entries=entries, images=entries)
-    election = SimpleNamespace(candidates=candidates, classes=SimpleNamespace(names=["0", "1"]))
     args = RelabellingArguments(synthetic="set")
-    assert story.find_prompts(election, args) == ["the digit 0", "the digit 1"]
+    assert find_prompts(candidates, ["0", "1"], args) == ["the digit 0", "the digit 1"]
     entries[2]["text"] = "a zero"
     with pytest.raises(UsageError, match="images of class 0 have different prompts"):
-        story.find_prompts(election, args)
+        find_prompts(candidates, ["0", "1"], args)
 
 
 def test_one_unit_moves_the_sum_by_the_bound_and_nobody_else():

@@ -16,6 +16,11 @@ class RelabellingArguments:
         "the labelled set: a folder that sample.py, curate.py or release_means.py left, whose cost "
         "is in the same ledger; or that sample.py drew from a public model"
     )
+    labeller: str | None = option(
+        "a folder that relabel.py left: its classifier names this set, too, at no cost; images are "
+        "of the same adapter, or from a public model, and no private one is read",
+        None,
+    )
     num_images: int | None = option(
         "images to keep, the surest, balanced over the new classes; default: all", None
     )
@@ -46,5 +51,7 @@ class RelabellingArguments:
         if self.num_images is not None:
             check_between("num_images", self.num_images, 1, math.inf)
         check_between("relabel_steps", self.relabel_steps, 1, math.inf)
+        if self.labeller is not None and self.relabel_epsilon is not None:
+            raise UsageError("--labeller costs nothing: leave --relabel_epsilon out")
         if self.relabel_epsilon is not None and not self.relabel_epsilon > 0:
             raise UsageError(f"--relabel_epsilon {self.relabel_epsilon} must be positive")

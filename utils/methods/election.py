@@ -131,14 +131,25 @@ def call_election(
     ledger = find_ledger(Path(training.output_dir), privacy)
     paid = on_main_process(lambda: find_paid_set(synthetic, ledger, "--synthetic", OTHERWISE))
     prior, builds_on = list_prior(ledger.records(), paid.runs)
+    candidates = read_candidates(synthetic)
+    entries = candidates.entries
+    classes, nearest, of_candidate = match_classes(entries, found.rows, found.data, model)
+    candidates = replace(candidates, classes=of_candidate)
+    extractor = build_extractor(extracting, state.device)
+    return Election(paid, prior, builds_on, candidates, classes, nearest, extractor)
+
+
+def read_candidates(synthetic: str) -> Candidates:
+    """The images of a set, all of one class.
+
+    Raises:
+        UsageError: see `read_synthetic`; or they have no prompts.
+    """
     images = read_synthetic(synthetic, "--synthetic")
     require_column(images.rows, "text", f"--synthetic {synthetic}:")
     columns = [column for column in ("text", "label") if column in images.rows.column_names]
     entries = [dict(row) for row in images.rows.select_columns(columns)]
-    classes, nearest, of_candidate = match_classes(entries, found.rows, found.data, model)
-    candidates = Candidates(Pictures(images), entries, of_candidate)
-    extractor = build_extractor(extracting, state.device)
-    return Election(paid, prior, builds_on, candidates, classes, nearest, extractor)
+    return Candidates(Pictures(images), entries, np.zeros(len(entries), dtype=int))
 
 
 def build_vary(election: Election, args: CurationArguments) -> Vary:

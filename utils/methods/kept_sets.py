@@ -1,6 +1,7 @@
 """The synthetic set that a vote, or a relabelling, leaves: written, reported, published."""
 
 import json
+from pathlib import Path
 
 from accelerate import PartialState
 
@@ -50,18 +51,31 @@ def leave_set(
     Raises:
         UsageError: the disk does not take it; see `publish_images`.
     """
-    state = PartialState()
-    columns = min(len(set(kept.classes.tolist())), 10)
-    images = ((place, encode_png(image)) for place, image in enumerate(kept.images))
-    settings, columns = about | {"from": paid.settings}, columns if columns > 1 else 8
-    on_main_process(lambda: write_set(run, plan.steps, kept.entries, images, settings, columns))
-    on_main_process(lambda: report_set(run.output_dir))
+    settings, files = about | {"from": paid.settings}, plan_files(kept)
+    on_main_process(lambda: write_set(run, plan.steps, settings=settings, **files))
     if training.discard_latents:
         discard_copies(run.output_dir, None)
-    folder = run.output_dir / SET
+    show_set(run.output_dir / SET, kept, paid, hub)
+
+
+def plan_files(kept: Candidates) -> dict:
+    """What `write_files` needs of what was kept: its entries, images and columns."""
+    columns = min(len(set(kept.classes.tolist())), 10)
+    images = ((place, encode_png(image)) for place, image in enumerate(kept.images))
+    return {"entries": kept.entries, "images": images, "columns": columns if columns > 1 else 8}
+
+
+def show_set(folder: Path, kept: Candidates, paid: PaidSet, hub: PublishSetArguments) -> None:
+    """Report a set that is written, and publish it if asked to.
+
+    Raises:
+        UsageError: see `publish_images`.
+    """
+    state = PartialState()
+    on_main_process(lambda: report_set(folder.parent))
     state.print(f"{len(kept.images)} images, grid.png, report.html in {folder}")
     if hub.push_to_hub and state.is_main_process:
-        statement = json.loads((run.output_dir / STATEMENT).read_text())
+        statement = json.loads((folder / STATEMENT).read_text())
         base, adapter = (paid.settings.get(k) for k in ("pretrained_model_name_or_path", "adapter"))
         maker = Maker(base, adapter, statement)
         print(f"published {publish_images(folder, maker, hub.hub_dataset_id, hub)}")

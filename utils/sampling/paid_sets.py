@@ -116,20 +116,35 @@ def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:
 
 
 def check_judge(folder: str | None, statement: dict | None) -> None:
-    """Whether a set may choose among images that `statement` covers (`--reject_by`): what it cost
-    must be in there, or it is public.
+    """Whether a set may choose among images that `statement` covers (`--reject_by`).
+
+    Raises:
+        UsageError: see `find_covered_set`.
+    """
+    if folder is not None:
+        otherwise = "draw one with release_means.py"
+        instead = "train with --warm_start from it, or leave --reject_by out"
+        find_covered_set(folder, statement, "--reject_by", otherwise, instead)
+
+
+def find_covered_set(
+    folder: str, statement: dict | None, argument: str, otherwise: str, instead: str
+) -> PaidSet:
+    """A set whose whole cost is in `statement`, or that is public.
+
+    Args:
+        otherwise, instead: what to do if it has no statement; if it cost more.
 
     Raises:
         UsageError: see `find_paid_set`; or it cost what the statement does not cover.
     """
-    if folder is None:
-        return
     ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
-    paid = find_paid_set(folder, ledger, "--reject_by", "draw one with release_means.py")
-    paid.check_base(f"--reject_by {folder}", statement)
+    paid = find_paid_set(folder, ledger, argument, otherwise)
+    paid.check_base(f"{argument} {folder}", statement)
     run = (statement or {}).get("ledger", {}).get("run")
     if set(paid.runs) - set(list_runs_behind(ledger.records(), run)):
         raise UsageError(
-            f"--reject_by {folder} has cost privacy that the statement of these images does not "
-            "cover: train with --warm_start from it, or leave --reject_by out"
+            f"{argument} {folder} has cost privacy that the statement of these images does not "
+            f"cover: {instead}"
         )
+    return paid

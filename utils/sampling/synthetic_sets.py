@@ -29,7 +29,13 @@ from utils.ledger.checks import check_statement
 from utils.ledger.runs import Run
 from utils.ledger.statement import quote_total
 from utils.ledger.verification import fetch_statement
-from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, save_grid, write_metadata
+from utils.sampling.generation import (
+    ADAPTER_FILES,
+    IS_PUBLIC,
+    SET_DIGEST,
+    save_grid,
+    write_metadata,
+)
 from utils.sampling.shards import SET, hash_set, plan_image_files, plan_shards, write_piece
 
 
@@ -51,18 +57,38 @@ def write_set(
     Raises:
         UsageError: the disk does not take it.
     """
-    folder, pieces = run.output_dir / SET, plan_image_files(len(entries))
+    folder = run.output_dir / SET
     run.branch.release(step, SET)
-    with explain_disk_errors(run.output_dir):
+    digest = write_files(folder, run.output_dir / STATEMENT, entries, images, settings, columns)
+    run.branch.wrote(step, SET, {SET: digest})
+
+
+def write_files(
+    folder: Path,
+    statement: Path,
+    entries: list[dict],
+    images: Iterable[tuple[int, bytes]],
+    settings: dict,
+    columns: int,
+) -> str:
+    """The files of a set, anew: its images, metadata.jsonl, grid.png, the statement that covers
+    them, and last sampling.json, with the digest of the set, which is returned. See `write_set`.
+
+    Raises:
+        UsageError: the disk does not take it.
+    """
+    pieces = plan_image_files(len(entries))
+    with explain_disk_errors(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / STATEMENT).write_bytes((run.output_dir / STATEMENT).read_bytes())
+        folder.mkdir(parents=True)
+        (folder / STATEMENT).write_bytes(statement.read_bytes())
         for number, png in images:
             write_piece(folder, pieces[number], [png], entries)
         write_metadata(folder, entries)
-        write_durably(folder / SAMPLING_SETTINGS, json.dumps(settings, indent=2) + "\n")
         save_grid(folder, pieces, columns)
-    run.branch.wrote(step, SET, {SET: hash_set(folder)})
+        settings = settings | {SET_DIGEST: (digest := hash_set(folder))}
+        write_durably(folder / SAMPLING_SETTINGS, json.dumps(settings, indent=2) + "\n")
+    return digest
 
 
 def publish_images(

@@ -1,0 +1,151 @@
+"""relabel.py --labeller: a published classifier names more images, and nothing is spent."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, read_json, train_arguments, train_here
+from tests.methods.conftest import draw
+from tests.methods.test_relabelling import EXTRACTOR, relabel
+from utils.arguments.relabelling import RelabellingArguments
+from utils.files import hash_file
+from utils.methods import naming
+from utils.methods.election import Candidates
+from utils.sampling.paid_sets import find_set_ledger
+from utils.sampling.shards import hash_set
+from utils.sampling.synthetic_sets import read_privacy
+
+OTHER = ["--extractor", "classifier", "--classifier_weights",
+         ROOT / "examples" / "extractors" / "characters.safetensors"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def labeller(drawn, image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labeller") / "run"
+    relabel(drawn / "set", image_folder, folder, "--target_epsilon", 9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def later(drawn, tiny_base, tmp_path_factory):
+    """Other images of the adapter that drew the labeller's."""
+    folder = tmp_path_factory.mktemp("later") / "set"
+    adapter = ["--adapter", drawn / "adapter", "--seed", 5]
+    assert "24 images" in draw(tiny_base, folder, *adapter)
+    return folder
+
+
+def name(labeller, candidates, output, *options) -> str:
+    arguments = ["--labeller", labeller, "--synthetic", candidates, "--output_dir", output]
+    return train_here([*arguments, *(options or EXTRACTOR)], "relabel")
+
+
+def read_rows(folder) -> dict[str, str]:
+    """The label of each image, by its digest."""
+    rows = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+    return {hash_file(folder / row["file_name"]): row["label"] for row in rows}
+
+
+def test_more_images_are_named_and_nothing_is_spent(labeller, drawn, later, tmp_path):
+    ledger = drawn / "adapter" / "private" / "ledger.jsonl"
+    before = ledger.read_bytes()
+    shown = name(labeller, later, tmp_path / "named")
+    assert "24 images are named by" in shown and "nothing is spent" in shown
+    assert ledger.read_bytes() == before
+    found = tmp_path / "named" / "set"
+    assert (found / "privacy.json").read_bytes() == (labeller / "privacy.json").read_bytes()
+    assert set(read_rows(found)) == {hash_file(path) for path in later.glob("0*.png")}
+    statement, results = read_privacy(str(found), None)  # as evaluate.py reads it
+    assert results["epsilon"]["value"] == statement["epsilon"]["add_or_remove_one"] <= 9
+    with Image.open(tmp_path / "named" / "relabelled.png") as sheet:
+        assert sheet.width > sheet.height / 2
+
+
+def test_it_names_as_it_did(labeller, drawn, tmp_path):
+    name(labeller, drawn / "set", tmp_path / "again")
+    assert hash_set(tmp_path / "again" / "set") == hash_set(labeller / "set")
+    name(labeller, drawn / "set", tmp_path / "agreed", *EXTRACTOR, "--only_agreed")
+    named, agreed = read_rows(labeller / "set"), read_rows(tmp_path / "agreed" / "set")
+    assert set(agreed.items()) <= set(named.items())
+    drawn_as, stayed = read_rows(drawn / "set"), set(agreed.values())
+    assert all(drawn_as[d] == label or label not in agreed.values() or label in stayed
+               for d, label in agreed.items())  # fmt: skip
+
+
+def test_what_it_leaves_can_be_built_on(labeller, later, image_folder, tmp_path):
+    """The ledger knows what paid for the set: a second relabelling adds to all that came before."""
+    name(labeller, later, tmp_path / "named")
+    found = tmp_path / "named" / "set"
+    assert find_set_ledger(str(found)).resolve() == (labeller / "private/ledger.jsonl").resolve()
+    relabel(found, image_folder, tmp_path / "next", "--relabel_epsilon", 1)
+    events = read_json(tmp_path / "next" / "privacy.json")["events"]
+    assert [e["purpose"] for e in events] == ["training", "relabelling", "relabelling"]
+
+
+def test_images_whose_cost_it_does_not_cover_are_refused(
+    labeller, tiny_base, image_folder, public, tmp_path
+):
+    adapter = tmp_path / "other"
+    train_here(train_arguments(tiny_base, image_folder, adapter))
+    draw(tiny_base, tmp_path / "theirs", "--adapter", adapter)
+    assert "has cost privacy that the statement of these images doe" in name(
+        labeller, tmp_path / "theirs", tmp_path / "named"
+    )
+    (tmp_path / "theirs" / "privacy.json").unlink()
+    assert "has no privacy.json, so nobody can tell" in name(
+        labeller, tmp_path / "theirs", tmp_path / "named"
+    )
+    assert not (tmp_path / "named" / "set").exists()
+    assert "24 images" in name(labeller, public, tmp_path / "free")  # of a public model
+
+
+def test_a_classifier_that_does_not_verify_is_refused(labeller, later, tmp_path):
+    def copy(place):
+        shutil.copytree(labeller, tmp_path / place, symlinks=True)
+        return tmp_path / place
+
+    assert "holds no labeller.safetensors" in name(later, later, tmp_path / "named")
+    changed = copy("changed")
+    file = changed / "labeller.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "does not verify: labeller.safetensors" in name(changed, later, tmp_path / "named")
+    trimmed = copy("trimmed")
+    statement = read_json(trimmed / "privacy.json")
+    statement["events"] = statement["events"][1:]
+    (trimmed / "privacy.json").write_text(json.dumps(statement))
+    assert "does not verify" in name(trimmed, later, tmp_path / "named")
+    silent = copy("silent")
+    (silent / "privacy.json").unlink()
+    assert "does not verify" in name(silent, later, tmp_path / "named")
+    assert not (tmp_path / "named" / "set").exists()
+
+
+def test_other_features_and_classes_are_refused(labeller, later, tiny_base, tmp_path):
+    draw(tiny_base, tmp_path / "two", "--class_names", "0", "1")
+    for candidates, options, said in [
+        (later, OTHER, "other features (extractor_weights)"),
+        (later, [*EXTRACTOR, "--autoencoder", tiny_base], "other features (rendered_by, resize)"),
+        (later, [*EXTRACTOR, "--relabel_epsilon", 1], "leave --relabel_epsilon out"),
+        (tmp_path / "two", EXTRACTOR, "its classes are not those of --labeller"),
+    ]:
+        assert said in name(labeller, candidates, tmp_path / "named", *options)
+    assert not (tmp_path / "named" / "set").exists()
+
+
+def test_a_class_that_nobody_agrees_about_is_not_lost():
+    before, after = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 1, 1])
+    assert naming.find_agreed(before, after) == [0, 1, 3, 4, 5]
+    assert naming.find_agreed(before, before) == list(range(6))
+
+
+def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
+    classes = np.array([0, 0, 1, 0, 2, 2, 1, 0, 2, 1, 1])
+    drawn = Candidates([*range(11)], [{"label": str(c)} for c in classes], classes)
+    for equal, count in [(False, 11), (True, 9)]:
+        args = RelabellingArguments(synthetic="unused", equal_classes=equal)
+        named = naming.Named(drawn, np.linspace(0.1, 0.9, 11))
+        kept = naming.choose_kept(drawn, named, args, accelerator)
+        assert kept.images == [0, 2, 4, 1, 6, 5, 3, 9, 8, 7, 10][:count]

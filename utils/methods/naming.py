@@ -1,0 +1,258 @@
+"""What a published classifier says of synthetic images, and which of them are kept.
+
+The private images were paid for when the classifier learned from them (`relabelling`); naming
+images by it costs nothing, and can be done again, for more of them, or to keep others.
+
+Shapes: M images, of C classes; features of d numbers.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.publishing import PublishSetArguments
+from utils.arguments.relabelling import RelabellingArguments
+from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.data.images import tile_images
+from utils.errors import UsageError, on_main_process
+from utils.evaluation.features import Extractor, build_extractor
+from utils.files import LABELLER, LEDGER, STATEMENT, private_folder
+from utils.ledger.reservations import find_ledger
+from utils.ledger.verification import find_problems, read_source
+from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
+from utils.methods.kept_sets import plan_files, prepare_repository, show_set
+from utils.methods.labeller import Whitening
+from utils.methods.rendered import see_rendered
+from utils.methods.stages import start
+from utils.methods.votes import keep_best
+from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, hash_adapter
+from utils.sampling.paid_sets import find_covered_set
+from utils.sampling.shards import SET
+from utils.sampling.synthetic_sets import write_files
+
+CHANGES = "relabelled.png"
+SHOWN = 5  # rows of it
+
+
+@dataclass(frozen=True)
+class Named:
+    """Images under the classes that were found for them.
+
+    Attributes:
+        images: all M, renamed. sure: [M], the probability of that class.
+    """
+
+    images: Candidates
+    sure: np.ndarray
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A classifier that relabel.py published.
+
+    Attributes:
+        folder: where it is. names: of its C classes. statement: privacy.json, which covers it.
+        whiten: what its features pass through. weights: [C, d + 1]. extractor: `Extractor.about`.
+    """
+
+    folder: Path
+    names: list[str]
+    statement: dict
+    whiten: Whitening
+    weights: torch.Tensor
+    extractor: dict
+
+    def check_extractor(self, extractor: Extractor) -> None:
+        """Raises: UsageError if it learned from the features of another network."""
+        about = extractor.about()
+        names = sorted({*about, *self.extractor})
+        if other := [n for n in names if about.get(n) != self.extractor.get(n)]:
+            raise UsageError(
+                f"--labeller {self.folder} learned from other features ({', '.join(other)}): give "
+                "--extractor, --classifier_weights and --autoencoder as when it was trained"
+            )
+
+
+def name_more(
+    args: RelabellingArguments,
+    extracting: ExtractorArguments,
+    training: TrainingArguments,
+    hub: PublishSetArguments,
+) -> None:
+    """Name a set by `args.labeller`, and leave what is kept in `training.output_dir`/set, under the
+    classifier's own statement. Nothing private is read, and nothing is spent.
+
+    Raises:
+        UsageError: bad input of any kind; or the classifier's statement does not hold, or does not
+            cover what the set cost.
+    """
+    accelerator, _lock = start(training)
+    labeller = on_main_process(lambda: read_labeller(Path(args.labeller)))
+    instead = "name the set that the classifier was trained for, or images of the same adapter"
+    paid = on_main_process(
+        lambda: find_covered_set(
+            args.synthetic, labeller.statement, "--synthetic", OTHERWISE, instead
+        )
+    )
+    candidates = number_classes(read_candidates(args.synthetic), labeller, args.synthetic)
+    prompts = find_prompts(candidates, labeller.names, args)
+    extractor = build_extractor(extracting, accelerator.device)
+    extractor = see_rendered(extractor, args.autoencoder, accelerator.device)
+    labeller.check_extractor(extractor)
+    accelerator.print(
+        f"{len(candidates.images)} images are named by {labeller.folder}: no private image is "
+        "read, and nothing is spent"
+    )
+    if training.dry_run:
+        return
+    prepare_repository(hub, PrivacyArguments())
+    seen = extract_candidates(candidates, extractor, accelerator.is_main_process)
+    scores = labeller.whiten(seen) @ labeller.weights.T
+    named = name_images(candidates, scores, labeller.names, prompts)
+    kept = choose_kept(candidates, named, args, accelerator)
+    folder = Path(training.output_dir) / SET
+    about = {"relabelled": asdict(args), "from": paid.settings, IS_PUBLIC: False}
+    about[ADAPTER_FILES] = hash_adapter(labeller.folder)
+
+    def write() -> None:
+        ledger = PrivacyArguments(privacy_ledger=str(private_folder(labeller.folder) / LEDGER))
+        find_ledger(folder.parent, ledger, link=True)
+        files, statement = plan_files(kept), labeller.folder / STATEMENT
+        write_files(folder, statement, settings=about, **files)
+        save_changes(candidates, named, len(labeller.names), folder.parent)
+
+    on_main_process(write)
+    show_set(folder, kept, paid, hub)
+
+
+def read_labeller(folder: Path) -> Labeller:
+    """A classifier, its statement verified against its files and its ledger.
+
+    Raises:
+        UsageError: there is none, or something about it does not hold.
+    """
+    path = folder / LABELLER
+    if not path.is_file():
+        raise UsageError(f"--labeller {folder} holds no {LABELLER}: name what relabel.py left")
+    source = read_source(str(folder), None)
+    problems = find_problems(source)
+    if not problems and LABELLER not in (source.statement or {"files": {}})["files"]:
+        problems = [f"its privacy.json does not cover {LABELLER}"]
+    if problems:
+        raise UsageError(f"--labeller {folder} does not verify: {'; '.join(problems)}")
+    try:
+        with safe_open(path, "pt") as file:
+            spoken = file.metadata()
+            mean, matrix, weights = (file.get_tensor(n) for n in ("mean", "matrix", "weights"))
+        names, about = json.loads(spoken["classes"]), json.loads(spoken["about"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--labeller {folder}: {LABELLER} cannot be read: {error}") from error
+    whiten = Whitening(mean, matrix)
+    return Labeller(folder, names, source.statement, whiten, weights, about["extractor"])
+
+
+def number_classes(candidates: Candidates, labeller: Labeller, synthetic: str) -> Candidates:
+    """The candidates, numbered as the classifier numbers its classes.
+
+    Raises:
+        UsageError: the images have other classes than it knows, or none.
+    """
+    labels = [entry.get("label") for entry in candidates.entries]
+    if set(labels) != set(labeller.names):
+        raise UsageError(
+            f"--synthetic {synthetic}: its classes are not those of --labeller {labeller.folder}: "
+            f"{', '.join(labeller.names[:5])}, {len(labeller.names)} in all"
+        )
+    numbers = {name: number for number, name in enumerate(labeller.names)}
+    classes = np.array([numbers[label] for label in labels])
+    return Candidates(candidates.images, candidates.entries, classes)
+
+
+def find_prompts(candidates: Candidates, names: list[str], args: RelabellingArguments) -> list[str]:
+    """The prompt of each class.
+
+    Raises:
+        UsageError: the set or the private rows have no labels; or a class has several prompts, so
+            that nobody knows what to call an image that comes to it; or fewer images than to keep.
+    """
+    if not names:
+        raise UsageError(
+            "a classifier needs labels: give --label_column, and a --synthetic set whose images "
+            "have labels, too, of two classes at least"
+        )
+    texts = {name: {e["text"] for e in candidates.entries if e["label"] == name} for name in names}
+    several = [name for name in names if len(texts[name]) > 1]
+    if several:
+        raise UsageError(
+            f"--synthetic {args.synthetic}: the images of class {several[0]} have different "
+            "prompts, so an image that comes to it cannot be told which is its own: draw the set "
+            "with one prompt a class"
+        )
+    if (args.num_images or 0) > len(candidates.images):
+        raise UsageError(
+            f"--num_images {args.num_images}: there are {len(candidates.images)} images"
+        )
+    return [texts[name].pop() for name in names]
+
+
+def name_images(
+    candidates: Candidates, scores: torch.Tensor, names: list[str], prompts: list[str]
+) -> Named:
+    """Each image under the likeliest of its classes, by the scores [M, C], and its prompt."""
+    sure, found = scores.softmax(1).max(1)
+    entries = [
+        entry | {"text": prompts[number], "label": names[number]}
+        for entry, number in zip(candidates.entries, found.tolist(), strict=True)
+    ]
+    return Named(Candidates(candidates.images, entries, found.numpy()), sure.numpy())
+
+
+def choose_kept(
+    before: Candidates, named: Named, args: RelabellingArguments, accelerator: Accelerator
+) -> Candidates:
+    """The images that are left under their new names: the surest of every class, as they were
+    drawn one after another; the classes take turns."""
+    after, sure = named.images, named.sure
+    changed = int((after.classes != before.classes).sum())
+    accelerator.print(f"{changed} of {len(sure)} images got another label")
+    if args.only_agreed:
+        agreed = find_agreed(before.classes, after.classes)
+        after, sure = after.select(agreed), sure[agreed]
+        accelerator.print(f"{len(agreed)} images are left, about which both agree")
+    left = after.select(sorted(keep_best(sure, after.classes, args.num_images or len(sure))))
+    count = len(left.images)
+    if args.equal_classes:
+        sizes = np.unique(left.classes, return_counts=True)[1]
+        count = len(sizes) * int(sizes.min())
+        accelerator.print(f"{count} images are left, {sizes.min()} of each of {len(sizes)} classes")
+    as_drawn = -np.arange(len(left.images))  # so that the sheet does not show the surest
+    return left.select(keep_best(as_drawn, left.classes, count))
+
+
+def find_agreed(before: np.ndarray, after: np.ndarray) -> list[int]:
+    """Images whose class [M] stays; and those of a new class that no image of it stays in."""
+    agree = before == after
+    lost = ~np.isin(after, after[agree])
+    return (agree | lost).nonzero()[0].tolist()
+
+
+def save_changes(before: Candidates, named: Named, num_classes: int, folder: Path) -> None:
+    """relabelled.png: images that changed their class, the surest first; a column for each that
+    they came to."""
+    after = named.images.classes
+    changed = (before.classes != after).nonzero()[0]
+    order = changed[(-named.sure[changed]).argsort(kind="stable")]
+    blank = Image.new("RGB", before.images[0].size, "white")
+    columns = [
+        [before.images[i] for i in order[after[order] == number][:SHOWN].tolist()]
+        for number in range(num_classes)
+    ]
+    cells = [c[row] if row < len(c) else blank for row in range(SHOWN) for c in columns]
+    tile_images(cells, len(columns)).save(folder / CHANGES)
