@@ -91,13 +91,16 @@ def test_images_whose_cost_it_does_not_cover_are_refused(
     adapter = tmp_path / "other"
     train_here(train_arguments(tiny_base, image_folder, adapter))
     draw(tiny_base, tmp_path / "theirs", "--adapter", adapter)
-    assert "has cost privacy that the statement of these images doe" in name(
-        labeller, tmp_path / "theirs", tmp_path / "named"
-    )
+    assert "did not pay for --synthetic" in name(labeller, tmp_path / "theirs", tmp_path / "named")
     (tmp_path / "theirs" / "privacy.json").unlink()
-    assert "has no privacy.json, so nobody can tell" in name(
-        labeller, tmp_path / "theirs", tmp_path / "named"
-    )
+    shown = name(labeller, tmp_path / "theirs", tmp_path / "named")
+    assert "has no privacy.json, so nobody can tell" in shown
+    # Of the same ledger, but charged after the classifier.
+    shared = ["--privacy_ledger", labeller / "private" / "ledger.jsonl"]
+    train_here([*train_arguments(tiny_base, image_folder, tmp_path / "after"), *shared])
+    draw(tiny_base, tmp_path / "later", "--adapter", tmp_path / "after")
+    shown = name(labeller, tmp_path / "later", tmp_path / "named")
+    assert "has cost privacy that the statement does not cover" in shown
     assert not (tmp_path / "named" / "set").exists()
     assert "24 images" in name(labeller, public, tmp_path / "free")  # of a public model
 

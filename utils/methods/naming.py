@@ -24,6 +24,7 @@ from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
 from utils.files import LABELLER, LEDGER, STATEMENT, private_folder
+from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import find_ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
@@ -33,7 +34,7 @@ from utils.methods.rendered import see_rendered
 from utils.methods.stages import start
 from utils.methods.votes import keep_best
 from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, hash_adapter
-from utils.sampling.paid_sets import find_covered_set
+from utils.sampling.paid_sets import PaidSet, find_covered_set
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import write_files
 
@@ -69,6 +70,10 @@ class Labeller:
     weights: torch.Tensor
     extractor: dict
 
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(private_folder(self.folder) / LEDGER)
+
     def check_extractor(self, extractor: Extractor) -> None:
         """Raises: UsageError if it learned from the features of another network."""
         about = extractor.about()
@@ -95,12 +100,7 @@ def name_more(
     """
     accelerator, _lock = start(training)
     labeller = on_main_process(lambda: read_labeller(Path(args.labeller)))
-    instead = "name the set that the classifier was trained for, or images of the same adapter"
-    paid = on_main_process(
-        lambda: find_covered_set(
-            args.synthetic, labeller.statement, "--synthetic", OTHERWISE, instead
-        )
-    )
+    paid = on_main_process(lambda: find_its_set(args.synthetic, labeller))
     candidates = number_classes(read_candidates(args.synthetic), labeller, args.synthetic)
     prompts = find_prompts(candidates, labeller.names, args)
     extractor = build_extractor(extracting, accelerator.device)
@@ -122,8 +122,8 @@ def name_more(
     about[ADAPTER_FILES] = hash_adapter(labeller.folder)
 
     def write() -> None:
-        ledger = PrivacyArguments(privacy_ledger=str(private_folder(labeller.folder) / LEDGER))
-        find_ledger(folder.parent, ledger, link=True)
+        shared = PrivacyArguments(privacy_ledger=str(labeller.ledger.path))
+        find_ledger(folder.parent, shared, link=True)
         files, statement = plan_files(kept), labeller.folder / STATEMENT
         write_files(folder, statement, settings=about, **files)
         save_changes(candidates, named, len(labeller.names), folder.parent)
@@ -156,6 +156,17 @@ def read_labeller(folder: Path) -> Labeller:
         raise UsageError(f"--labeller {folder}: {LABELLER} cannot be read: {error}") from error
     whiten = Whitening(mean, matrix)
     return Labeller(folder, names, source.statement, whiten, weights, about["extractor"])
+
+
+def find_its_set(synthetic: str, labeller: Labeller) -> PaidSet:
+    """The set to name, whose cost must be in the classifier's statement, if it has one.
+
+    Raises:
+        UsageError: see `find_covered_set`.
+    """
+    instead = "name images of the adapter that the classifier was trained for, or public ones"
+    said = (labeller.statement, "--synthetic", OTHERWISE, instead)
+    return find_covered_set(synthetic, labeller.ledger, *said)
 
 
 def number_classes(candidates: Candidates, labeller: Labeller, synthetic: str) -> Candidates:

@@ -124,13 +124,19 @@ def check_judge(folder: str | None, statement: dict | None) -> None:
     if folder is not None:
         otherwise = "draw one with release_means.py"
         instead = "train with --warm_start from it, or leave --reject_by out"
-        find_covered_set(folder, statement, "--reject_by", otherwise, instead)
+        ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
+        find_covered_set(folder, ledger, statement, "--reject_by", otherwise, instead)
 
 
 def find_covered_set(
-    folder: str, statement: dict | None, argument: str, otherwise: str, instead: str
+    folder: str,
+    ledger: Ledger,
+    statement: dict | None,
+    argument: str,
+    otherwise: str,
+    instead: str,
 ) -> PaidSet:
-    """A set whose whole cost is in `statement`, or that is public.
+    """A set that `ledger` paid for, and whose whole cost is in `statement`; or that is public.
 
     Args:
         otherwise, instead: what to do if it has no statement; if it cost more.
@@ -138,13 +144,11 @@ def find_covered_set(
     Raises:
         UsageError: see `find_paid_set`; or it cost what the statement does not cover.
     """
-    ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
     paid = find_paid_set(folder, ledger, argument, otherwise)
     paid.check_base(f"{argument} {folder}", statement)
     run = (statement or {}).get("ledger", {}).get("run")
     if set(paid.runs) - set(list_runs_behind(ledger.records(), run)):
         raise UsageError(
-            f"{argument} {folder} has cost privacy that the statement of these images does not "
-            f"cover: {instead}"
+            f"{argument} {folder} has cost privacy that the statement does not cover: {instead}"
         )
     return paid
