@@ -138,6 +138,14 @@ def test_other_features_and_classes_are_refused(labeller, later, tiny_base, tmp_
     assert not (tmp_path / "named" / "set").exists()
 
 
+def test_a_run_is_not_written_over(labeller, later):
+    before = hash_set(labeller / "set")
+    assert "already holds files" in name(labeller, later, labeller)
+    again = [*EXTRACTOR, "--resume_from_checkpoint", "latest"]
+    assert "nothing to resume" in name(labeller, later, labeller, *again)
+    assert hash_set(labeller / "set") == before
+
+
 def test_a_class_that_nobody_agrees_about_is_not_lost():
     before, after = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 1, 1])
     assert naming.find_agreed(before, after) == [0, 1, 3, 4, 5]

@@ -98,6 +98,8 @@ def name_more(
         UsageError: bad input of any kind; or the classifier's statement does not hold, or does not
             cover what the set cost.
     """
+    if training.resume_from_checkpoint is not None:
+        raise UsageError("--labeller: there is nothing to resume; name a new --output_dir")
     accelerator, _lock = start(training)
     labeller = on_main_process(lambda: read_labeller(Path(args.labeller)))
     paid = on_main_process(lambda: find_its_set(args.synthetic, labeller))
@@ -151,11 +153,11 @@ def read_labeller(folder: Path) -> Labeller:
         with safe_open(path, "pt") as file:
             spoken = file.metadata()
             mean, matrix, weights = (file.get_tensor(n) for n in ("mean", "matrix", "weights"))
-        names, about = json.loads(spoken["classes"]), json.loads(spoken["about"])
+        names, seen_by = json.loads(spoken["classes"]), json.loads(spoken["about"])["extractor"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--labeller {folder}: {LABELLER} cannot be read: {error}") from error
     whiten = Whitening(mean, matrix)
-    return Labeller(folder, names, source.statement, whiten, weights, about["extractor"])
+    return Labeller(folder, names, source.statement, whiten, weights, seen_by)
 
 
 def find_its_set(synthetic: str, labeller: Labeller) -> PaidSet:
