@@ -14,6 +14,8 @@ What it costs joins the ledger and the new set's statement; --target_epsilon is 
 
 Images of the same adapter that are drawn later, or others to be kept, are named at no cost by the
 classifier that is there: relabel.py --labeller runs/mnist/relabelled --synthetic runs/mnist/more.
+That reads no private image and has no budget, so --output_dir then gets set/, with the statement
+of the classifier, and relabelled.png, and what else is said of private images is not used.
 
 In --output_dir: labeller.safetensors, the classifier, with its statement privacy.json;
 relabelled.png, images that changed their class, a column for each that they came to; and set/, as
@@ -38,13 +40,13 @@ def main():
         *(BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
         description=__doc__,
     )
-    if training.num_units is not None:
-        raise UsageError("--num_units: a classifier needs the images, whose classes it learns")
+    # Imported late, since it takes seconds: a mistake on the command line should not wait for it.
     if args.labeller is not None:
         from utils.methods.naming import name_more
 
-        return name_more(args, extractor, training, hub)
-    # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
+        return name_more(args, extractor, privacy, training, hub)
+    if training.num_units is not None:
+        raise UsageError("--num_units: a classifier needs the images, whose classes it learns")
     from utils.methods.relabelling import run_relabelling
 
     return run_relabelling(args, extractor, model, data, privacy, training, hub)

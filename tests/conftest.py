@@ -11,6 +11,7 @@ import gc
 import importlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ from PIL import Image
 
 from tests.families import FAMILIES, save_family
 from tests.forks import run_in_fork
-from utils.errors import UsageError
+from utils.errors import Stopped, UsageError
+from utils.methods import private_run
 from utils.models.public_models import (
     assemble_pipeline,
     build_autoencoder,
@@ -151,6 +153,26 @@ def train_here(arguments: list, script: str = "train_dp_lora") -> str:
     finally:
         sys.argv = before
         gc.collect()  # the folder's lock goes with the frames of the exception
+
+
+@pytest.fixture
+def stopped(tiny_base, image_folder, tmp_path, monkeypatch):
+    """A run of 6 steps that a signal stopped after the second."""
+    output = tmp_path / "run"
+    whole = private_run.private_steps
+
+    def interrupted(*args, **kwargs):
+        for step in whole(*args, **kwargs):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    monkeypatch.setattr(private_run, "private_steps", interrupted)
+    arguments = train_arguments(tiny_base, image_folder, output, "--max_train_steps", 6)
+    with pytest.raises(Stopped, match="after step 2 of 6"):
+        train_here(arguments)
+    monkeypatch.setattr(private_run, "private_steps", whole)
+    return output, [*arguments, "--resume_from_checkpoint", "latest"]
 
 
 def read_json(path: Path) -> dict:

@@ -105,6 +105,21 @@ def test_images_whose_cost_it_does_not_cover_are_refused(
     assert "24 images" in name(labeller, public, tmp_path / "free")  # of a public model
 
 
+def test_an_adapter_that_went_on_is_not_covered(stopped, tiny_base, image_folder, tmp_path):
+    """Published early, named, then finished under the same name: it has cost more since."""
+    adapter, resume = stopped
+    assert "after step 2 of 6" in train_here([*resume, "--publish_now"])
+    draw(tiny_base, tmp_path / "early", "--adapter", adapter)
+    draw(tiny_base, tmp_path / "more", "--adapter", adapter, "--seed", 5)
+    budget = ["--relabel_epsilon", 1]
+    assert "24 images" in relabel(tmp_path / "early", image_folder, tmp_path / "labeller", *budget)
+    assert "saved the weights" in train_here(resume)
+    draw(tiny_base, tmp_path / "late", "--adapter", adapter)
+    shown = name(tmp_path / "labeller", tmp_path / "late", tmp_path / "named")
+    assert "has cost privacy that the statement does not cover" in shown
+    assert "nothing is spent" in name(tmp_path / "labeller", tmp_path / "more", tmp_path / "named")
+
+
 def test_a_classifier_that_does_not_verify_is_refused(labeller, later, tmp_path):
     def copy(place):
         shutil.copytree(labeller, tmp_path / place, symlinks=True)
@@ -120,9 +135,11 @@ def test_a_classifier_that_does_not_verify_is_refused(labeller, later, tmp_path)
     statement["events"] = statement["events"][1:]
     (trimmed / "privacy.json").write_text(json.dumps(statement))
     assert "does not verify" in name(trimmed, later, tmp_path / "named")
-    silent = copy("silent")
+    silent, alone = copy("silent"), copy("alone")
     (silent / "privacy.json").unlink()
     assert "does not verify" in name(silent, later, tmp_path / "named")
+    shutil.rmtree(alone / "private")
+    assert "is not there, so nobody can tell" in name(alone, later, tmp_path / "named")
     assert not (tmp_path / "named" / "set").exists()
 
 
@@ -131,7 +148,7 @@ def test_other_features_and_classes_are_refused(labeller, later, tiny_base, tmp_
     for candidates, options, said in [
         (later, OTHER, "other features (extractor_weights)"),
         (later, [*EXTRACTOR, "--autoencoder", tiny_base], "other features (rendered_by, resize)"),
-        (later, [*EXTRACTOR, "--relabel_epsilon", 1], "leave --relabel_epsilon out"),
+        (later, [*EXTRACTOR, "--privacy_ledger", "other.jsonl"], "not in --privacy_ledger other"),
         (tmp_path / "two", EXTRACTOR, "its classes are not those of --labeller"),
     ]:
         assert said in name(labeller, candidates, tmp_path / "named", *options)

@@ -17,7 +17,7 @@ from utils.ledger.checks import check_statement
 from utils.ledger.statement import Circumstances, add_base, build_statement, quote_total
 from utils.privacy.accounting import account, pld_both_relations, pld_epsilon
 from utils.sampling.generation import prepare_generation
-from utils.sampling.sources import find_source, require_statement
+from utils.sampling.sources import cover_both, find_source, require_statement
 from utils.sampling.synthetic_sets import read_privacy
 
 
@@ -126,6 +126,19 @@ def test_a_base_and_an_adapter_are_quoted_at_the_smaller_delta(first, second):
     larger = pld_both_relations([*base["events"], *own["events"]], 5e-3)
     statement["base"] |= {"delta": 5e-3, "epsilon": larger}
     assert "at a larger delta" in check_statement(statement)[0]
+
+
+def test_an_adapter_is_drawn_over_the_private_base_that_it_was_trained_on():
+    """Else the cost of the other base would be missing; and NOT PRIVATE stays so."""
+    base, other = state(), state(steps=4)
+    statement = add_base(state(steps=2), base)
+    assert cover_both(statement, base) == statement == cover_both(statement, None)
+    with pytest.raises(UsageError, match="trained on another private base model than this one"):
+        cover_both(statement, other)
+    with pytest.raises(UsageError, match="or on an earlier state of it"):
+        cover_both(statement, add_base(base, other))
+    debug = state() | {"private": False}
+    assert cover_both(statement, debug) == debug
 
 
 def test_an_adapter_that_is_replaced_while_it_is_loaded_is_refused(

@@ -1,8 +1,6 @@
 """What can be seen of a run before its end, and an end before it was planned."""
 
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 from PIL import Image
 
 from tests.conftest import read_json, train_arguments, train_here
-from utils.errors import Stopped
 from utils.hub.upload import list_files_to_publish
 from utils.ledger.charges import summarise_runs
 from utils.ledger.ledger import Ledger
@@ -50,26 +47,6 @@ def test_images_are_drawn_from_weights_that_are_paid_for(
     assert "samples/film.png" in names and not any("step_" in name for name in names)
     logged = [path for path in (output / "private").rglob("*tfevents*") if path.stat().st_size]
     assert any(b"samples" in path.read_bytes() for path in logged)
-
-
-@pytest.fixture
-def stopped(tiny_base, image_folder, tmp_path, monkeypatch):
-    """A run of 6 steps that a signal stopped after the second."""
-    output = tmp_path / "run"
-    whole = private_run.private_steps
-
-    def interrupted(*args, **kwargs):
-        for step in whole(*args, **kwargs):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield step
-
-    monkeypatch.setattr(private_run, "private_steps", interrupted)
-    arguments = train_arguments(tiny_base, image_folder, output, "--max_train_steps", 6)
-    with pytest.raises(Stopped, match="after step 2 of 6"):
-        train_here(arguments)
-    monkeypatch.setattr(private_run, "private_steps", whole)
-    return output, [*arguments, "--resume_from_checkpoint", "latest"]
 
 
 def test_an_interrupted_run_is_published_at_what_it_spent(stopped, tiny_base):

@@ -18,7 +18,7 @@ class RelabellingArguments:
     )
     labeller: str | None = option(
         "a folder that relabel.py left: its classifier names this set, too, at no cost; images are "
-        "of the same adapter, or from a public model, and no private one is read",
+        "of the same adapter, or from a public model; no private one is read, and no budget needed",
         None,
     )
     num_images: int | None = option(
@@ -51,7 +51,5 @@ class RelabellingArguments:
         if self.num_images is not None:
             check_between("num_images", self.num_images, 1, math.inf)
         check_between("relabel_steps", self.relabel_steps, 1, math.inf)
-        if self.labeller is not None and self.relabel_epsilon is not None:
-            raise UsageError("--labeller costs nothing: leave --relabel_epsilon out")
         if self.relabel_epsilon is not None and not self.relabel_epsilon > 0:
             raise UsageError(f"--relabel_epsilon {self.relabel_epsilon} must be positive")

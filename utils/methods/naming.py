@@ -7,7 +7,7 @@ Shapes: M images, of C classes; features of d numbers.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
-from utils.files import LABELLER, LEDGER, STATEMENT, private_folder
+from utils.files import LABELLER, LEDGER, STATEMENT, explain_disk_errors, private_folder
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import find_ledger
+from utils.ledger.runs import find_earlier_branch, is_free
 from utils.ledger.verification import find_problems, read_source
 from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
 from utils.methods.kept_sets import plan_files, prepare_repository, show_set
@@ -88,6 +89,7 @@ class Labeller:
 def name_more(
     args: RelabellingArguments,
     extracting: ExtractorArguments,
+    privacy: PrivacyArguments,
     training: TrainingArguments,
     hub: PublishSetArguments,
 ) -> None:
@@ -98,10 +100,13 @@ def name_more(
         UsageError: bad input of any kind; or the classifier's statement does not hold, or does not
             cover what the set cost.
     """
+    output_dir = Path(training.output_dir)
     if training.resume_from_checkpoint is not None:
         raise UsageError("--labeller: there is nothing to resume; name a new --output_dir")
+    if not is_free(output_dir) or find_earlier_branch(output_dir) is not None:
+        raise UsageError(f"--output_dir {output_dir} already holds files; name a new folder")
     accelerator, _lock = start(training)
-    labeller = on_main_process(lambda: read_labeller(Path(args.labeller)))
+    labeller = on_main_process(lambda: read_labeller(Path(args.labeller), privacy))
     paid = on_main_process(lambda: find_its_set(args.synthetic, labeller))
     candidates = number_classes(read_candidates(args.synthetic), labeller, args.synthetic)
     prompts = find_prompts(candidates, labeller.names, args)
@@ -114,35 +119,46 @@ def name_more(
     )
     if training.dry_run:
         return
-    prepare_repository(hub, PrivacyArguments())
+    prepare_repository(hub, privacy)
     seen = extract_candidates(candidates, extractor, accelerator.is_main_process)
     scores = labeller.whiten(seen) @ labeller.weights.T
     named = name_images(candidates, scores, labeller.names, prompts)
     kept = choose_kept(candidates, named, args, accelerator)
-    folder = Path(training.output_dir) / SET
-    about = {"relabelled": asdict(args), "from": paid.settings, IS_PUBLIC: False}
+    folder, seen_by = output_dir / SET, {"extractor": labeller.extractor, "candidates": paid.digest}
+    about = {"relabelled": asdict(args) | seen_by, "from": paid.settings, IS_PUBLIC: False}
     about[ADAPTER_FILES] = hash_adapter(labeller.folder)
 
     def write() -> None:
-        shared = PrivacyArguments(privacy_ledger=str(labeller.ledger.path))
-        find_ledger(folder.parent, shared, link=True)
+        shared = replace(privacy, privacy_ledger=str(labeller.ledger.path), total_epsilon=None)
+        with explain_disk_errors(output_dir):
+            find_ledger(output_dir, shared, link=True)
+            save_changes(candidates, named, len(labeller.names), output_dir)
         files, statement = plan_files(kept), labeller.folder / STATEMENT
         write_files(folder, statement, settings=about, **files)
-        save_changes(candidates, named, len(labeller.names), folder.parent)
 
     on_main_process(write)
     show_set(folder, kept, paid, hub)
 
 
-def read_labeller(folder: Path) -> Labeller:
+def read_labeller(folder: Path, privacy: PrivacyArguments) -> Labeller:
     """A classifier, its statement verified against its files and its ledger.
 
     Raises:
-        UsageError: there is none, or something about it does not hold.
+        UsageError: there is none, or something about it does not hold; or another ledger is named.
     """
-    path = folder / LABELLER
+    path, ledger = folder / LABELLER, private_folder(folder) / LEDGER
     if not path.is_file():
         raise UsageError(f"--labeller {folder} holds no {LABELLER}: name what relabel.py left")
+    if not ledger.exists():
+        raise UsageError(
+            f"--labeller {folder}: its ledger, {ledger}, is not there, so nobody can tell what "
+            "was paid for"
+        )
+    if privacy.privacy_ledger and Path(privacy.privacy_ledger).resolve() != ledger.resolve():
+        raise UsageError(
+            f"--labeller {folder} is in the ledger {ledger.resolve()}, not in --privacy_ledger "
+            f"{privacy.privacy_ledger}: leave that out"
+        )
     source = read_source(str(folder), None)
     problems = find_problems(source)
     if not problems and LABELLER not in (source.statement or {"files": {}})["files"]:
@@ -166,9 +182,15 @@ def find_its_set(synthetic: str, labeller: Labeller) -> PaidSet:
     Raises:
         UsageError: see `find_covered_set`.
     """
-    instead = "name images of the adapter that the classifier was trained for, or public ones"
-    said = (labeller.statement, "--synthetic", OTHERWISE, instead)
-    return find_covered_set(synthetic, labeller.ledger, *said)
+    return find_covered_set(
+        synthetic,
+        labeller.ledger,
+        labeller.statement,
+        argument="--synthetic",
+        otherwise=OTHERWISE,
+        instead="name images of the adapter that the classifier was trained for, as it was then, "
+        "or public ones",
+    )
 
 
 def number_classes(candidates: Candidates, labeller: Labeller, synthetic: str) -> Candidates:

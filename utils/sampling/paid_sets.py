@@ -2,6 +2,7 @@
 very images, and to no others."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +139,10 @@ def find_covered_set(
 ) -> PaidSet:
     """A set that `ledger` paid for, and whose whole cost is in `statement`; or that is public.
 
+    A run may go on after its adapter was published, under the same name. So it is not enough that
+    the statement's run builds on those of the set: each of the set's events, with its steps, must
+    be among the statement's.
+
     Args:
         otherwise, instead: what to do if it has no statement; if it cost more.
 
@@ -147,8 +152,15 @@ def find_covered_set(
     paid = find_paid_set(folder, ledger, argument, otherwise)
     paid.check_base(f"{argument} {folder}", statement)
     run = (statement or {}).get("ledger", {}).get("run")
-    if set(paid.runs) - set(list_runs_behind(ledger.records(), run)):
+    unknown = set(paid.runs) - set(list_runs_behind(ledger.records(), run))
+    if unknown or _count_events(paid.statement) - _count_events(statement):
         raise UsageError(
             f"{argument} {folder} has cost privacy that the statement does not cover: {instead}"
         )
     return paid
+
+
+def _count_events(statement: dict | None) -> Counter:
+    """How often each event is behind a result, those of its base model included."""
+    events = [] if statement is None else list_all_events(statement)
+    return Counter(json.dumps(event, sort_keys=True) for event in events)

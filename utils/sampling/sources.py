@@ -8,7 +8,7 @@ from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.errors import UsageError, on_main_process
 from utils.files import STATEMENT
-from utils.ledger.statement import add_base
+from utils.ledger.statement import add_base, list_all_events
 from utils.ledger.verification import find_problems, read_base_statement, read_source
 from utils.models.adapters import fetch_adapter
 
@@ -68,12 +68,20 @@ def cover_both(statement: dict, base: dict | None) -> dict:
     """The statement of an adapter's images, its base model's added if that is a private result.
 
     Raises:
-        UsageError: they protect different units.
+        UsageError: they protect different units; or the adapter was trained on another private
+            result, whose cost is not that of this one.
     """
-    if base is None or "base" in statement or not statement["private"]:
+    if base is None or not statement["private"]:
         return statement
     if base["private"] is not True:
         return base
+    if "base" in statement:
+        if statement["base"]["events"] != list_all_events(base):
+            raise UsageError(
+                "the adapter was trained on another private base model than this one, or on an "
+                "earlier state of it: no statement covers the images of both; draw with that one"
+            )
+        return statement
     if base["privacy_unit"] != statement["privacy_unit"]:
         raise UsageError(
             f"the base model protects '{base['privacy_unit']}', the adapter "
