@@ -49,7 +49,7 @@ def main():
         raise UsageError("--num_units: a classifier needs the images, whose classes it learns")
     from utils.methods.relabelling import run_relabelling
 
-    return run_relabelling(args, extractor, model, data, privacy, training, hub)
+    run_relabelling(args, extractor, model, data, privacy, training, hub)
 
 
 if __name__ == "__main__":

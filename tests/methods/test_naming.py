@@ -12,7 +12,7 @@ from tests.methods.conftest import draw
 from tests.methods.test_relabelling import EXTRACTOR, relabel
 from utils.arguments.relabelling import RelabellingArguments
 from utils.files import hash_file
-from utils.methods import naming
+from utils.methods import naming, relabelling
 from utils.methods.election import Candidates
 from utils.sampling.paid_sets import find_set_ledger
 from utils.sampling.shards import hash_set
@@ -161,6 +161,21 @@ def test_a_run_is_not_written_over(labeller, later):
     again = [*EXTRACTOR, "--resume_from_checkpoint", "latest"]
     assert "nothing to resume" in name(labeller, later, labeller, *again)
     assert hash_set(labeller / "set") == before
+
+
+def test_a_run_that_has_released_nothing_keeps_its_folder(
+    labeller, later, public, image_folder, tmp_path, monkeypatch
+):
+    """Else its reservation would stay, and a resumed run would write over the set."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(relabelling, "learn", stop)
+        relabel(public, image_folder, tmp_path / "run", "--target_epsilon", 3)
+    assert "already holds files" in name(labeller, later, tmp_path / "run")
+    assert not (tmp_path / "run" / "set").exists()
 
 
 def test_a_class_that_nobody_agrees_about_is_not_lost():

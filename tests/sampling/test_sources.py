@@ -14,9 +14,12 @@ from utils.arguments.training import ModelArguments
 from utils.errors import UsageError
 from utils.files import STATEMENT
 from utils.ledger.checks import check_statement
+from utils.ledger.ledger import Ledger
 from utils.ledger.statement import Circumstances, add_base, build_statement, quote_total
 from utils.privacy.accounting import account, pld_both_relations, pld_epsilon
+from utils.sampling import paid_sets
 from utils.sampling.generation import prepare_generation
+from utils.sampling.paid_sets import PaidSet, find_covered_set
 from utils.sampling.sources import cover_both, find_source, require_statement
 from utils.sampling.synthetic_sets import read_privacy
 
@@ -139,6 +142,24 @@ def test_an_adapter_is_drawn_over_the_private_base_that_it_was_trained_on():
         cover_both(statement, add_base(base, other))
     debug = state() | {"private": False}
     assert cover_both(statement, debug) == debug
+
+
+@pytest.mark.parametrize("over", ["a private base", "the base of the statement", "another base"])
+def test_the_cost_of_a_base_is_not_covered_by_an_equal_event(tmp_path, monkeypatch, over):
+    """A set that was drawn over a private base has cost that, too, also where the base was trained
+    just as the adapter was."""
+    own = state()
+    base = {"the base of the statement": state(steps=2)}.get(over, state())
+    covers = state(steps=5) if over == "a private base" else add_base(state(), state(steps=2))
+    covers = covers | {"events": [*covers["events"], *own["events"]]}
+    paid = PaidSet((), add_base(own, base), {}, "digest")
+    monkeypatch.setattr(paid_sets, "find_paid_set", lambda *_: paid)
+    about = ("set", Ledger(tmp_path / "ledger.jsonl"), covers, "--synthetic", "", "")
+    if over == "the base of the statement":
+        assert find_covered_set(*about) == paid
+    else:
+        with pytest.raises(UsageError, match="base model|cost privacy"):
+            find_covered_set(*about)
 
 
 def test_an_adapter_that_is_replaced_while_it_is_loaded_is_refused(

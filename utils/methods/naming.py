@@ -26,7 +26,7 @@ from utils.evaluation.features import Extractor, build_extractor
 from utils.files import LABELLER, LEDGER, STATEMENT, explain_disk_errors, private_folder
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import find_ledger
-from utils.ledger.runs import find_earlier_branch, is_free
+from utils.ledger.runs import find_earlier_branch
 from utils.ledger.verification import find_problems, read_source
 from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
 from utils.methods.kept_sets import plan_files, prepare_repository, show_set
@@ -103,7 +103,7 @@ def name_more(
     output_dir = Path(training.output_dir)
     if training.resume_from_checkpoint is not None:
         raise UsageError("--labeller: there is nothing to resume; name a new --output_dir")
-    if not is_free(output_dir) or find_earlier_branch(output_dir) is not None:
+    if find_earlier_branch(output_dir) is not None:  # even if it has released nothing
         raise UsageError(f"--output_dir {output_dir} already holds files; name a new folder")
     accelerator, _lock = start(training)
     labeller = on_main_process(lambda: read_labeller(Path(args.labeller), privacy))

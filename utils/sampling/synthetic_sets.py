@@ -80,7 +80,7 @@ def write_files(
     pieces = plan_image_files(len(entries))
     with explain_disk_errors(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir()
         (folder / STATEMENT).write_bytes(statement.read_bytes())
         for number, png in images:
             write_piece(folder, pieces[number], [png], entries)
