@@ -144,18 +144,23 @@ def test_an_adapter_is_drawn_over_the_private_base_that_it_was_trained_on():
     assert cover_both(statement, debug) == debug
 
 
-@pytest.mark.parametrize("over", ["a private base", "the base of the statement", "another base"])
-def test_the_cost_of_a_base_is_not_covered_by_an_equal_event(tmp_path, monkeypatch, over):
-    """A set that was drawn over a private base has cost that, too, also where the base was trained
-    just as the adapter was."""
-    own = state()
-    base = {"the base of the statement": state(steps=2)}.get(over, state())
-    covers = state(steps=5) if over == "a private base" else add_base(state(), state(steps=2))
-    covers = covers | {"events": [*covers["events"], *own["events"]]}
-    paid = PaidSet((), add_base(own, base), {}, "digest")
+@pytest.mark.parametrize(
+    "base, of_statement, later, covered",
+    [(3, 2, 3, False), (3, None, 5, False), (2, 2, 3, True)],
+    ids=["another base", "a statement without one", "its base"],
+)
+def test_an_equal_event_does_not_cover_the_cost_of_a_base(
+    tmp_path, monkeypatch, base, of_statement, later, covered
+):
+    """A set that was drawn with an adapter of 3 steps over a private base of so many, and a
+    statement of that adapter and a stage after it: numbers of steps, all else being equal."""
+    covers = state() | {"events": [*state()["events"], *state(steps=later)["events"]]}
+    if of_statement is not None:
+        covers = add_base(covers, state(steps=of_statement))
+    paid = PaidSet((), add_base(state(), state(steps=base)), {}, "digest")
     monkeypatch.setattr(paid_sets, "find_paid_set", lambda *_: paid)
     about = ("set", Ledger(tmp_path / "ledger.jsonl"), covers, "--synthetic", "", "")
-    if over == "the base of the statement":
+    if covered:
         assert find_covered_set(*about) == paid
     else:
         with pytest.raises(UsageError, match="base model|cost privacy"):
