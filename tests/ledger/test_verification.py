@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ledger.conftest import state
 from tests.worlds import build_plan
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
@@ -12,14 +13,16 @@ from utils.files import private_folder
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import open_run
 from utils.ledger.runs import claim_output_dir
-from utils.ledger.statement import Circumstances
+from utils.ledger.statement import Circumstances, add_base, list_all_events, quote_total
 from utils.ledger.verification import (
     Source,
+    check_card,
     describe_verified,
     fetch_statement,
     find_problems,
     read_base_statement,
     read_source,
+    summarise_spending,
 )
 
 PLAN = build_plan(steps=2)
@@ -136,12 +139,40 @@ def test_damage_in_either_is_a_problem_not_a_traceback(published):
     assert any("malformed" in problem for problem in problems_of(published))
 
 
+def test_a_private_base_is_counted_wherever_a_number_is_told(published):
+    """`verify`, `show` and the front matter of the card say what both come to together."""
+    path = published / "privacy.json"
+    statement = add_base(json.loads(path.read_text()), state(steps=3, delta=1e-5))
+    path.write_text(json.dumps(statement))
+    together, events = quote_total(statement)[0], list_all_events(statement)
+    assert together > statement["epsilon"]["add_or_remove_one"] + 1e-3
+    for source in (read_source(str(path), None), read_source(str(published), None)):
+        assert source.events() == events and source.delta() == 1e-5
+        said = describe_verified(source)
+        assert any(f"together epsilon {together:.3f} at delta 1e-05" in line for line in said)
+        spent = summarise_spending(source)
+        assert spent["epsilon"]["pld"] == statement["base"]["epsilon"]
+        assert spent["membership_inference"] == statement["membership_inference"]
+    own, card = statement["epsilon"]["add_or_remove_one"], published / "README.md"
+    card.write_text(CARD.format(value=together, text=own))
+    assert check_card(statement, published) == []
+    card.write_text(CARD.format(value=own, text=own))
+    (problem,) = check_card(statement, published)
+    assert problem.startswith("README.md says epsilon")
+
+
 def test_a_base_brings_its_statement_if_that_holds(published, tmp_path):
     statement = json.loads((published / "privacy.json").read_text())
     assert fetch_statement(str(published)) == (statement, True)
     assert read_base_statement(str(published)) == (statement, True)
     (tmp_path / "public").mkdir()
     assert read_base_statement(str(tmp_path / "public")) == (None, True)
+    weights = published / "a.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"of a run that cost more")
+    with pytest.raises(UsageError, match="a.safetensors is not the file that was paid for"):
+        read_base_statement(str(published))
+    weights.write_bytes(whole)
     changed = statement | {"delta": 1e-5}
     (published / "privacy.json").write_text(json.dumps(changed))
     with pytest.raises(UsageError, match="the privacy.json of the base model .*: the statement"):

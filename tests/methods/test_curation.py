@@ -32,7 +32,7 @@ def read_events(folder) -> list[dict]:
 
 def test_votes_are_composed_with_what_the_candidates_cost(drawn, image_folder, tmp_path):
     shown = curate(drawn / "set", image_folder, tmp_path / "run", "--target_epsilon", 9)
-    assert "40 private units vote for 24 candidates: epsilon 9.0" in shown or "8.99" in shown
+    assert "vote for 24 candidates: with what those cost, epsilon 9.0" in shown or "8.99" in shown
     assert "12 images, grid.png" in shown
     statement = read_json(tmp_path / "run" / "privacy.json")
     assert [e["purpose"] for e in statement["events"]] == ["training", "curation"]

@@ -18,9 +18,9 @@ from utils.ledger.ledger import Ledger
 from utils.ledger.statement import Circumstances, add_base, build_statement, quote_total
 from utils.privacy.accounting import account, pld_both_relations, pld_epsilon
 from utils.sampling import paid_sets
-from utils.sampling.generation import prepare_generation
+from utils.sampling.generation import claim_folder, prepare_generation
 from utils.sampling.paid_sets import PaidSet, find_covered_set
-from utils.sampling.sources import cover_both, find_source, require_statement
+from utils.sampling.sources import ImageSource, cover_both, find_source, require_statement
 from utils.sampling.synthetic_sets import read_privacy
 
 
@@ -144,6 +144,40 @@ def test_an_adapter_is_drawn_over_the_private_base_that_it_was_trained_on():
     assert cover_both(statement, debug) == debug
 
 
+def test_two_private_bases_of_one_recipe_are_told_apart():
+    """Their events are equal, so it is the ledger's entry that says which of them was paid for."""
+    one, two = (state() | {"ledger": {"run": name, "entry": name * 64}} for name in "ab")
+    adapter = add_base(state(steps=2) | {"ledger": {"run": "c", "entry": "c" * 64}}, one)
+    assert cover_both(adapter, one) == adapter
+    with pytest.raises(UsageError, match="another private base model"):
+        cover_both(adapter, two)
+    drawn = PaidSet((), adapter, {}, "digest")
+    drawn.check_base("--warm_start set", one)
+    drawn.check_base("--reject_by set", add_base(state(), adapter))
+    with pytest.raises(UsageError, match="use the same base model"):
+        drawn.check_base("--warm_start set", two)
+
+
+def test_a_set_is_not_finished_from_a_base_of_another_cost(private_base, tmp_path):
+    """Else its first images would get the epsilon of the last."""
+    settings = {"seed": 0}
+    claim_folder(tmp_path / "set", settings, find(private_base))
+    claim_folder(tmp_path / "set", settings, find(private_base))
+    (private_base / STATEMENT).write_text(json.dumps(state(steps=1)))
+    with pytest.raises(UsageError, match="had another privacy.json"):
+        claim_folder(tmp_path / "set", settings, find(private_base))
+    (private_base / STATEMENT).unlink()
+    with pytest.raises(UsageError, match="had another privacy.json"):
+        claim_folder(tmp_path / "set", settings, find(private_base))
+    assert read_json(tmp_path / "set" / "sampling.json")["is_public"] is False
+
+
+def test_a_set_that_was_begun_in_doubt_stays_in_doubt(tiny_base, tmp_path):
+    claim_folder(tmp_path / "set", {}, ImageSource(is_public=False))
+    claim_folder(tmp_path / "set", {}, ImageSource())
+    assert read_json(tmp_path / "set" / "sampling.json")["is_public"] is False
+
+
 @pytest.mark.parametrize(
     "base, of_statement, later, covered",
     [(3, 2, 3, False), (3, None, 5, False), (2, 2, 3, True)],
@@ -203,8 +237,11 @@ def test_a_base_that_protects_another_unit_is_refused(private_base, adapter):
 def test_training_on_a_private_base_adds_what_was_spent_on_it(private_base, image_folder, tmp_path):
     output = tmp_path / "run"
     arguments = train_arguments(private_base, image_folder, output, "--num_validation_images", 0)
-    assert "saved" in train_here(arguments)
+    shown = train_here(arguments)
     statement, base = read_json(output / STATEMENT), read_json(private_base / STATEMENT)
+    total, delta = quote_total(statement)
+    said = f"{total:.3f} at delta {delta:g} with what its private base model cost"
+    assert "saved" in shown and said in shown
     assert statement["base"]["events"] == base["events"]
     together = [*base["events"], *statement["events"]]
     assert quote_total(statement)[0] == pld_epsilon(together, 1e-3)

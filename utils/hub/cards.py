@@ -28,12 +28,13 @@ from dp_accounting.pld import PLDAccountant
 from huggingface_hub import hf_hub_download
 
 statement = json.load(open(hf_hub_download("{adapter}", "privacy.json")))
+base = statement.get("base", {"events": [], "delta": statement["delta"]})
 accountant = PLDAccountant(value_discretization_interval=1e-3)
-for event in statement["events"]:
+for event in base["events"] + statement["events"]:
     noise = GaussianDpEvent(event["noise_multiplier"])
     step = PoissonSampledDpEvent(event["sampling_rate"], noise)
     accountant.compose(SelfComposedDpEvent(step, event["steps"]))
-print(accountant.get_epsilon(statement["delta"]), "at delta", statement["delta"])"""
+print(accountant.get_epsilon(base["delta"]), "at delta", base["delta"])"""
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,15 @@ def _front_matter(facts: Facts, statement: dict) -> str:
     ]
     results = None
     if statement["private"]:
+        epsilon, delta = quote_total(statement)
         results = [
             EvalResult(
                 task_type="text-to-image",
                 dataset_type="private",
                 dataset_name=f"{statement['num_units']} private units",
                 metric_type="epsilon",
-                metric_name=f"epsilon (add or remove one) at delta {statement['delta']:g}",
-                metric_value=round(statement["epsilon"]["add_or_remove_one"], 4),
+                metric_name=f"epsilon (add or remove one) at delta {delta:g}",
+                metric_value=round(epsilon, 4),
             )
         ]
     data = ModelCardData(

@@ -110,10 +110,11 @@ def _checked(name: str, source: Source) -> str:
     statement = source.statement
     sentences = describe_verified(source)
     if source.ledger is not None:
+        with_base = " and its base model" if "base" in statement else ""
         everything = pld_epsilon(source.events(), source.delta())
         sentences.append(
-            f"all that the ledger records on these images, this included, comes to epsilon "
-            f"{everything:.3f} at delta {source.delta():g}"
+            f"all that the ledger records on these images, this{with_base} included, comes to "
+            f"epsilon {everything:.3f} at delta {source.delta():g}"
         )
     said = "".join(f"<li>{mark_up_words(sentence)}</li>" for sentence in sentences)
     made, audit = statement.get("made_by", {}), statement.get("audit")

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from utils.files import STATEMENT, write_durably
-from utils.privacy.accounting import Spent, membership_power, pld_both_relations
+from utils.privacy.accounting import Spent, account, membership_power, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
 from utils.version import VERSION, find_commit
 
@@ -94,8 +94,36 @@ def add_base(statement: dict, base: dict) -> dict:
     behind = list_all_events(base)
     delta = min(statement["delta"], base["delta"], base.get("base", base)["delta"])
     together = [*behind, *statement["events"]]
-    base = {"events": behind, "delta": delta, "epsilon": pld_both_relations(together, delta)}
-    return statement | {"base": base, "membership_inference": membership_power(together)}
+    total = {"events": behind, "delta": delta, "epsilon": pld_both_relations(together, delta)}
+    total["entries"] = list_base_entries(base)
+    return statement | {"base": total, "membership_inference": membership_power(together)}
+
+
+def list_base_entries(base: dict) -> list[str]:
+    """The entries of ledgers that a base model's weights, and those of its own base, are paid by.
+
+    Two runs of one recipe have the same events, but no entry in common.
+
+    Args:
+        base: a statement, or the `base` of one.
+    """
+    before = base.get("base", {}).get("entries", [])
+    return base.get("entries", [*before, base.get("ledger", {}).get("entry")])
+
+
+def describe_cost(plan: PrivacyPlan, base: dict | None, recharged: int = 0) -> str:
+    """Epsilon and delta of a plan, in words; with what its base model cost, if that is private.
+
+    Args:
+        base: its statement, or the `base` of one. recharged: steps charged beyond the plan.
+    """
+    events = plan.events(plan.steps + recharged)
+    spent = account(events, plan.delta)
+    said = f"epsilon {spent.add_or_remove_one:.3f} at delta {plan.delta:g}"
+    if base is None:
+        return said
+    epsilon, delta = quote_total(add_base({"events": events, "delta": plan.delta}, base))
+    return f"{said}, {epsilon:.3f} at delta {delta:g} with what its private base model cost"
 
 
 def quote_total(statement: dict) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from utils.ledger.charges import find_smallest_delta, list_charged_events, summa
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS
+from utils.ledger.statement import list_all_events, quote_total
 from utils.privacy.accounting import account, membership_power, pld_epsilon, split_budget
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -40,15 +41,20 @@ class Source:
     extras: tuple[str, ...] = ()  # files there that the statement must account for
 
     def delta(self) -> float:
-        """The delta at which `events` are quoted: of a ledger, the smallest on record."""
+        """The delta at which `events` are quoted: the smallest of the ledger, or the statement, and
+        of the base model."""
         records = [] if self.ledger is None else self.ledger.records()
-        if list_charged_events(records):
-            return find_smallest_delta(records)
-        return 0 if self.statement is None else self.statement["delta"]
+        statement = self.statement or {"delta": 0}
+        own = find_smallest_delta(records) if list_charged_events(records) else statement["delta"]
+        return min(own, statement.get("base", {}).get("delta", own))
 
     def events(self) -> list[dict]:
-        ledger = self.ledger
-        return self.statement["events"] if ledger is None else list_charged_events(ledger.records())
+        """All that the ledger, or else the statement, has; after what is behind the base model."""
+        statement = self.statement or {"events": []}
+        if self.ledger is None:
+            return list_all_events(statement)
+        behind = statement.get("base", {}).get("events", [])
+        return [*behind, *list_charged_events(self.ledger.records())]
 
 
 def read_source(name: str, revision: str | None) -> Source:
@@ -132,12 +138,21 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
     """
     statement, is_known = fetch_statement(name, revision)
     if statement is not None and statement.get("private") is not False:
-        problems = check_statement(statement)
+        problems = check_statement(statement) or _find_changed(statement, Path(name))
         if problems:
             raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
     if statement is None and not is_known:
         _warn_of_unknown(name)
     return statement, is_known
+
+
+def _find_changed(statement: dict, folder: Path) -> list[str]:
+    """The files of a folder that have the names, but not the weights, that were paid for. A LoRA
+    that was merged into a model is no file there, so that nobody can tell."""
+    paid = statement["files"].items()
+    there = [(name, digest) for name, digest in paid if (folder / name).is_file()]
+    wrong = [name for name, digest in there if hash_file(folder / name) != digest]
+    return [f"{name} is not the file that was paid for" for name in wrong]
 
 
 @cache
@@ -188,6 +203,12 @@ def describe_verified(source: Source) -> list[str]:
         sentences.append(
             f"ok: epsilon {epsilon['add_or_remove_one']:.3f} at delta {statement['delta']:g} "
             f"(replace one: {epsilon['replace_one']:.3f}) follows from the events of the statement"
+        )
+    if statement is not None and "base" in statement:
+        total, delta = quote_total(statement)
+        sentences.append(
+            f"ok: its base model is a private result, too: together epsilon {total:.3f} at delta "
+            f"{delta:g}"
         )
     if statement is not None and source.folder is not None:
         sentences.append(f"ok: the {len(statement['files'])} published file(s) are those paid for")
@@ -253,11 +274,11 @@ def check_card(statement: dict | None, folder: Path) -> list[str]:
         results = loaded.data.eval_results or []
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return [f"the front matter of README.md cannot be read: {error}"]
-    stated = statement["epsilon"]["add_or_remove_one"]
-    on_card = [result.metric_value for result in results if result.metric_type == "epsilon"]
-    on_card += [float(value) for value in re.findall(r"\*\*epsilon = ([\d.]+\d)", loaded.text)]
+    own, (total, _) = statement["epsilon"]["add_or_remove_one"], quote_total(statement)
+    shown = [(r.metric_value, total) for r in results if r.metric_type == "epsilon"]
+    shown += [(float(said), own) for said in re.findall(r"\*\*epsilon = ([\d.]+\d)", loaded.text)]
     return [
         f"README.md says epsilon {value}, the statement {stated:.4f}"
-        for value in on_card
+        for value, stated in shown
         if not isinstance(value, float | int) or abs(value - stated) > 1e-3
     ]

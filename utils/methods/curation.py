@@ -46,7 +46,6 @@ from utils.methods.planning import load_private_rows, preview, print_plan, reser
 from utils.methods.stages import collect_settings, start
 from utils.methods.votes import count_votes, keep_best, resample
 from utils.models.drawing import adopt_template
-from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import make_randomness
@@ -88,7 +87,7 @@ def run_curation(
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, found.data, training) | about
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
-    accelerator.print(announce(plan, len(election.candidates.images)))
+    accelerator.print(announce(plan, run, election))
 
     # Count the votes of every unit, and release the counts with noise; once a round.
     numbers = number_rows(private_set, found.data, election.classes, election.nearest)
@@ -134,13 +133,12 @@ def plan_votes(
     )
 
 
-def announce(plan: PrivacyPlan, num_candidates: int) -> str:
+def announce(plan: PrivacyPlan, run: Run, election: Election) -> str:
     """One sentence before the votes: of whom, and what all will cost."""
-    spent = account(plan.events(), plan.delta)
     rounds = "" if plan.steps == 1 else f" in {plan.steps} rounds"
     return (
-        f"{plan.num_units} private units vote for {num_candidates} candidates{rounds}: epsilon "
-        f"{spent.add_or_remove_one:.3f} at delta {plan.delta:g} with what those cost (noise "
+        f"{plan.num_units} private units vote for {len(election.candidates.images)} candidates"
+        f"{rounds}: with what those cost, {election.describe_cost(plan, run.recharged)} (noise "
         f"multiplier {plan.noise_multiplier:.3f})"
     )
 

@@ -25,7 +25,7 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import BATCH, Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
-from utils.ledger.statement import Circumstances
+from utils.ledger.statement import Circumstances, describe_cost
 from utils.methods.classes import Classes, Nearest, build_nearest
 from utils.methods.planning import PrivateRows
 from utils.privacy.plan import PrivacyPlan, make_plan
@@ -98,8 +98,15 @@ class Election:
 
     def describe_circumstances(self, randomness: SecretRandomness) -> Circumstances:
         """What the statement says beside the mechanisms."""
-        statement = self.paid.statement or {}
-        return Circumstances(randomness.is_private, randomness.source, base=statement.get("base"))
+        return Circumstances(randomness.is_private, randomness.source, base=self._base)
+
+    def describe_cost(self, plan: PrivacyPlan, recharged: int) -> str:
+        """`statement.describe_cost`, with the base model behind the candidates."""
+        return describe_cost(plan, self._base, recharged)
+
+    @property
+    def _base(self) -> dict | None:
+        return (self.paid.statement or {}).get("base")
 
     def describe(self) -> dict:
         """What a run that is resumed must find again."""

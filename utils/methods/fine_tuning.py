@@ -22,6 +22,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
+from utils.ledger.statement import describe_cost
 from utils.methods.outlook import collect_facts, replay_if_asked, show_plan, show_verdict
 from utils.methods.planning import (
     PlanFor,
@@ -50,7 +51,6 @@ from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.families import find_family
 from utils.models.placement import halve_frozen, ready_to_draw
 from utils.models.targets import choose_targets
-from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, choose_missing
 from utils.privacy.plan import PrivacyPlan
 
@@ -123,12 +123,12 @@ def run_method(
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
         warm_up(stage, engine, method.stages, training.seed)
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
-    accelerator.print(announce(plan, run, engine, private_set.left_out))
+    accelerator.print(announce(stage, plan, run, engine, private_set.left_out))
 
     # Train by DP-SGD.
     state = build_training_state(engine, adapter, plan, run, training)
     if training.publish_now:
-        plan = stop_here(stage.accelerator, plan, state)
+        plan = stop_here(stage, plan, state)
     encoded_dir = fine_tune(stage, state, private_set, plan, run, training)
 
     # Publish: the ledger, then the statement, then the weights that it accounts for.
@@ -160,14 +160,14 @@ def make_plan_for(
     return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)
 
 
-def announce(plan: PrivacyPlan, run: Run, engine: PerUnitGradients, left_out: Mapping) -> str:
+def announce(
+    stage: Stage, plan: PrivacyPlan, run: Run, engine: PerUnitGradients, left_out: Mapping
+) -> str:
     """One sentence before training: what will train, and what it will cost."""
-    spent = account(plan.events(plan.steps + run.recharged), plan.delta)
     return (
         f"{plan.num_units} private units ({describe_left_out(left_out)}), "
         f"{engine.num_parameters:,} trainable parameters, noise multiplier "
-        f"{plan.noise_multiplier:.4f}, epsilon {spent.add_or_remove_one:.3f} "
-        f"at delta {plan.delta:g}"
+        f"{plan.noise_multiplier:.4f}, {describe_cost(plan, stage.base_statement, run.recharged)}"
     )
 
 

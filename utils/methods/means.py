@@ -31,7 +31,7 @@ from utils.data.private_set import PrivateSet
 from utils.errors import UsageError, on_main_process
 from utils.files import MEANS
 from utils.ledger.runs import Run
-from utils.ledger.statement import Circumstances
+from utils.ledger.statement import Circumstances, describe_cost
 from utils.methods.classes import build_nearest, find_classes, number_rows, read_units
 from utils.methods.mean_features import SIDE
 from utils.methods.planning import (
@@ -45,7 +45,6 @@ from utils.methods.publishing import report_set
 from utils.methods.releases import Drawn, Release, build_release
 from utils.methods.stages import collect_settings, start
 from utils.models.drawing import adopt_template
-from utils.privacy.accounting import account
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import SecretRandomness, make_randomness
@@ -93,7 +92,7 @@ def run_release(
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
     private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, plan_for)
-    accelerator.print(announce(plan, classes.count))
+    accelerator.print(announce(plan, run, classes.count))
 
     # Sum over the units of each batch, and release the sums with noise.
     numbers = number_rows(private_set, found.data, classes, nearest)
@@ -184,12 +183,11 @@ def find_noise(plan: PrivacyPlan) -> float:
     return plan.noise_std / plan.expected_batch_size
 
 
-def announce(plan: PrivacyPlan, num_classes: int) -> str:
+def announce(plan: PrivacyPlan, run: Run, num_classes: int) -> str:
     """One sentence before the release: of what, and what it will cost."""
-    spent = account(plan.events(), plan.delta)
     return (
         f"releasing the noisy means of {num_classes} classes over {plan.num_units} private units: "
-        f"epsilon {spent.add_or_remove_one:.3f} at delta {plan.delta:g} (noise multiplier "
+        f"{describe_cost(plan, None, run.recharged)} (noise multiplier "
         f"{plan.noise_multiplier:.3f})"
     )
 

@@ -17,6 +17,7 @@ from utils.data.private_set import PrivateSet
 from utils.errors import Stopped, StopRequest, UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import Run
+from utils.ledger.statement import describe_cost
 from utils.methods.film import draw_sheet, is_due
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
@@ -81,7 +82,7 @@ def build_state(
     return TrainingState(engine, optimizer, lr_scheduler, average)
 
 
-def stop_here(accelerator: Accelerator, plan: PrivacyPlan, state: TrainingState) -> PrivacyPlan:
+def stop_here(stage: Stage, plan: PrivacyPlan, state: TrainingState) -> PrivacyPlan:
     """`plan`, as if it had ended where the checkpoint is.
 
     Raises:
@@ -90,21 +91,21 @@ def stop_here(accelerator: Accelerator, plan: PrivacyPlan, state: TrainingState)
     if state.step == 0:
         raise UsageError("--publish_now: no private step was taken; there is nothing to publish")
     shorter = replace(plan, steps=state.step)
-    spent = account(shorter.events(shorter.steps + state.recharged), plan.delta)
-    accelerator.print(
-        f"publishing the weights after step {state.step} of {plan.steps}: epsilon "
-        f"{spent.add_or_remove_one:.3f}"
+    cost = describe_cost(shorter, stage.base_statement, state.recharged)
+    stage.accelerator.print(
+        f"publishing the weights after step {state.step} of {plan.steps}: {cost}"
     )
     return shorter
 
 
-def describe_for_trackers(plan: PrivacyPlan, training: TrainingArguments) -> dict:
+def describe_for_trackers(stage: Stage, plan: PrivacyPlan, training: TrainingArguments) -> dict:
     """The public plan, as trackers take it: nothing else of a run is public before its end."""
     spent = account(plan.events(), plan.delta)
     facts = asdict(plan) | {
         "sampling_rate": plan.sampling_rate,
         "epsilon": spent.add_or_remove_one,
         "epsilon_replace_one": spent.replace_one,
+        "cost": describe_cost(plan, stage.base_statement),
         "optimizer": training.optimizer,
         "learning_rate": training.learning_rate,
         "lr_scheduler": training.lr_scheduler,
@@ -133,7 +134,7 @@ def fine_tune(
     )
     park(stage.pipeline, text_too=unit_losses.units.text is not None)
     if training.report_to is not None:
-        accelerator.init_trackers("private-adapter", describe_for_trackers(plan, training))
+        accelerator.init_trackers("private-adapter", describe_for_trackers(stage, plan, training))
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     if run.checkpoint is None:
         run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed

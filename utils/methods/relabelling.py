@@ -43,7 +43,6 @@ from utils.methods.private_run import save_between
 from utils.methods.rendered import see_rendered
 from utils.methods.stages import collect_settings, start
 from utils.models.drawing import adopt_template
-from utils.privacy.accounting import account
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import private_steps
@@ -84,7 +83,7 @@ def run_relabelling(
     about = election.describe()
     agreed = collect_settings("relabelling", args, found.data, training) | about
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
-    accelerator.print(announce(plan, election))
+    accelerator.print(announce(plan, run, election))
     seen = extract_candidates(candidates, election.extractor, accelerator.is_main_process)
     whiten = fit_whitening(seen)
 
@@ -163,12 +162,11 @@ def plan_classifier(
     )
 
 
-def announce(plan: PrivacyPlan, election: Election) -> str:
+def announce(plan: PrivacyPlan, run: Run, election: Election) -> str:
     """One sentence before the first step: of whom, and what all will cost."""
-    spent = account(plan.events(), plan.delta)
     return (
         f"a classifier of {election.classes.count} classes learns from {plan.num_units} private "
-        f"units, to name {len(election.candidates.images)} images: epsilon "
-        f"{spent.add_or_remove_one:.3f} at delta {plan.delta:g} with what those cost (noise "
-        f"multiplier {plan.noise_multiplier:.3f})"
+        f"units, to name {len(election.candidates.images)} images: with what those cost, "
+        f"{election.describe_cost(plan, run.recharged)} (noise multiplier "
+        f" {plan.noise_multiplier:.3f})"
     )

@@ -28,6 +28,7 @@ from utils.files import (
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
+from utils.ledger.statement import describe_cost
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
     describe,
@@ -42,7 +43,6 @@ from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, start
 from utils.models.drawing import adopt_template
 from utils.models.families import find_family
-from utils.privacy.accounting import account
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing, median_width
 from utils.privacy.dp_sgd import add_noise_once, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan, make_plan
@@ -94,7 +94,7 @@ def run_selection(
     agreed = collect_settings("selection", args, data, training)
     agreed["base_model_checksum"] = stage.base_checksum
     private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
-    accelerator.print(announce(plan, len(candidates)))
+    accelerator.print(announce(stage, plan, run, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
     release = partial(release_scores, stage, engine, scoring, private_set, plan, training)
@@ -133,12 +133,11 @@ def choose_at_random(
     stage.accelerator.print(describe_selection(saliency, training))
 
 
-def announce(plan: PrivacyPlan, num_candidates: int) -> str:
+def announce(stage: Stage, plan: PrivacyPlan, run: Run, num_candidates: int) -> str:
     """One sentence before the ranking: of what, and what it will cost."""
-    spent = account(plan.events(), plan.delta)
     return (
-        f"ranking {num_candidates} matrices by {plan.num_units} private units: epsilon "
-        f"{spent.add_or_remove_one:.3f} at delta {plan.delta:g} (noise multiplier "
+        f"ranking {num_candidates} matrices by {plan.num_units} private units: "
+        f"{describe_cost(plan, stage.base_statement, run.recharged)} (noise multiplier "
         f"{plan.noise_multiplier:.3f})"
     )
 

@@ -27,6 +27,7 @@ from utils.files import (
     write_durably,
 )
 from utils.ledger.statement import write_statement
+from utils.ledger.verification import fetch_statement
 from utils.models.adapters import ADAPTER_CONFIG, PARTS, load_adapter
 from utils.models.drawing import (
     DrawingSettings,
@@ -94,10 +95,16 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
         known = json.loads(record.read_text())
         if known | AFTERWARDS != settings | AFTERWARDS:
             raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
+        if fetch_statement(str(folder))[0] != source.statement:
+            raise UsageError(
+                f"{folder} holds images of a model or adapter that had another privacy.json; name "
+                "another --output_dir"
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise UsageError(f"--output_dir {folder} already holds other files")
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(record, json.dumps(known | settings | {IS_PUBLIC: source.is_public}, indent=2))
+    is_public = source.is_public and known.get(IS_PUBLIC, True)
+    write_durably(record, json.dumps(known | settings | {IS_PUBLIC: is_public}, indent=2))
     if source.statement is not None:
         write_statement(source.statement, folder)
 

@@ -11,7 +11,7 @@ from utils.files import LEDGER, SAMPLING_SETTINGS, private_folder
 from utils.ledger.charges import select_run
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
-from utils.ledger.statement import list_all_events
+from utils.ledger.statement import list_all_events, list_base_entries
 from utils.ledger.verification import fetch_statement
 from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, SET_DIGEST
 from utils.sampling.shards import SET, hash_set
@@ -39,9 +39,13 @@ class PaidSet:
         Raises:
             UsageError: it does not.
         """
-        behind = (self.statement or {}).get("base", {}).get("events", [])
+        behind = (self.statement or {}).get("base")
+        if behind is None:
+            return
         covered = list_all_events(statement) if statement is not None else []
-        if covered[: len(behind)] != behind:
+        entries, events = list_base_entries(behind), behind["events"]
+        paid = [] if statement is None else list_base_entries(statement)
+        if covered[: len(events)] != events or paid[: len(entries)] != entries:
             raise UsageError(
                 f"{argument} was drawn from a base model that is a private result itself: what "
                 "that cost would be missing here; use the same base model"

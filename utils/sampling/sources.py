@@ -8,7 +8,7 @@ from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.errors import UsageError, on_main_process
 from utils.files import STATEMENT
-from utils.ledger.statement import add_base, list_all_events
+from utils.ledger.statement import add_base, list_all_events, list_base_entries
 from utils.ledger.verification import find_problems, read_base_statement, read_source
 from utils.models.adapters import fetch_adapter
 
@@ -76,7 +76,8 @@ def cover_both(statement: dict, base: dict | None) -> dict:
     if base["private"] is not True:
         return base
     if "base" in statement:
-        if statement["base"]["events"] != list_all_events(base):
+        paid = list_base_entries(statement["base"]), statement["base"]["events"]
+        if paid != (list_base_entries(base), list_all_events(base)):
             raise UsageError(
                 "the adapter was trained on another private base model than this one, or on an "
                 "earlier state of it: no statement covers the images of both; draw with that one"
