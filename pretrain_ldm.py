@@ -63,6 +63,7 @@ def main():
         read_pixel_batches,
     )
     from utils.data.rows import load_rows, read_captions
+    from utils.ledger.public_sets import refuse_private_set
     from utils.methods import pretraining
     from utils.methods.public_objectives import check_base, take_base
     from utils.models.drawing import adopt_template
@@ -71,6 +72,7 @@ def main():
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
 
+    refuse_private_set("the images", data.dataset_name or data.train_data_dir)
     base, vae = take_base(args)
     if base is not None:
         data.resolution = check_base(base, data.resolution, args)

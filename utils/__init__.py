@@ -101,6 +101,7 @@
         charges             what its records come to: steps, events, and what may join them
         runs                a run: its folder, branch in the ledger, checkpoints, publication
         remembered          which ledgers a private set was charged to, on this machine
+        public_sets         what is called public, but is known to come from private images
         reservations        reserve a plan, or find the run to resume
         checkpoints         whole or absent, never with a generator in them
         statement           privacy.json

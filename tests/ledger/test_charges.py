@@ -82,6 +82,16 @@ def test_other_units_and_reproducible_noise_do_not_mix(ledger):
         ledger.reserve(terms(3, private=False, privacy_unit="all images of one p"))
 
 
+def test_no_run_is_quoted_at_a_larger_delta_than_those_that_it_builds_on(ledger):
+    """Fewer images allow a larger delta, at which what was spent on all of them looks small."""
+    first = ledger.reserve(terms(3, delta=1e-6))
+    with pytest.raises(UsageError, match="--target_delta 0.001 is above the 1e-06 of what"):
+        ledger.reserve(terms(3, delta=1e-3, num_units=20, builds_on=[first.run]))
+    ledger.reserve(terms(3, delta=1e-6, builds_on=[first.run]))
+    ledger.reserve(terms(3, delta=1e-3))  # builds on none
+    assert len(ledger.records()) == 3
+
+
 def test_every_run_that_spent_counts_whichever_came_first(ledger):
     ledger.reserve(terms(3)).give_up()
     ledger.reserve(terms(3, privacy_unit="all images of one p"))

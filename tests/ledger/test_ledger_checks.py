@@ -45,6 +45,17 @@ def test_where_a_statement_and_its_ledger_differ_is_said(recorded, path, value, 
     assert len(problems) == 1 and sentence in problems[0]
 
 
+def test_a_delta_above_that_of_an_earlier_stage_is_said(recorded):
+    """Such a ledger was written before it was refused."""
+    statement, ledger = recorded
+    records = ledger.records()
+    first = records[0] | {"run": "first", "hash": "0" * 64, "delta": 1e-6}
+    records[0]["builds_on"] = ["first"]
+    records = [first, *(record | {"index": record["index"] + 1} for record in records)]
+    problems = check_ledger(statement, records)
+    assert "its delta is above 1e-06, that of a run that it builds on" in problems
+
+
 def test_an_entry_that_is_not_of_weights_is_refused(recorded):
     statement, ledger = recorded
     entry = ledger.records()[1]["hash"]  # the release

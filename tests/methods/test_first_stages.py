@@ -63,7 +63,7 @@ def test_a_private_result_is_not_made_free(tiny_base, image_folder, tmp_path):
     (tmp_path / "set" / "privacy.json").write_text("{}")
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
     shown = train_here([*arguments, "--warm_start", tmp_path / "set", "--warm_start_is_public"])
-    assert "cannot make free" in shown
+    assert "--warm_start_is_public" in shown and "called public and lose that epsilon" in shown
 
 
 def test_a_stage_of_other_settings_is_not_taken_over(tiny_base, image_folder, tmp_path):

@@ -50,6 +50,12 @@ def check_admissible(records: list[dict], terms: dict, cap: float | None, path: 
             f"the ledger {path} is about another privacy unit than '{terms['privacy_unit']}'; "
             "give this run another --privacy_ledger"
         )
+    behind = [r["delta"] for r in others if r["run"] in terms["builds_on"]]
+    if terms["delta"] > min(behind, default=1):
+        raise UsageError(
+            f"--target_delta {terms['delta']:g} is above the {min(behind):g} of what this run "
+            "builds on, whose epsilon would look smaller at it: give a --target_delta that is not"
+        )
     foreign = [r for r in others if r["private"] or r["run"] not in terms["builds_on"]]
     if not terms["private"] and (foreign or cap is not None):
         raise UsageError(

@@ -139,7 +139,11 @@ def check_ledger(statement: dict, records: list[dict]) -> list[str]:
         return ["the statement refers to an entry that is not about its weights"]
     if record["files"] != statement["files"]:
         problems.append("the ledger paid for other files than the statement names")
-    terms = [r for r in records[:index] if r["kind"] == "reserve" and r["run"] == run][-1]
+    earlier = [r for r in records[:index] if r["kind"] == "reserve"]
+    terms = [r for r in earlier if r["run"] == run][-1]
+    behind = [r["delta"] for r in earlier if r["run"] in terms["builds_on"]]
+    if terms["delta"] > min(behind, default=1):
+        problems.append(f"its delta is above {min(behind):g}, that of a run that it builds on")
     charged = list_charged_events(records[: index + 1], [*terms["builds_on"], run])
     if charged != statement["events"]:
         problems.append("the ledger's events are not those of the statement")

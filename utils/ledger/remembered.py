@@ -73,6 +73,13 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
     return sentences
 
 
+def find_own_ledger(name: str) -> str | None:
+    """A ledger that the images of a folder or Hub id were charged to, if any is remembered."""
+    source = str(Path(name).resolve()) if Path(name).exists() else name
+    entries = _read(locate_memory()).get(source, [])
+    return entries[-1]["ledger"] if entries else None
+
+
 def warn_of_other_ledgers(source: str, ledger: Ledger) -> None:
     """Say on stderr where else `source` was charged."""
     for sentence in find_other_ledgers(source, ledger):

@@ -25,6 +25,7 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
 from utils.files import LABELLER, LEDGER, STATEMENT, explain_disk_errors, private_folder
 from utils.ledger.ledger import Ledger
+from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.reservations import find_ledger
 from utils.ledger.runs import find_earlier_branch
 from utils.ledger.verification import find_problems, read_source
@@ -34,7 +35,7 @@ from utils.methods.labeller import Whitening
 from utils.methods.rendered import see_rendered
 from utils.methods.stages import start
 from utils.methods.votes import keep_best
-from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, hash_adapter
+from utils.sampling.generation import ADAPTER_FILES, hash_adapter
 from utils.sampling.paid_sets import PaidSet, find_covered_set
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import write_files

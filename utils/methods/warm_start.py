@@ -17,12 +17,11 @@ from utils.arguments.training import PrivacyArguments
 from utils.data.folders import TEXT
 from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
 from utils.data.rows import require_column
-from utils.errors import UsageError
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_prior
+from utils.ledger.public_sets import refuse_private_set
 from utils.ledger.reservations import find_ledger
-from utils.ledger.verification import fetch_statement
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage
 from utils.models.denoising import denoising_loss
@@ -73,11 +72,8 @@ def find_earlier_stages(
             paid = find_paid_set(folder, ledger, "--warm_start", OTHERWISE)
             paid.check_base(f"--warm_start {folder}", base_statement)
             runs += paid.runs
-        elif fetch_statement(folder)[0] is not None:
-            raise UsageError(
-                f"--warm_start {folder} has a privacy.json: it is a private result, which "
-                "--warm_start_is_public cannot make free"
-            )
+        else:
+            refuse_private_set("--warm_start_is_public: --warm_start", folder)
     return list_prior(ledger.records(), runs)
 
 

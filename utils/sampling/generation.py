@@ -26,6 +26,7 @@ from utils.files import (
     hash_file,
     write_durably,
 )
+from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.statement import write_statement
 from utils.ledger.verification import fetch_statement
 from utils.models.adapters import ADAPTER_CONFIG, PARTS, load_adapter
@@ -47,7 +48,6 @@ from utils.sampling.shards import (
 )
 from utils.sampling.sources import ImageSource
 
-IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind the images
 ADAPTER_FILES = "adapter_files"  # in sampling.json: digests of the weights behind the images
 SET_DIGEST = "set"  # in sampling.json: `hash_set` of the images, once all are there
 AFTERWARDS = {IS_PUBLIC: None, SET_DIGEST: None}  # what sampling.json says beside the settings

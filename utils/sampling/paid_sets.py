@@ -11,9 +11,10 @@ from utils.files import LEDGER, SAMPLING_SETTINGS, private_folder
 from utils.ledger.charges import select_run
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
+from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.statement import list_all_events, list_base_entries
 from utils.ledger.verification import fetch_statement
-from utils.sampling.generation import ADAPTER_FILES, IS_PUBLIC, SET_DIGEST
+from utils.sampling.generation import ADAPTER_FILES, SET_DIGEST
 from utils.sampling.shards import SET, hash_set
 
 

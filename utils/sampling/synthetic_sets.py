@@ -26,12 +26,12 @@ from utils.hub.collection import join_collection
 from utils.hub.evaluation_card import insert_section
 from utils.hub.upload import make_repo, upload
 from utils.ledger.checks import check_statement
+from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.runs import Run
 from utils.ledger.statement import quote_total
 from utils.ledger.verification import fetch_statement
 from utils.sampling.generation import (
     ADAPTER_FILES,
-    IS_PUBLIC,
     SET_DIGEST,
     save_grid,
     write_metadata,
