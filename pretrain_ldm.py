@@ -57,13 +57,10 @@ def main():
     from accelerate.utils import set_seed
 
     from utils.data.images import (
-        ImageRows,
         describe_left_out,
-        keep_readable,
         read_pixel_batches,
     )
-    from utils.data.rows import load_rows, read_captions
-    from utils.ledger.public_sets import refuse_private_set
+    from utils.data.rows import read_captions
     from utils.methods import pretraining
     from utils.methods.public_objectives import check_base, take_base
     from utils.models.drawing import adopt_template
@@ -72,15 +69,13 @@ def main():
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
 
-    refuse_private_set("the images", data.dataset_name or data.train_data_dir)
     base, vae = take_base(args)
     if base is not None:
         data.resolution = check_base(base, data.resolution, args)
         data = adopt_template(data, ModelArguments(pretrained_model_name_or_path=args.start_from))
     elif vae is not None:
         check_resolution(data.resolution, len(vae.config.block_out_channels) - 1, args)
-    images = ImageRows(load_rows(data), data.image_column, data.window)
-    images, left_out = keep_readable(images, data.strict_images)
+    images, left_out = pretraining.load_public_images(data)
     captions = read_captions(images.rows, data)
     accelerator.print(
         f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"

@@ -88,10 +88,8 @@ def test_a_statement_quotes_everything_at_the_smallest_delta_on_record(tmp_path)
     ledger.reserve(terms(5, delta=1e-4)).release(5, "weights")
     plan = build_plan(steps=7, delta=5e-4)
     (tmp_path / "run" / "private").mkdir(parents=True)
-    run = Run(tmp_path / "run", ledger.reserve(plan.terms(True)), {})
-    statement = run.publish(
-        lambda folder: (folder / "a.bin").write_bytes(b"a"), plan, Circumstances()
-    )
+    run = Run(tmp_path / "run", ledger.reserve(plan.terms(True)), {}, Circumstances())
+    statement = run.publish(lambda folder: (folder / "a.bin").write_bytes(b"a"), plan)
     together = statement["ledger"]["everything"]
     assert together["delta"] == 1e-4
     assert together["epsilon"]["add_or_remove_one"] == epsilon_after(5, 7)

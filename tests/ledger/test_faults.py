@@ -28,6 +28,7 @@ from utils.ledger.checkpoints import (
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import settle
 from utils.ledger.runs import Run, claim_output_dir
+from utils.ledger.statement import Circumstances
 from utils.ledger.verification import find_problems, read_source
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState
@@ -207,7 +208,7 @@ def test_only_a_checkpoint_that_is_still_unfinished_is_taken_back(tmp_path):
     from utils.ledger.ledger import Ledger
 
     branch = Ledger(tmp_path / "ledger.jsonl").reserve(build_plan(steps=5).terms(True))
-    run = Run(tmp_path / "run", branch, {})
+    run = Run(tmp_path / "run", branch, {}, Circumstances())
 
     def charged() -> int:
         settle(run)

@@ -20,7 +20,7 @@ from utils.ledger.checkpoints import (
 from utils.ledger.ledger import Branch, Ledger
 from utils.ledger.reservations import check_room_for, confirm, find_ledger, open_run, settle
 from utils.ledger.runs import claim_output_dir, find_earlier_branch
-from utils.ledger.statement import Circumstances
+from utils.ledger.statement import UNKNOWN_BASE, Circumstances
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
 
 PLAN = build_plan(steps=4)
@@ -62,9 +62,10 @@ def test_there_must_be_something_to_resume(tmp_path):
         claim_output_dir(training(tmp_path / "run", "latest"))
 
 
-def start(folder: Path, **changes):
+def start(folder: Path, about=None, plan=PLAN, **changes):
     claim_output_dir(training(folder)).release()
-    return open_run(training(folder), privacy(**changes), PLAN, {"model": "m"}, True)
+    about = about or Circumstances()
+    return open_run(training(folder), privacy(**changes), plan, {"model": "m"}, about)
 
 
 def test_a_folder_is_free_until_its_run_releases_something(tmp_path):
@@ -87,9 +88,11 @@ def test_a_run_resumes_where_it_was_and_pays_twice_for_an_older_checkpoint(tmp_p
         run.save(step, lambda: {"x": torch.ones(1)}, limit=5)
     assert list_steps(run.checkpoints) == [1, 2, 3]
     for wanted, recharged in (("latest", 0), ("checkpoint-1", 2)):
-        resumed = open_run(training(folder, wanted), privacy(), PLAN, {"model": "m"}, True)
+        resumed = open_run(
+            training(folder, wanted), privacy(), PLAN, {"model": "m"}, Circumstances()
+        )
         assert resumed.branch.run == run.branch.run and resumed.saved_state()["x"] == 1
-        resumed = confirm(resumed, privacy(), PLAN, True)
+        resumed = confirm(resumed, privacy(), PLAN)
         assert resumed.recharged == recharged
     epsilon = pld_epsilon(PLAN.events(6), PLAN.delta)
     said = capsys.readouterr().out
@@ -103,7 +106,7 @@ def test_a_run_resumes_where_it_was_and_pays_twice_for_an_older_checkpoint(tmp_p
         (str(tmp_path), "not a checkpoint of"),
     ):
         with pytest.raises(UsageError, match=sentence):
-            open_run(training(folder, wanted), privacy(), PLAN, {"model": "m"}, True)
+            open_run(training(folder, wanted), privacy(), PLAN, {"model": "m"}, Circumstances())
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_another_model_is_named(tmp_path, agreed, sentence):
     run = start(tmp_path / "run")
     run.save(1, dict, limit=1)
     with pytest.raises(UsageError, match=sentence):
-        open_run(training(tmp_path / "run", "latest"), privacy(), PLAN, agreed, True)
+        open_run(training(tmp_path / "run", "latest"), privacy(), PLAN, agreed, Circumstances())
 
 
 def test_what_a_crash_left_is_settled(tmp_path):
@@ -144,9 +147,9 @@ def test_what_a_crash_left_is_settled(tmp_path):
 
 def test_fewer_units_reserve_anew_before_the_first_step(tmp_path):
     run = start(tmp_path / "run")
-    assert confirm(run, privacy(), PLAN, True) == run
+    assert confirm(run, privacy(), PLAN) == run
     fewer = build_plan(steps=4, num_units=199)
-    run = confirm(run, privacy(), fewer, True)
+    run = confirm(run, privacy(), fewer)
     assert run.agreed["plan"]["num_units"] == 199 and run.branch.number == 1
     events = list_charged_events(run.branch.ledger.records())
     assert events == [fewer.event()]
@@ -202,7 +205,7 @@ def test_a_statement_gives_what_everything_on_the_ledger_comes_to(tmp_path):
         (folder / "unet").mkdir()
         (folder / "unet" / "w.bin").write_bytes(b"weights")
 
-    statement = run.publish(export, PLAN, Circumstances())
+    statement = run.publish(export, PLAN)
     assert statement["events"] == [PLAN.event()]
     everything = [build_plan(steps=2).event(), PLAN.event()]
     assert statement["ledger"]["everything"] == {
@@ -212,8 +215,8 @@ def test_a_statement_gives_what_everything_on_the_ledger_comes_to(tmp_path):
     }
     weights = tmp_path / "run" / "unet" / "w.bin"
     assert statement["files"] == {"unet/w.bin": hash_file(weights)}
-    assert run.publish(export, PLAN, Circumstances())["files"] == statement["files"]
-    alone = start(tmp_path / "alone").publish(export, PLAN, Circumstances())
+    assert run.publish(export, PLAN)["files"] == statement["files"]
+    alone = start(tmp_path / "alone").publish(export, PLAN)
     assert "everything" not in alone["ledger"]
 
 
@@ -223,7 +226,7 @@ def test_a_statement_counts_all_that_is_on_record_before_its_weights(tmp_path):
     other = Ledger(shared).reserve(build_plan(steps=7).terms(True))
     other.release(1, "checkpoint")
     run = start(tmp_path / "run", privacy_ledger=str(shared))
-    statement = run.publish(lambda folder: other.give_up(), PLAN, Circumstances())
+    statement = run.publish(lambda folder: other.give_up(), PLAN)
     everything = statement["ledger"]["everything"]["events"]
     assert [event["steps"] for event in everything] == [1, PLAN.steps]
 
@@ -238,4 +241,49 @@ def test_a_statement_counts_nothing_that_came_after_its_weights(tmp_path, monkey
 
     monkeypatch.setattr(Branch, "wrote", and_another_run_starts)
     run = start(tmp_path / "run", privacy_ledger=str(shared))
-    assert "everything" not in run.publish(lambda folder: None, PLAN, Circumstances())["ledger"]
+    assert "everything" not in run.publish(lambda folder: None, PLAN)["ledger"]
+
+
+PLAIN = Circumstances(randomness="Philox", precision="bf16")
+BETTER = Circumstances(randomness="secure", precision="fp32", audit={"kind": "replay"})
+
+
+def resume(folder: Path, about: Circumstances):
+    run = open_run(training(folder, "latest"), privacy(), PLAN, {"model": "m"}, about)
+    return confirm(run, privacy(), PLAN)
+
+
+@pytest.mark.parametrize(
+    "more, randomness, precision", [(0, "Philox", "bf16"), (2, "Philox; secure", "bf16, then fp32")]
+)
+def test_a_resumed_run_states_how_all_of_its_steps_were_made(tmp_path, more, randomness, precision):
+    """Not only those of the last process, which may have taken none."""
+    start(tmp_path / "run", PLAIN).save(2, dict, limit=2)
+    shorter = build_plan(steps=2 + more)
+    statement = resume(tmp_path / "run", BETTER).publish(lambda folder: None, shorter)
+    assert statement["randomness"] == randomness and statement["precision"] == precision
+    assert statement["audit"] is None  # what was audited took not all steps
+    start(tmp_path / "other", BETTER).save(2, dict, limit=2)
+    statement = resume(tmp_path / "other", BETTER).publish(lambda folder: None, PLAN)
+    assert statement["randomness"] == "secure" and statement["audit"] == BETTER.audit
+
+
+def test_a_statement_names_the_randomness_of_the_runs_that_it_builds_on(tmp_path):
+    shared = str(tmp_path / "shared.jsonl")
+    first = start(tmp_path / "means", PLAIN, privacy_ledger=shared)
+    first.publish(lambda folder: None, PLAN)
+    unknown = Ledger(shared).reserve(build_plan(steps=1).terms(True))  # by an earlier version
+    unknown.release(1, "weights")
+    runs = (first.branch.run, unknown.run)
+    plan = build_plan(steps=4, builds_on=runs)
+    run = start(tmp_path / "run", BETTER, plan, privacy_ledger=shared)
+    statement = run.publish(lambda folder: None, plan)
+    assert statement["randomness"] == "Philox; not stated; secure"
+    assert statement["precision"] == "fp32" and statement["audit"] == BETTER.audit
+
+
+def test_a_base_of_which_nobody_knows_is_not_covered(tmp_path):
+    doubtful = start(tmp_path / "run", Circumstances(is_base_known=False))
+    assert UNKNOWN_BASE in doubtful.publish(lambda folder: None, PLAN)["not_covered"]
+    known = start(tmp_path / "known", Circumstances())
+    assert UNKNOWN_BASE not in known.publish(lambda folder: None, PLAN)["not_covered"]

@@ -34,13 +34,13 @@ def published(tmp_path) -> Path:
     training = TrainingArguments(output_dir=str(tmp_path / "run"))
     claim_output_dir(training).release()
     budget = PrivacyArguments(target_epsilon=8.0, target_delta=1e-4)
-    run = open_run(training, budget, PLAN, {}, True)
+    run = open_run(training, budget, PLAN, {}, Circumstances())
 
     def export(folder: Path) -> None:
         for name in ("a.safetensors", "b.safetensors"):
             (folder / name).write_bytes(name.encode())
 
-    run.publish(export, PLAN, Circumstances())
+    run.publish(export, PLAN)
     return tmp_path / "run"
 
 

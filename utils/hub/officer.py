@@ -98,7 +98,7 @@ def _left_out(statement: dict) -> str:
         "Whoever watched the machine that trained (its clock, power, memory, the dates of files).",
         "Runs on the same images that are in no ledger, or in another one.",
     ]
-    if statement.get("randomness", "").startswith("Philox"):
+    if "Philox" in statement.get("randomness", ""):
         points.append("Attacks on the rounding of the noise: it was not `--secure_noise`.")
     if "base" in statement:
         points.append("The base model is a private result itself; the epsilon above counts both.")

@@ -105,18 +105,35 @@ def is_live(records: list[dict], run: str) -> bool:
 
 def count_charged_steps(records: list[dict], run: str, live: bool = True) -> int:
     """The steps that a run is charged for; with `live`, those it still holds in reserve too."""
+    return sum(steps for _, steps in _charge_branches(records, run, live))
+
+
+def _charge_branches(records: list[dict], run: str, live: bool) -> list[tuple[dict, int]]:
+    """The reservation of each branch of a run, and the steps that it is charged for."""
     run_records = select_run(records, run)
     reservations = [r for r in run_records if r["kind"] == "reserve"]
     last = run_records[-1]["branch"] if run_records else None
     handed_back = any(r["kind"] == "give_up" and r["branch"] == last for r in run_records)
-    total = 0
+    charged = []
     for reservation in reservations:
         branch_records = [r for r in run_records if r["branch"] == reservation["branch"]]
         until = max(list_released_steps(branch_records), default=reservation["from_step"])
         if live and reservation is reservations[-1] and not handed_back:
             until = reservation["event"]["steps"]
-        total += until - reservation["from_step"]
-    return total
+        charged.append((reservation, until - reservation["from_step"]))
+    return charged
+
+
+def list_made_with(records: list[dict], runs: list[str]) -> list[dict]:
+    """How each branch of `runs` that released steps was made, oldest first
+    (`Circumstances.made_with`)."""
+    unknown = {"randomness": "not stated", "precision": "not stated", "is_audited": False}
+    return [
+        reservation.get("made_with", unknown)
+        for run in runs
+        for reservation, steps in _charge_branches(records, run, live=False)
+        if steps
+    ]
 
 
 def list_charged_events(records: list[dict], only: list[str] | None = None) -> list[dict]:

@@ -120,6 +120,7 @@ class Ledger:
         total_epsilon: float | None = None,
         run: str | None = None,
         step: int | None = None,
+        made_with: dict | None = None,
     ) -> "Branch":
         """Set the whole plan aside, for a new run or for one to resume; returns its `Branch`.
 
@@ -128,6 +129,7 @@ class Ledger:
             total_epsilon: cap on everything in this ledger, this plan included; None for none.
             run: name of the run; None for a fresh one.
             step: for a run to resume, the step of the checkpoint that it resumes from.
+            made_with: `Circumstances.made_with`, of what this branch will release.
 
         Raises:
             UsageError: it would exceed the cap, other entries protect another unit, reproducible
@@ -141,7 +143,8 @@ class Ledger:
                 raise UsageError(f"the ledger {self.path} has a run {run} already")
             fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step or 0}
             check_admissible([*records, fields | terms], terms, total_epsilon, self.path)
-            self._append(records, **fields, **terms)
+            about = {} if made_with is None else {"made_with": made_with}
+            self._append(records, **fields, **terms, **about)
         return Branch(self, run, branch)
 
     def check(self, terms: dict, total_epsilon: float | None) -> None:

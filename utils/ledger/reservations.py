@@ -28,6 +28,7 @@ from utils.ledger.checkpoints import (
 )
 from utils.ledger.ledger import Ledger, find_branch, make_run_name
 from utils.ledger.runs import NOTE, Run, find_earlier_branch
+from utils.ledger.statement import Circumstances
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.plan import PrivacyPlan
 
@@ -37,7 +38,7 @@ def open_run(
     privacy: PrivacyArguments,
     plan: PrivacyPlan,
     agreed: dict,
-    is_private: bool,
+    about: Circumstances,
 ) -> Run:
     """Reserve what `plan` will spend; or, to resume a run, find its checkpoint.
 
@@ -51,10 +52,10 @@ def open_run(
     ledger, cap = find_ledger(output_dir, privacy, link=True), privacy.total_epsilon
     if training.resume_from_checkpoint is not None:
         checkpoint = _find_checkpoint(output_dir, training.resume_from_checkpoint)
-        about = read_about(checkpoint)
-        _refuse_changes(checkpoint, about["agreed"] | {"plan": None}, agreed | {"plan": None})
-        ledger.check_resuming(about["run"], about["step"], cap)
-        return Run(output_dir, find_branch(ledger, about["run"]), agreed, checkpoint)
+        known = read_about(checkpoint)
+        _refuse_changes(checkpoint, known["agreed"] | {"plan": None}, agreed | {"plan": None})
+        ledger.check_resuming(known["run"], known["step"], cap)
+        return Run(output_dir, find_branch(ledger, known["run"]), agreed, about, checkpoint)
     with explain_disk_errors(output_dir):
         earlier = find_earlier_branch(output_dir)
         if earlier is not None:  # an attempt that ended before its first step
@@ -64,8 +65,9 @@ def open_run(
         write_durably(private_folder(output_dir) / NOTE, name)
         if privacy.privacy_ledger is not None and not ledger.path.exists():
             print(f"starting a new ledger, {ledger.path}")
-        branch = ledger.reserve(plan.terms(is_private), cap, name)
-    return Run(output_dir, branch, agreed)
+        terms = plan.terms(about.is_private)
+        branch = ledger.reserve(terms, cap, name, made_with=about.made_with())
+    return Run(output_dir, branch, agreed, about)
 
 
 def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
@@ -75,7 +77,7 @@ def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
         raise UsageError(f"cannot resume {checkpoint}: {'; '.join(changed[:3])}{more}")
 
 
-def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: bool) -> Run:
+def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan) -> Run:
     """The run with its final plan, after the images were checked.
 
     Raises:
@@ -83,16 +85,17 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, is_private: 
             resuming would exceed --total_epsilon.
     """
     agreed = {**run.agreed, "plan": _round_trip(plan)}
-    ledger, terms, cap = run.branch.ledger, plan.terms(is_private), privacy.total_epsilon
+    ledger, cap = run.branch.ledger, privacy.total_epsilon
+    terms, made_with = plan.terms(run.about.is_private), run.about.made_with()
     if agreed == run.agreed and run.checkpoint is None:
         return run
     if run.checkpoint is None:  # some images could not be read: fewer units
-        branch = ledger.reserve(terms, cap, run.branch.run, step=0)
+        branch = ledger.reserve(terms, cap, run.branch.run, 0, made_with)
         return replace(run, branch=branch, agreed=agreed)
     about = read_about(run.checkpoint)
     _refuse_changes(run.checkpoint, about["agreed"], agreed)
     settle(run)
-    branch = ledger.reserve(terms, cap, run.branch.run, about["step"])
+    branch = ledger.reserve(terms, cap, run.branch.run, about["step"], made_with)
     for step in list_steps(run.checkpoints):
         if step > about["step"]:  # damaged, or passed over: never the latest again
             aside = f"set-aside-{step}-of-branch-{branch.number - 1}"

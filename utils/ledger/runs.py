@@ -38,10 +38,11 @@ from utils.ledger.charges import (
     find_smallest_delta,
     is_live,
     list_charged_events,
+    list_made_with,
 )
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
-from utils.ledger.statement import Circumstances, build_statement, write_statement
+from utils.ledger.statement import Circumstances, build_statement, recall, write_statement
 from utils.privacy.accounting import account, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
 
@@ -126,6 +127,7 @@ class Run:
         output_dir: where it publishes; its checkpoints are in private/.
         branch: where it is charged.
         agreed: all that a checkpoint must agree with to be resumed from.
+        about: what its statement will say beside the mechanisms.
         checkpoint: the one to resume from; None for a new run.
         recharged: steps that are charged beyond the plan, since an older checkpoint was resumed
             from.
@@ -134,6 +136,7 @@ class Run:
     output_dir: Path
     branch: Branch
     agreed: dict
+    about: Circumstances
     checkpoint: Path | None = None
     recharged: int = 0
 
@@ -176,9 +179,7 @@ class Run:
         """What the checkpoint to resume from holds."""
         return read_state(self.checkpoint)
 
-    def publish(
-        self, export: Callable[[Path], None], plan: PrivacyPlan, about: Circumstances
-    ) -> dict:
+    def publish(self, export: Callable[[Path], None], plan: PrivacyPlan) -> dict:
         """Export the weights after `plan.steps`, and write the statement that accounts for them;
         returns it. If the run had reserved more steps, they are handed back.
 
@@ -201,7 +202,7 @@ class Run:
             if is_live(self.branch.ledger.records(), self.branch.run):
                 self.branch.give_up()
             entry = self.branch.wrote(plan.steps, WEIGHTS, files)
-            statement = self._statement(plan, about, files, entry)
+            statement = self._statement(plan, files, entry)
             write_statement(statement, self.output_dir)
             for path in staging.iterdir():
                 target = self.output_dir / path.name
@@ -211,9 +212,11 @@ class Run:
             staging.rmdir()
         return statement
 
-    def _statement(self, plan: PrivacyPlan, about: Circumstances, files: dict, entry: dict) -> dict:
+    def _statement(self, plan: PrivacyPlan, files: dict, entry: dict) -> dict:
         records = self.branch.ledger.records()[: entry["index"] + 1]
-        run_events = list_charged_events(records, [*plan.builds_on, self.branch.run])
+        runs = [*plan.builds_on, self.branch.run]
+        own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
+        about, run_events = recall(self.about, own, every), list_charged_events(records, runs)
         everything = list_charged_events(records)
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         ledger = {"run": self.branch.run, "entry": entry["hash"]}

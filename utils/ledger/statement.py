@@ -1,7 +1,7 @@
 """privacy.json: the public statement of what a run spent."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from utils.privacy.plan import PrivacyPlan
 from utils.version import VERSION, find_commit
 
 SCHEMA_VERSION = 2
+UNKNOWN_BASE = "the base model, of which nobody could tell offline whether it is a private result"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Circumstances:
         precision: of the forward and backward pass: fp32 or bf16.
         audit: what an audit of this very set-up proved; None if there was none.
         base: the verified statement of the base model, if that is a private result itself.
+        is_base_known: whether anyone could tell that (`fetch_statement`).
     """
 
     is_private: bool = True
@@ -31,6 +33,29 @@ class Circumstances:
     precision: str = "fp32"
     audit: dict | None = None
     base: dict | None = None
+    is_base_known: bool = True
+
+    def made_with(self) -> dict:
+        """What the ledger records of these: they may change when a run is resumed."""
+        return {
+            "randomness": self.randomness,
+            "precision": self.precision,
+            "is_audited": self.audit is not None,
+        }
+
+
+def recall(about: Circumstances, own: list[dict], every: list[dict]) -> Circumstances:
+    """`about`, and how what it was resumed from, and what it builds on, was made.
+
+    Args:
+        own, every: `charges.list_made_with` of the run; of it and those that it builds on.
+    """
+    return replace(
+        about,
+        randomness="; ".join(dict.fromkeys(made["randomness"] for made in every)),
+        precision=", then ".join(dict.fromkeys(made["precision"] for made in own)),
+        audit=about.audit if all(made["is_audited"] for made in own) else None,
+    )
 
 
 def build_statement(
@@ -61,6 +86,7 @@ def build_statement(
             "choices made by looking at other private results",
             "the number of units, N",
             "prompts, class names and caption templates, which are published as they were given",
+            *([] if about.is_base_known else [UNKNOWN_BASE]),
         ],
         "made_by": {"version": VERSION, "commit": find_commit()},
         "date": datetime.now(UTC).date().isoformat(),

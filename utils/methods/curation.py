@@ -86,7 +86,8 @@ def run_curation(
     prepare_repository(hub, privacy)
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, found.data, training) | about
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
+    told = election.describe_circumstances(randomness)
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(plan, run, election))
 
     # Count the votes of every unit, and release the counts with noise; once a round.
@@ -100,8 +101,7 @@ def run_curation(
     candidates, votes = hold(election, vary, count, args, run, seed)
 
     # Everything from here on sees the noisy votes only.
-    told = election.describe_circumstances(randomness)
-    on_main_process(lambda: run.publish(lambda to: export(votes, candidates, to), plan, told))
+    on_main_process(lambda: run.publish(lambda to: export(votes, candidates, to), plan))
     kept = candidates.select(keep(votes[-1], candidates, args, seed))
     did = {"curated": asdict(args) | about}
     leave_set(kept, did, election.paid, plan, run, training, hub)

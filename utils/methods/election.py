@@ -25,7 +25,7 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import BATCH, Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
-from utils.ledger.statement import Circumstances, describe_cost
+from utils.ledger.statement import UNKNOWN_BASE, Circumstances, describe_cost
 from utils.methods.classes import Classes, Nearest, build_nearest
 from utils.methods.planning import PrivateRows
 from utils.privacy.plan import PrivacyPlan, make_plan
@@ -98,7 +98,10 @@ class Election:
 
     def describe_circumstances(self, randomness: SecretRandomness) -> Circumstances:
         """What the statement says beside the mechanisms."""
-        return Circumstances(randomness.is_private, randomness.source, base=self._base)
+        unknown = UNKNOWN_BASE in (self.paid.statement or {}).get("not_covered", ())
+        return Circumstances(
+            randomness.is_private, randomness.source, base=self._base, is_base_known=not unknown
+        )
 
     def describe_cost(self, plan: PrivacyPlan, recharged: int) -> str:
         """`statement.describe_cost`, with the base model behind the candidates."""

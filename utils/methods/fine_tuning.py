@@ -122,7 +122,9 @@ def run_method(
     agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
         warm_up(stage, engine, method.stages, training.seed)
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
+    private_set, plan, run = reserve(
+        found, privacy, training, side, agreed, stage.describe_circumstances(), plan_for
+    )
     accelerator.print(announce(stage, plan, run, engine, private_set.left_out))
 
     # Train by DP-SGD.
@@ -185,8 +187,7 @@ def publish(
     Raises:
         UsageError: see `Run.publish`.
     """
-    about = stage.describe_circumstances()
-    statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan, about)
+    statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan)
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     template = None if data.label_column is None else data.template
     drawing = replace(drawing, caption_template=template)

@@ -91,7 +91,8 @@ def run_release(
         return print_plan(accelerator, plan)
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
-    private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, plan_for)
+    about = Circumstances(randomness.is_private, randomness.source)
+    private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, about, plan_for)
     accelerator.print(announce(plan, run, classes.count))
 
     # Sum over the units of each batch, and release the sums with noise.
@@ -107,8 +108,7 @@ def run_release(
     means = torch.stack(run.repeat("means", plan.steps, release_sum))
 
     # Everything from here on sees the noisy means only.
-    about = Circumstances(randomness.is_private, randomness.source)
-    on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan, about))
+    on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan))
     made = on_main_process(lambda: draw_set(run, plan, args, kind))
     if training.discard_latents:
         discard_copies(run.output_dir, None)

@@ -18,6 +18,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import confirm, find_ledger, open_run
 from utils.ledger.runs import Run
+from utils.ledger.statement import Circumstances
 from utils.models.families import find_family
 from utils.privacy.accounting import account
 from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
@@ -142,6 +143,7 @@ def reserve(
     training: TrainingArguments,
     resolution: int,
     agreed: dict,
+    about: Circumstances,
     plan_for: PlanFor,
 ) -> tuple[PrivateSet, PrivacyPlan, Run]:
     """Plan and reserve what will be spent on the private rows, and show their owner what training
@@ -151,6 +153,7 @@ def reserve(
 
     Args:
         agreed: what a checkpoint must agree with, beside the plan.
+        about: what the statement will say beside the mechanisms.
 
     Raises:
         UsageError: bad data or an impossible plan (see `make_plan`, `open_run` and `confirm`).
@@ -158,13 +161,12 @@ def reserve(
     """
     plan = plan_for(found.num_units)
     spent = account(plan.events(), plan.delta)  # if the accountants disagree, nothing is reserved
-    is_private = privacy.debug_noise_seed is None
 
     def open_and_remember() -> Run:
-        run = open_run(training, privacy, plan, agreed, is_private)
+        run = open_run(training, privacy, plan, agreed, about)
         source, branch = name_source(found.data), run.branch
         warn_of_other_ledgers(source, branch.ledger)
-        if run.checkpoint is None and is_private:
+        if run.checkpoint is None and about.is_private:
             epsilon = spent.add_or_remove_one
             remember_run(source, branch.ledger, branch.run, epsilon, plan.delta)
         return run
@@ -173,7 +175,7 @@ def reserve(
     try:
         private_set, plan = _check_images(found, plan, plan_for)
         show_private_set(private_set, resolution, training.output_dir)
-        run = on_main_process(lambda: confirm(run, privacy, plan, is_private))
+        run = on_main_process(lambda: confirm(run, privacy, plan))
     except UsageError:
         if run.checkpoint is None:
             on_main_process(run.branch.give_up)

@@ -5,6 +5,7 @@ Nothing here is private.
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,10 +18,13 @@ from transformers import CLIPTokenizer
 
 from utils.arguments.pretraining import PretrainArguments
 from utils.arguments.sampling import DrawingArguments
-from utils.data.images import scale_to_unit_range, tile_images
+from utils.arguments.training import DataArguments
+from utils.data.images import ImageRows, keep_readable, scale_to_unit_range, tile_images
+from utils.data.rows import load_rows
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.gradients.short_attention import use_fast_attention
+from utils.ledger.public_sets import refuse_private_set
 from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.families.stable_diffusion import tokenize_captions
@@ -30,6 +34,17 @@ from utils.sampling.generation import generate
 # What suits small images; benchmarks/RESULTS.md has what 50 steps of DDIM would gain.
 SMALL = {"num_inference_steps": 8, "guidance_scale": 2.0}
 SMALL_FLOW = {"num_inference_steps": 12, "guidance_scale": 2.0}
+
+
+def load_public_images(data: DataArguments) -> tuple[ImageRows, Mapping[str, int]]:
+    """The images that can be read, and how many were left out, by reason (`keep_readable`).
+
+    Raises:
+        UsageError: see `load_rows`, `keep_readable`; or the set comes from private images.
+    """
+    refuse_private_set("the set", data.dataset_name or data.train_data_dir)
+    images = ImageRows(load_rows(data), data.image_column, data.window)
+    return keep_readable(images, data.strict_images)
 
 
 def fit(accelerator, name, objective, sample_batch, steps, learning_rate, args) -> nn.Module:

@@ -82,7 +82,8 @@ def run_relabelling(
     prepare_repository(hub, privacy)
     about = election.describe()
     agreed = collect_settings("relabelling", args, found.data, training) | about
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
+    told = election.describe_circumstances(randomness)
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(plan, run, election))
     seen = extract_candidates(candidates, election.extractor, accelerator.is_main_process)
     whiten = fit_whitening(seen)
@@ -94,7 +95,6 @@ def run_relabelling(
 
     # Everything from here on sees the noisy classifier only.
     named = name_images(candidates, whiten(seen) @ weights.T, names, prompts)
-    told = election.describe_circumstances(randomness)
     tensors = asdict(whiten) | {"weights": weights}
 
     def export(folder: Path) -> None:
@@ -102,7 +102,7 @@ def run_relabelling(
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / LABELLER, spoken)
         save_changes(candidates, named, len(names), folder)
 
-    on_main_process(lambda: run.publish(export, plan, told))
+    on_main_process(lambda: run.publish(export, plan))
     kept = choose_kept(candidates, named, args, accelerator)
     did = {"relabelled": asdict(args) | about}
     leave_set(kept, did, election.paid, plan, run, training, hub)

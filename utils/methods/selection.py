@@ -93,7 +93,9 @@ def run_selection(
         return
     agreed = collect_settings("selection", args, data, training)
     agreed["base_model_checksum"] = stage.base_checksum
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, plan_for)
+    private_set, plan, run = reserve(
+        found, privacy, training, side, agreed, stage.describe_circumstances(), plan_for
+    )
     accelerator.print(announce(stage, plan, run, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
@@ -104,8 +106,7 @@ def run_selection(
     keep = replace(keep, plan=plan_later_training(privacy, training.max_train_steps, plan))
     saliency = conclude(noisy.double().numpy(), scoring, keep, args, stage.base_checksum, plan)
     saliency = replace(saliency, run=run.branch.run, private=stage.randomness.is_private)
-    about = stage.describe_circumstances()
-    on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan, about))
+    on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan))
     finish(stage, data, training, encoded_dir, describe_selection(saliency, training))
 
 

@@ -70,6 +70,7 @@ class Stage:
         base_checksum: of those weights. model: where it came from.
         base_settings: how images are drawn from it, as far as it says (`read_settings`).
         base_statement: verified, of a base model that is a private result itself; else None.
+        is_base_known: whether anyone could tell whether it is.
         audit: what a replay of this very set-up proved; None if there was none.
     """
 
@@ -82,6 +83,7 @@ class Stage:
     model: ModelArguments
     base_settings: dict
     base_statement: dict | None = None
+    is_base_known: bool = True
     audit: dict | None = None
 
     def describe_circumstances(self) -> Circumstances:
@@ -93,6 +95,7 @@ class Stage:
             precision="fp32" if precision == "no" else precision,
             audit=self.audit,
             base=self.base_statement,
+            is_base_known=self.is_base_known,
         )
 
 
@@ -154,7 +157,7 @@ def load_stage(
             `choose_objective`, `choose_settings` and `find_base_statement`.
     """
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
-    base_statement, base_settings = on_main_process(
+    (base_statement, is_base_known), base_settings = on_main_process(
         lambda: (find_base_statement(model, data), read_base_settings(model))
     )
     load = load_pipeline if training.num_units is None else load_shape
@@ -177,19 +180,21 @@ def load_stage(
         model=model,
         base_settings=base_settings,
         base_statement=base_statement,
+        is_base_known=is_base_known,
     )
 
 
-def find_base_statement(model: ModelArguments, data: DataArguments) -> dict | None:
-    """The statement of a base model that is a private result itself, verified; else None.
+def find_base_statement(model: ModelArguments, data: DataArguments) -> tuple[dict | None, bool]:
+    """The statement of a base model that is a private result itself, verified; else None. And
+    whether anyone could tell.
 
     Raises:
         UsageError: it does not hold, is stamped NOT PRIVATE, or protects another unit.
     """
     name, unit = model.pretrained_model_name_or_path, name_unit(data.privacy_unit_column)
-    statement, _ = read_base_statement(name, model.revision)
+    statement, is_known = read_base_statement(name, model.revision)
     if statement is None:
-        return None
+        return None, is_known
     if statement["private"] is not True:
         raise UsageError(f"the base model {name} is stamped NOT PRIVATE: nothing covers it")
     if statement["privacy_unit"] != unit:
@@ -198,7 +203,7 @@ def find_base_statement(model: ModelArguments, data: DataArguments) -> dict | No
             f"'{statement['privacy_unit']}', and this run protects '{unit}': their epsilons cannot "
             "be added up"
         )
-    return statement
+    return statement, True
 
 
 def collect_settings(
