@@ -117,14 +117,12 @@ def run_method(
         previewed = preview(found, privacy, training, side, plan_for)
         show_plan(stage, engine, unit_bytes, training, found, previewed, about)
         return
-    adapter = collect_adapter_tensors(stage)
+    adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     settings = collect_settings(method.name, method.settings, data, training)
     agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
         warm_up(stage, engine, method.stages, training.seed)
-    private_set, plan, run = reserve(
-        found, privacy, training, side, agreed, stage.describe_circumstances(), plan_for
-    )
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(stage, plan, run, engine, private_set.left_out))
 
     # Train by DP-SGD.

@@ -93,9 +93,8 @@ def run_selection(
         return
     agreed = collect_settings("selection", args, data, training)
     agreed["base_model_checksum"] = stage.base_checksum
-    private_set, plan, run = reserve(
-        found, privacy, training, side, agreed, stage.describe_circumstances(), plan_for
-    )
+    told = stage.describe_circumstances()
+    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(stage, plan, run, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
