@@ -55,7 +55,10 @@ def read_events(folder) -> list[dict]:
 def test_its_cost_is_composed_with_that_of_the_set(drawn, image_folder, tmp_path):
     run = tmp_path / "run"
     shown = relabel(drawn / "set", image_folder, run, "--target_epsilon", 9)
-    assert "4 classes learns from 40 private units, to name 24 images: with what those cost, epsilon" in shown
+    assert (
+        "4 classes learns from 40 private units, to name 24 images: with what those cost, epsilon"
+        in shown
+    )
     statement = read_json(run / "privacy.json")
     assert [e["purpose"] for e in statement["events"]] == ["training", "relabelling"]
     assert statement["events"][1]["steps"] == 200
