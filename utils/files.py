@@ -18,6 +18,7 @@ STATEMENT = "privacy.json"  # what epsilon is computed from
 SIGNATURE = "privacy.json.sig"  # of whoever stands behind the statement
 CARD = "README.md"
 SAMPLES = "samples"  # images of the trained model
+SAMPLE = r"(\d{4}|grid|film)\.png"  # their names, as a pattern
 SALIENCY = "saliency.json"  # which matrices a selection chose
 SAMPLING_SETTINGS = "sampling.json"  # how images are drawn from a model; or how a set was made
 METADATA = "metadata.jsonl"  # the captions of an image folder, as `datasets` reads them

@@ -1,6 +1,7 @@
 """What a path stands for, and whether what it holds is what was paid for."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from tests.ledger.conftest import state
 from tests.worlds import build_plan
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
-from utils.files import private_folder
+from utils.files import SAMPLE, private_folder
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import open_run
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances, add_base, list_all_events, quote_total
 from utils.ledger.verification import (
+    HARMLESS,
     Source,
     check_card,
     describe_verified,
@@ -93,6 +95,13 @@ def test_files_that_are_missing_changed_or_not_accounted_for(published):
         "b.safetensors is missing",
         "unet/more.BIN: the statement does not account for it",
     ]
+
+
+def test_the_film_of_a_run_needs_no_account_in_a_repository():
+    """As hub/upload sends it, with `--validation_steps`; other pictures are somebody else's."""
+    for name in ("film.png", "grid.png", "0012.png"):
+        assert HARMLESS.fullmatch(f"samples/{name}") and re.fullmatch(SAMPLE, name)
+    assert not HARMLESS.fullmatch("samples/patient.png") and not HARMLESS.fullmatch("film.png")
 
 
 def test_a_ledger_that_was_taken_away_is_missed(published):

@@ -14,6 +14,7 @@ from utils.errors import UsageError
 from utils.files import (
     CARD,
     PRIVATE,
+    SAMPLE,
     SAMPLE_DIGESTS,
     SAMPLES,
     SAMPLING_SETTINGS,
@@ -30,11 +31,10 @@ from utils.ledger.signatures import check_signature
 from utils.ledger.verification import find_problems, read_source
 from utils.models.drawing import read_settings
 
-SAMPLE = re.compile(r"(\d{4}|grid|film)\.png")
 # What an earlier upload may have left, of a model or a synthetic set.
 OURS = re.compile(
-    r"data/train-.*\.parquet|samples/(\d{4}|grid|film)\.png|(privacy|sampling)\.json|grid\.png|privacy\.json\.sig|"
-    r"(unet|transformer)/.*|"
+    rf"data/train-.*\.parquet|samples/{SAMPLE}|(privacy|sampling)\.json|grid\.png|"
+    r"privacy\.json\.sig|(unet|transformer)/.*|"
     r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
     r"pytorch_lora_weights\.safetensors"
 )
@@ -109,7 +109,7 @@ def _list_samples(output_dir: Path) -> list[str]:
     if not folder.is_dir():
         return []
     generated = json.loads(record.read_text()) if record.is_file() else {}
-    names = sorted(path.name for path in folder.iterdir() if SAMPLE.fullmatch(path.name))
+    names = sorted(path.name for path in folder.iterdir() if re.fullmatch(SAMPLE, path.name))
     for name in names:
         path = folder / name
         if path.is_file() and not path.is_symlink() and generated.get(name) != hash_file(path):

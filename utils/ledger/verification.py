@@ -14,7 +14,17 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from utils.errors import UsageError
 from utils.fetching import fetch_file
-from utils.files import CARD, CHECKPOINTS, LEDGER, MEANS, PRIVATE, PUBLISHED, STATEMENT, hash_file
+from utils.files import (
+    CARD,
+    CHECKPOINTS,
+    LEDGER,
+    MEANS,
+    PRIVATE,
+    PUBLISHED,
+    SAMPLE,
+    STATEMENT,
+    hash_file,
+)
 from utils.ledger.charges import find_smallest_delta, list_charged_events, summarise_runs
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
@@ -27,7 +37,7 @@ WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
 FIRST_RELEASE = f"{FIRST_MEANS}/{MEANS}"  # of a stage in a run's own folder
 # What a repository may hold beside the files of its statement.
 HARMLESS = re.compile(
-    r"(privacy|sampling)\.json|privacy\.json\.sig|README\.md|\.gitattributes|samples/(\d{4}|grid)\.png"
+    rf"(privacy|sampling)\.json|privacy\.json\.sig|README\.md|\.gitattributes|samples/{SAMPLE}"
 )
 
 
