@@ -1,6 +1,7 @@
 """Clause 9: a base model that is a private result itself brings its epsilon along."""
 
 import json
+import re
 
 import pytest
 
@@ -11,7 +12,9 @@ from utils.files import STATEMENT
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.statement import UNKNOWN_BASE, add_base, quote_total
+from utils.methods.election import Election
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
+from utils.privacy.randomness import SecretRandomness
 from utils.sampling import paid_sets
 from utils.sampling.generation import claim_folder
 from utils.sampling.paid_sets import PaidSet, find_covered_set
@@ -140,7 +143,9 @@ def test_a_base_that_protects_another_unit_is_refused(private_base, adapter):
         find(private_base, adapter)
 
 
-def test_training_on_a_private_base_adds_what_was_spent_on_it(private_base, image_folder, tmp_path):
+def test_training_on_a_private_base_adds_what_was_spent_on_it(
+    private_base, image_folder, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "run"
     arguments = train_arguments(private_base, image_folder, output, "--num_validation_images", 0)
     shown = train_here(arguments)
@@ -152,7 +157,12 @@ def test_training_on_a_private_base_adds_what_was_spent_on_it(private_base, imag
     together = [*base["events"], *statement["events"]]
     assert quote_total(statement)[0] == pld_epsilon(together, 1e-3)
     card = (output / "README.md").read_text()
-    assert f"epsilon = {quote_total(statement)[0]:.3f} at delta" in card
+    assert f"epsilon = {total:.3f} at delta" in card
+    (code,) = [part for part in re.findall("```python\n(.*?)```", card, re.S) if "PLD" in part]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: output / STATEMENT)
+    exec(code, {})
+    found, _, _, at = capsys.readouterr().out.split()
+    assert abs(float(found) - total) < 1e-3 and float(at) == delta
     # Another copy of the base, without its statement, changes nothing: the adapter remembers.
     (private_base / STATEMENT).unlink()
     assert find(private_base, output).statement == statement
@@ -162,3 +172,11 @@ def test_training_on_a_private_base_adds_what_was_spent_on_it(private_base, imag
     assert "stamped NOT PRIVATE" in train_here(again)
     (private_base / STATEMENT).write_text(json.dumps(state(unit_column="patient")))
     assert "cannot be added up" in train_here(again)
+
+
+def test_a_doubt_about_the_base_is_passed_on_to_what_is_made_of_its_images():
+    for doubts in ([UNKNOWN_BASE], []):
+        paid = PaidSet((), state() | {"not_covered": doubts}, {}, "digest")
+        about = Election(paid, (), (), None, None, None, None)
+        about = about.describe_circumstances(SecretRandomness())
+        assert about.is_base_known == (not doubts)
