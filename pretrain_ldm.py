@@ -60,7 +60,7 @@ def main():
         describe_left_out,
         read_pixel_batches,
     )
-    from utils.data.rows import read_captions
+    from utils.data.rows import find_used_template, read_captions
     from utils.methods import pretraining
     from utils.methods.public_objectives import check_base, take_base
     from utils.models.drawing import adopt_template
@@ -95,7 +95,7 @@ def main():
     if accelerator.is_main_process:
         pipeline = trained.assemble(vae)
         pipeline.set_progress_bar_config(disable=True)
-        template = None if data.label_column is None else data.template
+        template = find_used_template(data)
         pretraining.save_grids(pipeline, pixels, captions, output_dir, args.seed, template)
         save_in_fp16(pipeline, output_dir)
         print(f"saved the pipeline, reconstructions.png and samples.png in {output_dir}")

@@ -3,6 +3,7 @@
 PyTorch is imported where it is needed: a mistake on the command line should not wait for it.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -13,6 +14,10 @@ from utils.chatter import drop_chatter
 
 PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
 
+BAD_PATHS = {
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG),
+}
 WINDOWS = (
     "on Windows it would not keep what it promises of private folders, that only their owner reads "
     "them, and of the ledger, that it outlives a power cut: run it in WSL (wsl --install)"
@@ -95,7 +100,8 @@ def on_main_process(work: Callable[[], object]) -> object:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`, and end with a sentence on stderr rather than a traceback.
 
-    Exit code 2 for a `UsageError`; 128 + signal for a clean stop; 1 if memory ran out, or another
+    Exit code 2 for a `UsageError`, or a path that cannot be read or written as it was meant; 128 +
+    signal for a clean stop; 1 if memory ran out, or another
     process was lost.
     """
     where = f" (process {_rank()})" if _rank() else ""
@@ -112,6 +118,14 @@ def run_script(main: Callable[[], None]) -> None:
     except Stopped as stop:
         print(f"{stop}{where}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print(f"interrupted{where}; what was saved is safe", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if error.filename is None or error.errno not in BAD_PATHS:
+            raise
+        print(f"error{where}: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if _ran_out_of_memory(error):
             print(f"error{where}: {OUT_OF_MEMORY} ({_first_line(error)})", file=sys.stderr)

@@ -4,6 +4,7 @@ OUTPUT_DIR/privacy.json  README.md  samples/  and the weights       public
 OUTPUT_DIR/private/ledger.jsonl  checkpoints/  latents/  cache/     mode 0700, never uploaded
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def explain_disk_errors(output_dir: Path) -> Iterator[None]:
-    """A disk that takes no more becomes one sentence.
+    """A disk that takes no more becomes one sentence, which says how to go on.
 
     Raises:
         UsageError: instead of the OSError or SafetensorError of what runs inside.
@@ -117,7 +118,11 @@ def explain_disk_errors(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+        places = (private_folder(output_dir) / CHECKPOINTS, Path(output_dir) / CHECKPOINTS)
+        saved = any(path for place in places for path in place.glob("checkpoint-*"))
+        then = "resume with --resume_from_checkpoint latest" if saved else "give the command again"
         raise UsageError(
-            f"cannot write to {output_dir}: {error}. Nothing is lost: make room, and resume with "
-            "--resume_from_checkpoint latest"
+            f"cannot write to {output_dir}: {error}. Nothing is lost: "
+            f"{'make room' if full else 'mend that'}, and {then}"
         ) from error

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -120,3 +121,14 @@ def test_fp16_is_explained_wherever_it_comes_from(monkeypatch, where):
     asked = "fp16" if where == "option" else None
     with pytest.raises(UsageError, match="loss scaling looks at the data; use bf16"):
         TrainingArguments(output_dir="x", mixed_precision=asked)
+
+
+def test_a_home_folder_is_found_where_no_shell_looks(monkeypatch, tmp_path):
+    """In a file, and after an equals sign; other words with a tilde stay as they are."""
+    monkeypatch.setenv("HOME", "/home/me")
+    read_here = partial(read, monkeypatch, tmp_path)
+    assert read_here("needed: ~/scans").needed == "/home/me/scans"
+    assert read_here("names: [~/a, b~, ~x]", "--needed=~/b").names == ["/home/me/a", "b~", "~x"]
+    assert read_here("rank: 1", "--needed=~/b").needed == "/home/me/b"
+    assert read_here("rank: 1", "--needed", "~/b").needed == "/home/me/b"
+    assert read_here("rank: 1", "--needed", "about ~/b").needed == "about ~/b"

@@ -69,6 +69,7 @@ def test_csv_files_as_programs_write_them(tmp_path, content):
         ("csv", "file_name,text\n0,x\n", "did you mean 0.png"),
         ("csv", "file_name,text\n../else/0.png,x\n", "it names ../else/0.png"),
         ("jsonl", '{"file_name": "0.png"},\n', "cannot read"),
+        ("jsonl", '{"file_name": "0.png"}\n\n{"file_name":', "cannot read.*: line 3: Expecting"),
         ("jsonl", '[{"file_name": "0.png"}]', "row 1 has no file_name.*it has: list"),
         ("jsonl", "{}", "it has: nothing else"),
     ],

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import BUDGET, train_arguments, train_here
 from utils.arguments.training import DataArguments
 from utils.data.private_set import load_private_set
-from utils.data.rows import load_rows, load_split, read_captions
+from utils.data.rows import find_used_template, load_rows, load_split, read_captions, read_labels
 from utils.errors import UsageError
 
 
@@ -177,3 +177,33 @@ def test_it_is_warned_of_repeated_pictures_and_how_many_stays_private(tmp_path, 
     assert '"pictures_in_several_units": 3' in report
     public = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and "private" not in p.parts]
     assert not any(b"several_units" in path.read_bytes() for path in public)
+
+
+def test_whole_numbers_that_pandas_wrote_as_floats_name_their_classes():
+    rows = Dataset.from_dict({"label": [0.0, 1.0, 12.0]})
+    assert list(read_labels(rows, "label")) == ["0", "1", "12"]
+    for value, said in ((0.5, "a row holds 0.5; a label is"), (float("nan"), "has no label")):
+        with pytest.raises(UsageError, match=said):
+            list(read_labels(Dataset.from_dict({"label": [1.0, value]}), "label"))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "../scans"])
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr("utils.data.rows.load_dataset", None)
+    with pytest.raises(UsageError, match=f"--dataset_name .*{name.strip('./')} is not a folder"):
+        load_split(name, None, None, "train")
+
+
+def test_a_file_is_no_set(tmp_path):
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(UsageError, match="train.parquet is a file: name its folder"):
+        load_split(str(tmp_path / "train.parquet"), None, None, "train")
+
+
+def test_a_template_is_published_only_if_it_made_the_captions():
+    """`sample.py --class_names` would fill prompts that nothing was trained on."""
+    asked = {"label_column": "label", "caption_template": "a {label}"}
+    assert find_used_template(DataArguments(**asked)) == "a {label}"
+    for other in ({"caption": "x"}, {"caption": ""}, {"caption_column": "text"}):
+        assert find_used_template(DataArguments(**asked, **other)) is None
+    assert find_used_template(DataArguments(caption="x")) is None

@@ -48,7 +48,9 @@ def test_a_plan_needs_no_images(tiny_base, tmp_path):
     assert "at least 1" in train_here([*arguments, "--dry_run", "--num_units", 0])
 
 
-def test_a_unit_lost_with_its_image_leaves_a_plan_for_the_others(tiny_base, image_folder, tmp_path):
+def test_a_unit_lost_with_its_image_leaves_a_plan_for_the_others(
+    tiny_base, image_folder, tmp_path, capsys
+):
     """Everyone is in every step: then everyone is one less."""
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
@@ -57,6 +59,11 @@ def test_a_unit_lost_with_its_image_leaves_a_plan_for_the_others(tiny_base, imag
     arguments += [*CAPTION, *BUDGET, "--output_dir", tmp_path / "run", "--dry_run"]
     plan = read_plan(train_here([*arguments, "--num_validation_images", 0]))
     assert (plan["num_units"], plan["expected_batch_size"]) == (39, 39)
+    said = capsys.readouterr().err
+    assert "40 units were named, 39 are left (left out: 1 " in said
+    assert said.count("verdict: noise will win") == 2
+    alone = train_here([*arguments[:-1], "--dry_run", "--num_units", 39])
+    assert plan["verdict"] == read_plan(alone)["verdict"]
 
 
 @pytest.mark.slow

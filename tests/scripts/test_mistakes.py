@@ -27,7 +27,11 @@ MISTAKES = [
     (["--label_column", "class"], "the columns are image, label"),
     (["--caption_template", "a digit"], "has no {label}"),
     (["--target_delta", "0.025"], "below 1/N"),
-    (["--target_epsilon", "0"], "no finite noise"),
+    (["--target_epsilon", "0"], "a positive, finite number"),
+    (["--target_epsilon", "inf"], "a positive, finite number"),
+    (["--latents_dir", "A_FILE"], "A_FILE takes no files"),
+    (["--caption", "a", "--caption_column", "label"], "not both"),
+    (["--train_data_dir", "A_FILE"], "A_FILE is a file: name its folder"),
     (["--target_epsilon", "1e-6", "--target_delta", "1e-12"], "larger epsilon"),
     (["--expected_batch_size", "0"], "number of units"),
     (["--target_modules", "to_out"], "did you mean to_out.0"),
@@ -80,7 +84,9 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     import train_dp_lora
 
     (tmp_path / "EMPTY").mkdir()
-    names = {"EMPTY": str(tmp_path / "EMPTY"), "OCCUPIED": str(occupied)}
+    (tmp_path / "A_FILE").touch()
+    names = {name: str(tmp_path / name) for name in ("EMPTY", "A_FILE")}
+    names["OCCUPIED"] = str(occupied)
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "output")
     arguments += [names.get(word, word) for word in change]
     argv = patch.object(sys, "argv", ["train_dp_lora.py", *map(str, arguments)])
@@ -113,6 +119,34 @@ def test_out_of_memory_says_what_to_change(capsys, error):
     for option in ("--train_batch_size", "--gradient_checkpointing", "--batch_size"):
         assert option in said
     assert "more" not in said.split("(")[-1]
+
+
+def test_a_path_that_cannot_be_used_is_one_sentence(tmp_path, capsys):
+    """Wherever it is met: a file where a folder is wanted, or the other way round."""
+    (tmp_path / "file").touch()
+    for work in (
+        (tmp_path / "file" / "run").mkdir,
+        (tmp_path / "file").mkdir,
+        tmp_path.read_text,
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_script(work)
+        said = capsys.readouterr().err
+        assert (
+            exit.value.code == 2 and said.startswith(f"error: {tmp_path}") and said.count("\n") == 1
+        )
+    with pytest.raises(FileNotFoundError):  # may be a bug
+        run_script((tmp_path / "nowhere").read_text)
+
+
+def test_ctrl_c_is_one_sentence(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(stop)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "interrupted; what was saved is safe\n"
 
 
 def test_another_error_stays_what_it_is():

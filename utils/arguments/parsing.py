@@ -1,6 +1,7 @@
 """The command line: dataclasses into options, one help line a field; a YAML file gives defaults."""
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import MISSING, field, fields
@@ -43,6 +44,7 @@ def parse(*dataclasses: type, description: str) -> tuple:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of arguments; the command line wins over it")
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     config = _find_config(sys.argv[1:])
     if config is not None:
         _apply_yaml(parser, Path(config))
@@ -55,6 +57,7 @@ def parse(*dataclasses: type, description: str) -> tuple:
 def parse_command(commands: dict[str, type], description: str) -> object:
     """Parse `SCRIPT COMMAND ...` into an object of the dataclass that `commands` has for COMMAND;
     the docstring of that dataclass is its help line."""
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     subparsers = parser.add_subparsers(
         required=True, metavar="COMMAND", dest="command", parser_class=_Parser
@@ -82,6 +85,12 @@ class _Parser(HfArgumentParser):
             parser.add_argument(field.name, help=field.metadata["help"])
         else:
             HfArgumentParser._parse_dataclass_field(parser, field)
+
+
+def _expand_home(word: str) -> str:
+    """~/folder as a shell would give it: in a file, and after `--option=`, no shell does."""
+    option, path = re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL).groups()
+    return (option or "") + (os.path.expanduser(path) if path.startswith("~/") else path)
 
 
 def _hide_token() -> None:
@@ -194,7 +203,7 @@ def _read_word(action: argparse.Action, word: object) -> object:
         raise ValueError(f"{word!r} is not one value")
     kinds = {int: "a whole number", float: "a number"}
     try:
-        value = word if action.type is None else action.type(word)
+        value = _expand_home(word) if action.type in (None, str) else action.type(word)
     except ValueError as error:
         raise ValueError(f"{word} is not {kinds.get(action.type, 'valid')}") from error
     if action.choices is not None and value not in action.choices:

@@ -34,10 +34,10 @@ class DataArguments:
     )
     image_column: str = option("column that holds the images", "image")
     caption: str | None = option(
-        "one public caption for all images, instead of a column; '' for none", None
+        "one public caption for all images, instead of any column; '' for none", None
     )
     caption_column: str | None = option("column that holds the captions", None)
-    label_column: str | None = option("column that holds class labels, instead of captions", None)
+    label_column: str | None = option("column of class labels; captions, unless given", None)
     caption_template: str | None = option(
         "caption of a label; default: as the base model was trained, if its sampling.json says so, "
         f"or '{USUAL_TEMPLATE}'",
@@ -67,6 +67,8 @@ class DataArguments:
 
     def __post_init__(self):
         check_range(self.intensity_range)
+        if self.caption is not None and self.caption_column is not None:
+            raise UsageError("give --caption, one for all images, or --caption_column; not both")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise UsageError(f"--max_train_samples {self.max_train_samples} must be at least 1")
 

@@ -73,8 +73,13 @@ def _read_csv(table: Path) -> list[dict]:
 
 
 def _read_jsonl(table: Path) -> list[dict]:
-    lines = read_text(table).splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(read_text(table).splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {str(error).partition(': line ')[0]}") from error
+    return rows
 
 
 def _read_parquet(table: Path) -> list[dict]:

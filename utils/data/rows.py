@@ -63,8 +63,10 @@ def load_split(
     if (dataset_name is None) == (train_data_dir is None):
         raise UsageError("give exactly one of --dataset_name and --train_data_dir")
     folder = Path(train_data_dir or dataset_name)
-    if train_data_dir is not None and not folder.is_dir():
-        raise UsageError(f"--train_data_dir {train_data_dir} is not a folder")
+    if not folder.is_dir() and (train_data_dir is not None or not _may_be_on_the_hub(dataset_name)):
+        name = "--train_data_dir" if dataset_name is None else "--dataset_name"
+        why = "is a file: name its folder" if folder.is_file() else "is not a folder"
+        raise UsageError(f"{name} {folder} {why}")
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
@@ -82,10 +84,16 @@ def load_split(
             rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache, **how)
     except LOADING_ERRORS as error:
         reason = str(error) or type(error).__name__
-        raise UsageError(f"cannot read {name_split(split)} of {folder}: {reason}") from error
+        where = folder if folder.is_dir() else f"{folder} (no folder here, so a Hub id)"
+        raise UsageError(f"cannot read {name_split(split)} of {where}: {reason}") from error
     if len(rows) == 0:
         raise UsageError(f"{folder} holds no images in {name_split(split)}")
     return rows
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether this can be the name of a repository, rather than a path that is not there."""
+    return not Path(name).exists() and name.count("/") <= 1 and name[:1] not in ("/", ".")
 
 
 def name_split(split: str | None) -> str:
@@ -160,6 +168,12 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
     return Column(rows, labels.column, lambda value: fill_template(template, labels.to_text(value)))
 
 
+def find_used_template(data: DataArguments) -> str | None:
+    """`--caption_template`, if captions are labels that it was filled with; else None."""
+    others = data.caption is not None or data.caption_column is not None
+    return None if data.label_column is None or others else data.template
+
+
 def fill_template(template: str, label: str) -> str:
     """The caption, or the prompt, of a class: `--caption_template` with its name filled in.
 
@@ -196,7 +210,7 @@ def read_labels(rows: Dataset, label_column: str) -> Column:
     feature = getattr(feature, "feature", feature)  # of a list, that of its items
 
     def name(value) -> str:
-        if value is None or value == -1 or value == []:
+        if value is None or value == -1 or value == [] or value != value:
             raise UsageError(f"--label_column {label_column}: a row has no label; fill it in")
         if isinstance(value, list):
             return ", ".join(map(name, value))
@@ -204,6 +218,13 @@ def read_labels(rows: Dataset, label_column: str) -> Column:
             raise UsageError(
                 f"--label_column {label_column}: a row holds a {type(value).__name__}, not a label"
             )
+        if isinstance(value, float):  # what pandas makes of whole numbers where some are missing
+            if not value.is_integer():
+                raise UsageError(
+                    f"--label_column {label_column}: a row holds {value:g}; a label is a name or a "
+                    "whole number"
+                )
+            value = int(value)
         return feature.int2str(int(value)) if isinstance(feature, ClassLabel) else str(value)
 
     return Column(rows, label_column, name)

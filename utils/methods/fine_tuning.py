@@ -16,6 +16,7 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.data.images import describe_left_out
+from utils.data.rows import find_used_template
 from utils.errors import on_main_process
 from utils.files import CARD, explain_disk_errors, write_durably
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -23,7 +24,7 @@ from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
 from utils.ledger.statement import describe_cost
-from utils.methods.outlook import collect_facts, replay_if_asked, show_plan, show_verdict
+from utils.methods.outlook import JudgedPlans, collect_facts, replay_if_asked, show_plan
 from utils.methods.planning import (
     PlanFor,
     load_private_rows,
@@ -111,11 +112,11 @@ def run_method(
     stage = replay_if_asked(stage, engine, data, privacy, training)
 
     # Plan what will be spent: can it work? If it is meant, reserve it.
-    plan_for = make_plan_for(method, stage, data, privacy, training)
-    side, about = stage.resolution, show_verdict(plan_for(found.num_units), facts, reasons)
+    plan_for = JudgedPlans(make_plan_for(method, stage, data, privacy, training), facts, reasons)
+    side, _ = stage.resolution, plan_for(found.num_units)  # what is impossible is refused now
     if training.dry_run:
         previewed = preview(found, privacy, training, side, plan_for)
-        show_plan(stage, engine, unit_bytes, training, found, previewed, about)
+        show_plan(stage, engine, unit_bytes, training, found, previewed, plan_for.report)
         return
     adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     settings = collect_settings(method.name, method.settings, data, training)
@@ -187,8 +188,7 @@ def publish(
     """
     statement = run.publish(lambda folder: method.export(stage.pipeline, folder), plan)
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
-    template = None if data.label_column is None else data.template
-    drawing = replace(drawing, caption_template=template)
+    drawing = replace(drawing, caption_template=find_used_template(data))
     settings = method.settings
     if isinstance(settings, LoraArguments | LoDAArguments):
         settings = choose_targets(settings, stage.pipeline)

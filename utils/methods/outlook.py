@@ -13,7 +13,7 @@ from utils.audit.replay import SetUp, replay
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.forecast import foresee
-from utils.methods.planning import PrivateRows, describe
+from utils.methods.planning import PlanFor, PrivateRows, describe
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
 from utils.privacy.accounting import account
@@ -40,16 +40,32 @@ def collect_facts(
     return PublicFacts(num_units, num_parameters, median_width(trained), rate, bool(warm_start))
 
 
-def show_verdict(plan: PrivacyPlan, facts: PublicFacts, reasons: list[str]) -> dict:
-    """Say what was chosen, and whether the plan can work, on stderr of the main process; returns
-    both, for the report of `--dry_run`."""
-    epsilon = account(plan.events(), plan.delta).add_or_remove_one
-    verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)
-    if PartialState().is_main_process:
-        for reason in reasons:
-            print(f"chosen: {reason}", file=sys.stderr)
-        print(f"verdict: {verdict}", file=sys.stderr)
-    return {"chosen": reasons, "verdict": asdict(verdict)}
+class JudgedPlans:
+    """`plan_for`, which also says whether the plan can work, on stderr of the main process: once,
+    and again if units were lost with images that cannot be used.
+
+    Attributes:
+        report: what was chosen and the last verdict, for the report of `--dry_run`.
+    """
+
+    def __init__(self, plan_for: PlanFor, facts: PublicFacts, reasons: list[str]):
+        self._plan_for, self._facts, self._judged = plan_for, facts, None
+        self.report = {"chosen": reasons}
+        if PartialState().is_main_process:
+            for reason in reasons:
+                print(f"chosen: {reason}", file=sys.stderr)
+
+    def __call__(self, num_units: int) -> PrivacyPlan:
+        plan = self._plan_for(num_units)
+        if num_units != self._judged:
+            self._judged = num_units
+            epsilon = account(plan.events(), plan.delta).add_or_remove_one
+            facts = self._facts
+            verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)
+            self.report["verdict"] = asdict(verdict)
+            if PartialState().is_main_process:
+                print(f"verdict: {verdict}", file=sys.stderr)
+        return plan
 
 
 def show_plan(

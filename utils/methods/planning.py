@@ -1,15 +1,17 @@
 """From the private rows to a plan: a preview of it, or one reserved before an image is read."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data.diagnostics import show_private_set
+from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, number_units, read_captions
 from utils.errors import UsageError, on_main_process
@@ -189,6 +191,12 @@ def _check_images(
     """The readable rows; if units were lost with the others, a plan for those that are left."""
     private_set = load_private_set(found.rows, found.data)
     if private_set.num_units != plan.num_units:
+        if PartialState().is_main_process:
+            print(
+                f"{plan.num_units} units were named, {private_set.num_units} are left "
+                f"({describe_left_out(private_set.left_out)}); all is planned for those",
+                file=sys.stderr,
+            )
         plan = plan_for(private_set.num_units)
     return private_set, plan
 

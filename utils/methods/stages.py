@@ -7,6 +7,7 @@ A stage (selection, training) is a run in the ledger. Both stories, `selection.r
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from accelerate import Accelerator
@@ -105,9 +106,9 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
     Nobody else can claim the folder while what is returned lives.
 
     Raises:
-        UsageError: see `claim_output_dir` and `check_products`; or there is no such tracker; or a
-            run was told how many units there are; or it was launched with DeepSpeed, FSDP or
-            Megatron.
+        UsageError: see `claim_output_dir` and `check_products`; or there is no such tracker; or
+            `--latents_dir` cannot be written; or a run was told how many units there are; or it was
+            launched with DeepSpeed, FSDP or Megatron.
     """
     if training.num_units is not None and not training.dry_run:
         raise UsageError("--num_units is for --dry_run: a run counts the units itself")
@@ -140,7 +141,19 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
         set_seed(training.seed)
     lock = []
     on_main_process(lambda: lock.append(claim_output_dir(training)))
+    if training.latents_dir is not None:
+        on_main_process(lambda: _check_writable(Path(training.latents_dir)))
     return accelerator, lock
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises: UsageError if `--latents_dir` takes no files: now, before anything is reserved."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--latents_dir {folder} takes no files: {error.strerror}") from error
 
 
 def load_stage(
@@ -216,6 +229,10 @@ def collect_settings(
         group: {k: v for k, v in asdict(values).items() if k not in FREE_TO_CHANGE}
         for group, values in groups.items()
     }
+    for source in ("dataset_name", "train_data_dir"):  # the same folder, however it is written
+        folder = kept["data"][source]
+        if folder is not None and Path(folder).exists():
+            kept["data"][source] = str(Path(folder).resolve())
     return json.loads(json.dumps(kept | {"name": name}))
 
 

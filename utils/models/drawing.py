@@ -187,5 +187,7 @@ def read_settings(folder: Path) -> dict:
     except (ValueError, AttributeError, TypeError, KeyError):
         valid = False
     if not valid:
-        raise UsageError(f"{path} does not say how to draw images; remove or mend it")
+        raise UsageError(
+            f"{path} does not say how to draw images: it is not a model's, or was changed"
+        )
     return found

@@ -154,7 +154,7 @@ def calibrate_noise_multiplier(
             to `LARGEST_NOISE`.
     """
     if not 0 < epsilon < math.inf:
-        raise UsageError(f"--target_epsilon {epsilon} must be positive: no finite noise reaches it")
+        raise UsageError(f"--target_epsilon {epsilon} must be a positive, finite number")
     if epsilon > LARGEST_EPSILON:
         raise UsageError(
             f"--target_epsilon {epsilon:g} is above {LARGEST_EPSILON:g}: it protects nobody, and "
