@@ -28,6 +28,7 @@ import importlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,14 +81,28 @@ def show(args: ShowArguments) -> None:
         print(json.dumps(report))
 
 
+def examine(path: str, revision: str | None) -> tuple[object, list[str], list[str]]:
+    """What `path` holds (a `Source`), what is wrong with it, and what is known of its images if it
+    is a synthetic set: the weights behind those, which are paid for, are not in their folder."""
+    from utils.ledger.verification import find_problems, read_source
+    from utils.sampling.paid_sets import check_images
+
+    source = read_source(path, revision)
+    found = None if source.folder is None else check_images(source.folder)
+    if found is None:
+        return source, find_problems(source), []
+    source = replace(source, folder=None, ledger=None)
+    return source, [*find_problems(source), *found[0]], found[1]
+
+
 def verify(args: VerifyArguments) -> None:
     from utils.ledger.signatures import check_signature
-    from utils.ledger.verification import describe_verified, find_problems, read_source
+    from utils.ledger.verification import describe_verified
 
-    source = read_source(args.path, args.revision)
-    problems, said = find_problems(source), []
-    if source.folder is not None and source.statement is not None:
-        said, wrong = check_signature(source.folder, args.signers)
+    source, problems, known = examine(args.path, args.revision)
+    said, folder = [], Path(args.path) if source.folder is None else source.folder
+    if folder.is_dir() and source.statement is not None:
+        said, wrong = check_signature(folder, args.signers)
         problems += wrong
     elif args.signers is not None:
         raise UsageError(f"--signers: {args.path} is not a folder or Hub id with a privacy.json")
@@ -96,7 +111,7 @@ def verify(args: VerifyArguments) -> None:
         for problem in problems:
             print(f"- {problem}", file=sys.stderr)
         sys.exit(1)
-    print("\n".join([*describe_verified(source), *said]))
+    print("\n".join([*describe_verified(source), *known, *said]))
 
 
 def sign(args: SignArguments) -> None:
@@ -111,15 +126,14 @@ def sign(args: SignArguments) -> None:
 
 def officer(args: OfficerArguments) -> None:
     from utils.hub.officer import write_officers_page
-    from utils.ledger.verification import find_problems, read_source
 
-    source = read_source(args.path, args.revision)
+    source, problems, known = examine(args.path, args.revision)
     if source.statement is None:
         raise UsageError(f"{args.path} holds no privacy.json: there is nothing to sign")
-    problems = find_problems(source)
-    write_officers_page(args.path, source, problems, Path(args.output_file))
+    write_officers_page(args.path, source, problems, known, Path(args.output_file))
     print(f"see {args.output_file}")
     if problems:
+        print(f"{args.path} does not verify: {'; '.join(problems)}", file=sys.stderr)
         sys.exit(1)
 
 

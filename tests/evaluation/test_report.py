@@ -202,7 +202,7 @@ def test_the_officers_page_fits_a_phone(tmp_path):
     path = tmp_path / "report.html"
     statement = build_mnist_statement()
     statement["made_by"]["commit"] = "0123456789abcdef" * 4  # a word longer than a phone is wide
-    write_officers_page("scans", Source(None, statement, None), [], path)
+    write_officers_page("scans", Source(None, statement, None), [], [], path)
     page = looked_at(path, 375, dark=True)
     assert page["width"] <= 375 and page["worst"] >= 4.5, page
     assert page["headings"][1] == "Who is protected" and page["headings"][-1] == "Before signing"

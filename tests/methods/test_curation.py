@@ -14,6 +14,7 @@ from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation as story
+from utils.sampling.paid_sets import check_images
 from utils.sampling.shards import hash_set
 
 EXTRACTOR = ["--extractor", "classifier", "--classifier_weights",
@@ -49,6 +50,31 @@ def test_votes_are_composed_with_what_the_candidates_cost(drawn, image_folder, t
     assert {hash_file(path) for path in kept.glob("0*.png")} <= originals
     events = list_charged_events(Ledger(drawn / "adapter/private/ledger.jsonl").records())
     assert [event["purpose"] for event in events][:2] == ["training", "curation"]
+
+
+def test_a_set_verifies_as_long_as_its_images_are_those_that_were_drawn(
+    drawn, image_folder, tmp_path, run_script
+):
+    """One of sample.py, and one that a stage left; the weights behind them lie elsewhere."""
+    curate(drawn / "set", image_folder, tmp_path / "run", "--target_epsilon", 9)
+    for folder in (drawn / "set", tmp_path / "run" / "set"):
+        copied = shutil.copytree(folder, tmp_path / "copies" / folder.parent.name)
+        assert check_images(copied) == ([], ["ok: its images are those that were drawn"])
+        (copied / "more.png").write_bytes(b"")
+        assert check_images(copied) == (["its images are not those that were drawn"], [])
+    assert check_images(drawn / "adapter") is None
+    begun = shutil.copytree(drawn / "set", tmp_path / "begun")
+    settings = read_json(begun / "sampling.json")
+    del settings["set"]
+    (begun / "sampling.json").write_text(json.dumps(settings))
+    assert "not all of its images were drawn" in check_images(begun)[0][0]
+
+    page = tmp_path / "page.html"
+    shown = run_script("privacy_report.py", "officer", drawn / "set", "--output_file", page)
+    assert shown.returncode == 0 and "Do not sign" not in page.read_text()
+    assert "its images are those that were drawn" in page.read_text()
+    shown = run_script("privacy_report.py", "verify", copied)
+    assert shown.returncode == 1 and "not those that were drawn" in shown.stderr
 
 
 def test_what_is_kept_follows_the_published_votes(public, image_folder, tmp_path):

@@ -19,13 +19,19 @@ from utils.privacy.accounting import pld_epsilon
 HOUSEHOLD = 4
 
 
-def write_officers_page(name: str, source: Source, problems: list[str], path: Path) -> None:
-    """Write the page on a result with a statement; `problems` are what `find_problems` found."""
+def write_officers_page(
+    name: str, source: Source, problems: list[str], known: list[str], path: Path
+) -> None:
+    """Write the page on a result with a statement.
+
+    Args:
+        problems: what `find_problems` found. known: of the images, if it is a synthetic set.
+    """
     statement, title = source.statement, f"{name}: what is promised"
     parts = [f"<h1>{escape(title)}</h1>", _summarise(statement, problems)]
     if statement["private"] and not problems:
         parts += [_who(statement), _how_sure(statement), _left_out(statement)]
-        parts += [_checked(name, source), _before_signing(statement)]
+        parts += [_checked(name, source, known), _before_signing(statement)]
     write_page(path, title, parts)
 
 
@@ -106,9 +112,9 @@ def _left_out(statement: dict) -> str:
     return f"<h2>What is left out</h2><ul>{lines}</ul>"
 
 
-def _checked(name: str, source: Source) -> str:
+def _checked(name: str, source: Source, known: list[str]) -> str:
     statement = source.statement
-    sentences = describe_verified(source)
+    sentences = [*describe_verified(source), *known]
     if source.ledger is not None:
         with_base = " and its base model" if "base" in statement else ""
         everything = pld_epsilon(source.events(), source.delta())

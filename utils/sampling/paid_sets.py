@@ -73,6 +73,19 @@ def read_sampling(folder: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def check_images(folder: Path) -> tuple[list[str], list[str]] | None:
+    """Of a synthetic set: what is wrong with its images, and what is known of them, a sentence
+    each, by the digest that sampling.json has; None of anything else, such as an adapter."""
+    settings = read_sampling(str(folder))
+    if SET_DIGEST in settings:
+        if hash_set(folder) == settings[SET_DIGEST]:
+            return [], ["ok: its images are those that were drawn"]
+        return ["its images are not those that were drawn"], []
+    if ADAPTER_FILES in settings:
+        return ["not all of its images were drawn: give its sample.py command again"], []
+    return None
+
+
 def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) -> PaidSet:
     """What paid for a synthetic set of release_means.py, curate.py or sample.py.
 
