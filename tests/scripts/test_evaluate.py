@@ -159,6 +159,10 @@ MISTAKES = [
     (["--extractor", "inception", "--inception_weights", "no.pt"], "no such file"),
     (["--extractor", "inception", "--inception_weights", "README.md"], "TorchScript"),
     (["--extractor", "clip", "--clip_model", "nobody/nothing"], "cannot be loaded"),
+    (["--test_dataset_name", "a/b"], "exactly one of --test_dataset_name and --test_data_dir"),
+    (["--metrics", "utility", "--test_label_column", "kind"], "--test_label_column kind: there is"),
+    (["--output_file", "/proc/here/metrics.json"], "--output_file: the folder /proc/here takes no"),
+    (["--output_file", "/tmp"], "/tmp is a folder: name a file in it"),
 ]
 
 

@@ -113,7 +113,9 @@ class EvaluateArguments:
 
     @property
     def test_source(self) -> tuple:
-        """Arguments of `load_split`."""
+        """Arguments of `load_split`. Raises: UsageError if none or two are named."""
+        if (self.test_dataset_name is None) == (self.test_data_dir is None):
+            raise UsageError("give exactly one of --test_dataset_name and --test_data_dir")
         return (self.test_dataset_name, None, self.test_data_dir, self.test_split)
 
     @property

@@ -64,9 +64,8 @@ def load_split(
         raise UsageError("give exactly one of --dataset_name and --train_data_dir")
     folder = Path(train_data_dir or dataset_name)
     if not folder.is_dir() and (train_data_dir is not None or not _may_be_on_the_hub(dataset_name)):
-        name = "--train_data_dir" if dataset_name is None else "--dataset_name"
         why = "is a file: name its folder" if folder.is_file() else "is not a folder"
-        raise UsageError(f"{name} {folder} {why}")
+        raise UsageError(f"the images: {folder} {why}")
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
@@ -198,30 +197,30 @@ def _choose_first(column: str, value: object) -> str:
     return str(value)
 
 
-def read_labels(rows: Dataset, label_column: str) -> Column:
+def read_labels(rows: Dataset, label_column: str, option: str = "--label_column") -> Column:
     """The class name of every row (its number, as text, where the dataset names no classes); of
     several labels, the names with commas between.
 
     Raises:
         UsageError: there is no such column, a row has no label, or one that is no number or name.
     """
-    require_column(rows, label_column, "--label_column")
+    require_column(rows, label_column, option)
     feature = rows.features[label_column]
     feature = getattr(feature, "feature", feature)  # of a list, that of its items
 
     def name(value) -> str:
         if value is None or value == -1 or value == [] or value != value:
-            raise UsageError(f"--label_column {label_column}: a row has no label; fill it in")
+            raise UsageError(f"{option} {label_column}: a row has no label; fill it in")
         if isinstance(value, list):
             return ", ".join(map(name, value))
         if not isinstance(value, str | int | float):
             raise UsageError(
-                f"--label_column {label_column}: a row holds a {type(value).__name__}, not a label"
+                f"{option} {label_column}: a row holds a {type(value).__name__}, not a label"
             )
         if isinstance(value, float):  # what pandas makes of whole numbers where some are missing
             if not value.is_integer():
                 raise UsageError(
-                    f"--label_column {label_column}: a row holds {value:g}; a label is a name or a "
+                    f"{option} {label_column}: a row holds {value:g}; a label is a name or a "
                     "whole number"
                 )
             value = int(value)

@@ -62,7 +62,7 @@ def measure_downstream_accuracy(
     """
     names = sorted(set(trained_on.labels) | set(tested_on.labels))
     if not set(trained_on.labels) & set(tested_on.labels):
-        raise UsageError("the two sets have no class in common: check --label_column")
+        raise UsageError("the two sets have no class in common: check their label columns")
     number = {name: i for i, name in enumerate(names)}
     labels, wanted = (
         torch.tensor([number[name] for name in images.labels]) for images in (trained_on, tested_on)

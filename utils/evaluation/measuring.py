@@ -41,7 +41,14 @@ from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
 from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
 from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
-from utils.files import METADATA, METRICS, REPORT, SAMPLING_SETTINGS, write_durably
+from utils.files import (
+    METADATA,
+    METRICS,
+    REPORT,
+    SAMPLING_SETTINGS,
+    check_takes_files,
+    write_durably,
+)
 from utils.metrics.frechet_distance.frechet_distance import frechet_distance_by_class
 from utils.sampling.generation import prepare_generation
 from utils.sampling.paid_sets import check_judge
@@ -72,6 +79,9 @@ def evaluate_set(
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     statement, results = read_privacy(args.synthetic, args.synthetic_revision)
     output = choose_output(args, folder)
+    if output.is_dir():
+        raise UsageError(f"--output_file {output} is a folder: name a file in it")
+    on_main_process(lambda: check_takes_files(output.parent, "--output_file: the folder"))
     known = results.get("epsilon", {}).get("value") is not None
     with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
         sets = load_sets(args, cache)
@@ -95,7 +105,6 @@ def evaluate_set(
             save_pairs(spaces, pixels, output.parent)
         visible = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
         sheets = {name: tile_sample(*sets[name], in_columns=separator is None) for name in visible}
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output, json.dumps(results, indent=2) + "\n")
     page = Page(folder.name, results, statement, sheets, spaces, runs)
     report = output.with_name(REPORT if output.name == METRICS else f"{output.stem}.html")
@@ -259,7 +268,8 @@ def measure_utility(
         if name == "private" and not args.train_on_real:
             continue
         if separator is None:
-            own = list(read_labels(found.rows, labels))
+            option = f"--{'test' if name == 'real' else name}_label_column"
+            own = list(read_labels(found.rows, labels, option))
         else:
             own = read_label_sets(found.rows, labels, separator)
         images[name] = LabelledImages(pixels[name], own)

@@ -7,7 +7,6 @@ A stage (selection, training) is a run in the ledger. Both stories, `selection.r
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +24,7 @@ from utils.arguments.training import (
 from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
-from utils.files import LOGS, private_folder
+from utils.files import LOGS, check_takes_files, private_folder
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
@@ -142,18 +141,8 @@ def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
     lock = []
     on_main_process(lambda: lock.append(claim_output_dir(training)))
     if training.latents_dir is not None:
-        on_main_process(lambda: _check_writable(Path(training.latents_dir)))
+        on_main_process(lambda: check_takes_files(Path(training.latents_dir), "--latents_dir"))
     return accelerator, lock
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises: UsageError if `--latents_dir` takes no files: now, before anything is reserved."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"--latents_dir {folder} takes no files: {error.strerror}") from error
 
 
 def load_stage(
