@@ -37,7 +37,7 @@ class DataArguments:
         "one public caption for all images, instead of any column; '' for none", None
     )
     caption_column: str | None = option("column that holds the captions", None)
-    label_column: str | None = option("column of class labels; they make the captions if no other does", None)
+    label_column: str | None = option("column of class labels, to make captions of", None)
     caption_template: str | None = option(
         "caption of a label; default: as the base model was trained, if its sampling.json says so, "
         f"or '{USUAL_TEMPLATE}'",
