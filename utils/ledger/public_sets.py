@@ -13,14 +13,14 @@ IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind t
 
 
 def refuse_private_set(argument: str, name: str | None, revision: str | None = None) -> None:
-    """Refuse to take as public what sample.py, or a stage, made of private images; warn of images
-    that were charged to a ledger as private ones on this machine.
+    """Refuse to take as public what sample.py, or a stage, made of private images; warn where that
+    cannot be known, or of images that were charged to a ledger as private ones on this machine.
 
     Args:
         argument: what takes them as public, for messages. name: folder or Hub id; None: no set.
 
     Raises:
-        UsageError: `name` carries a privacy statement, or says that it is not public.
+        UsageError: `name` carries a privacy statement.
     """
     if name is None:
         return
@@ -31,21 +31,22 @@ def refuse_private_set(argument: str, name: str | None, revision: str | None = N
         )
     settings, _ = fetch_file(name, SAMPLING_SETTINGS, revision, "dataset")
     if settings is not None and not _is_public(settings.read_text()):
-        raise UsageError(
-            f"{argument} {name} was drawn by a model or adapter of which nobody could tell whether "
-            f"it is private ({SAMPLING_SETTINGS}), so it cannot be taken as public"
-        )
+        _warn(argument, name, "was drawn by what nobody could tell to be public, or not")
     ledger = find_own_ledger(name)
     if ledger is not None:
-        print(
-            f"warning: {argument} {name} was charged to the ledger {ledger} as private images; "
-            "here it is taken as public, and what is made of it has no epsilon",
-            file=sys.stderr,
-        )
+        _warn(argument, name, f"was charged to the ledger {ledger} as private images")
+
+
+def _warn(argument: str, name: str, why: str) -> None:
+    print(
+        f"warning: {argument} {name} {why}; here it is taken as public, and what is made of it has "
+        "no epsilon",
+        file=sys.stderr,
+    )
 
 
 def _is_public(text: str) -> bool:
-    """What a sampling.json says; one that says nothing is none of sample.py's sets."""
+    """What a sampling.json says; one that does not say is none of sample.py's sets."""
     try:
         return json.loads(text).get(IS_PUBLIC, True) is True
     except (ValueError, AttributeError):
