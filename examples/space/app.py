@@ -104,7 +104,7 @@ def judge(name: str, source) -> tuple[str, str]:
     problems = find_problems(source)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
-        write_officers_page(name, source, problems, page)
+        write_officers_page(name, source, problems, [], page)
         shown = html.escape(page.read_text(), quote=True)
     verdict = "### It holds: the epsilon was recomputed from its events, and the files are those."
     if problems:
