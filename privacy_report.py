@@ -28,7 +28,6 @@ import importlib
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -81,23 +80,10 @@ def show(args: ShowArguments) -> None:
         print(json.dumps(report))
 
 
-def examine(path: str, revision: str | None) -> tuple[object, list[str], list[str]]:
-    """What `path` holds (a `Source`), what is wrong with it, and what is known of its images if it
-    is a synthetic set: the weights behind those, which are paid for, are not in their folder."""
-    from utils.ledger.verification import find_problems, read_source
-    from utils.sampling.paid_sets import check_images
-
-    source = read_source(path, revision)
-    found = None if source.folder is None else check_images(source.folder)
-    if found is None:
-        return source, find_problems(source), []
-    source = replace(source, folder=None, ledger=None)
-    return source, [*find_problems(source), *found[0]], found[1]
-
-
 def verify(args: VerifyArguments) -> None:
     from utils.ledger.signatures import check_signature
     from utils.ledger.verification import describe_verified
+    from utils.sampling.paid_sets import examine
 
     source, problems, known = examine(args.path, args.revision)
     said, folder = [], Path(args.path) if source.folder is None else source.folder
@@ -126,6 +112,7 @@ def sign(args: SignArguments) -> None:
 
 def officer(args: OfficerArguments) -> None:
     from utils.hub.officer import write_officers_page
+    from utils.sampling.paid_sets import examine
 
     source, problems, known = examine(args.path, args.revision)
     if source.statement is None:

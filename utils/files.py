@@ -103,6 +103,11 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text: save it as UTF-8") from error
 
 
+def resolve_if_there(name: str) -> str:
+    """A folder by its one full path, however it was written; a Hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def hash_file(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -2,13 +2,19 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.worlds import build_plan
+from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.ledger.checks import check_statement
+from utils.ledger.reservations import open_run
+from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances, build_statement
 from utils.privacy.accounting import account
+
+PLAN = build_plan(steps=4)
 
 
 def state(steps: int = 1, **changes) -> dict:
@@ -33,3 +39,17 @@ def change(statement: dict, *path, value) -> dict:
         place = place[key]
     place[path[-1]] = value(place[path[-1]]) if callable(value) else value
     return changed
+
+
+def training(folder: Path, checkpoint: str | None = None) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), resume_from_checkpoint=checkpoint)
+
+
+def privacy(**changes) -> PrivacyArguments:
+    return PrivacyArguments(**({"target_epsilon": 8.0, "target_delta": 1e-4} | changes))
+
+
+def start(folder: Path, about=None, plan=PLAN, **changes):
+    claim_output_dir(training(folder)).release()
+    about = about or Circumstances()
+    return open_run(training(folder), privacy(**changes), plan, {"model": "m"}, about)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ledger.conftest import PLAN, privacy, start, training
 from tests.worlds import build_plan
-from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import hash_file, private_folder
 from utils.ledger.charges import count_charged_steps, list_charged_events
@@ -20,18 +20,8 @@ from utils.ledger.checkpoints import (
 from utils.ledger.ledger import Branch, Ledger
 from utils.ledger.reservations import check_room_for, confirm, find_ledger, open_run, settle
 from utils.ledger.runs import claim_output_dir, find_earlier_branch
-from utils.ledger.statement import UNKNOWN_BASE, Circumstances
+from utils.ledger.statement import Circumstances
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
-
-PLAN = build_plan(steps=4)
-
-
-def training(folder: Path, checkpoint: str | None = None) -> TrainingArguments:
-    return TrainingArguments(output_dir=str(folder), resume_from_checkpoint=checkpoint)
-
-
-def privacy(**changes) -> PrivacyArguments:
-    return PrivacyArguments(**({"target_epsilon": 8.0, "target_delta": 1e-4} | changes))
 
 
 def test_a_folder_is_claimed_once_and_only_its_owner_may_enter(tmp_path):
@@ -60,12 +50,6 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path, name):
 def test_there_must_be_something_to_resume(tmp_path):
     with pytest.raises(UsageError, match="holds no run to resume"):
         claim_output_dir(training(tmp_path / "run", "latest"))
-
-
-def start(folder: Path, about=None, plan=PLAN, **changes):
-    claim_output_dir(training(folder)).release()
-    about = about or Circumstances()
-    return open_run(training(folder), privacy(**changes), plan, {"model": "m"}, about)
 
 
 def test_a_folder_is_free_until_its_run_releases_something(tmp_path):
@@ -242,48 +226,3 @@ def test_a_statement_counts_nothing_that_came_after_its_weights(tmp_path, monkey
     monkeypatch.setattr(Branch, "wrote", and_another_run_starts)
     run = start(tmp_path / "run", privacy_ledger=str(shared))
     assert "everything" not in run.publish(lambda folder: None, PLAN)["ledger"]
-
-
-PLAIN = Circumstances(randomness="Philox", precision="bf16")
-BETTER = Circumstances(randomness="secure", precision="fp32", audit={"kind": "replay"})
-
-
-def resume(folder: Path, about: Circumstances):
-    run = open_run(training(folder, "latest"), privacy(), PLAN, {"model": "m"}, about)
-    return confirm(run, privacy(), PLAN)
-
-
-@pytest.mark.parametrize(
-    "more, randomness, precision", [(0, "Philox", "bf16"), (2, "Philox; secure", "bf16, then fp32")]
-)
-def test_a_resumed_run_states_how_all_of_its_steps_were_made(tmp_path, more, randomness, precision):
-    """Not only those of the last process, which may have taken none."""
-    start(tmp_path / "run", PLAIN).save(2, dict, limit=2)
-    shorter = build_plan(steps=2 + more)
-    statement = resume(tmp_path / "run", BETTER).publish(lambda folder: None, shorter)
-    assert statement["randomness"] == randomness and statement["precision"] == precision
-    assert statement["audit"] is None  # what was audited took not all steps
-    start(tmp_path / "other", BETTER).save(2, dict, limit=2)
-    statement = resume(tmp_path / "other", BETTER).publish(lambda folder: None, PLAN)
-    assert statement["randomness"] == "secure" and statement["audit"] == BETTER.audit
-
-
-def test_a_statement_names_the_randomness_of_the_runs_that_it_builds_on(tmp_path):
-    shared = str(tmp_path / "shared.jsonl")
-    first = start(tmp_path / "means", PLAIN, privacy_ledger=shared)
-    first.publish(lambda folder: None, PLAN)
-    unknown = Ledger(shared).reserve(build_plan(steps=1).terms(True))  # by an earlier version
-    unknown.release(1, "weights")
-    runs = (first.branch.run, unknown.run)
-    plan = build_plan(steps=4, builds_on=runs)
-    run = start(tmp_path / "run", BETTER, plan, privacy_ledger=shared)
-    statement = run.publish(lambda folder: None, plan)
-    assert statement["randomness"] == "Philox; not stated; secure"
-    assert statement["precision"] == "fp32" and statement["audit"] == BETTER.audit
-
-
-def test_a_base_of_which_nobody_knows_is_not_covered(tmp_path):
-    doubtful = start(tmp_path / "run", Circumstances(is_base_known=False))
-    assert UNKNOWN_BASE in doubtful.publish(lambda folder: None, PLAN)["not_covered"]
-    known = start(tmp_path / "known", Circumstances())
-    assert UNKNOWN_BASE not in known.publish(lambda folder: None, PLAN)["not_covered"]

@@ -14,7 +14,7 @@ from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation as story
-from utils.sampling.paid_sets import check_images
+from utils.sampling.paid_sets import examine
 from utils.sampling.shards import hash_set
 
 EXTRACTOR = ["--extractor", "classifier", "--classifier_weights",
@@ -52,28 +52,48 @@ def test_votes_are_composed_with_what_the_candidates_cost(drawn, image_folder, t
     assert [event["purpose"] for event in events][:2] == ["training", "curation"]
 
 
-def test_a_set_verifies_as_long_as_its_images_are_those_that_were_drawn(
+def test_a_set_verifies_as_long_as_its_images_are_those_that_were_paid_for(
     drawn, image_folder, tmp_path, run_script
 ):
     """One of sample.py, and one that a stage left; the weights behind them lie elsewhere."""
-    curate(drawn / "set", image_folder, tmp_path / "run", "--target_epsilon", 9)
-    for folder in (drawn / "set", tmp_path / "run" / "set"):
-        copied = shutil.copytree(folder, tmp_path / "copies" / folder.parent.name)
-        assert check_images(copied) == ([], ["ok: its images are those that were drawn"])
-        (copied / "more.png").write_bytes(b"")
-        assert check_images(copied) == (["its images are not those that were drawn"], [])
-    assert check_images(drawn / "adapter") is None
+    run = tmp_path / "run"
+    curate(drawn / "set", image_folder, run, "--target_epsilon", 9)
+
+    def judge(folder) -> tuple[list[str], list[str]]:
+        return examine(str(folder), None)[1:]
+
+    paid = ([], ["ok: its images are those that the ledger paid for"])
+    assert judge(drawn / "set") == judge(run / "set") == paid
+    alone = shutil.copytree(run / "set", tmp_path / "alone" / "set")
+    assert judge(alone)[0] == [] and "is not here" in judge(alone)[1][0]
+
+    cheaper = (drawn / "adapter" / "privacy.json").read_text()
+    dearer = (run / "privacy.json").read_text()
+    for folder, statement, said in (
+        (run / "set", cheaper, "its statement is not that of the run"),
+        (drawn / "set", dearer, "its statement is not that of the adapter"),
+    ):
+        own = (folder / "privacy.json").read_text()
+        (folder / "privacy.json").write_text(statement)
+        assert said in judge(folder)[0][0]
+        (folder / "privacy.json").write_text(own)
+
+    (alone / "more.png").write_bytes(b"")
+    assert judge(alone)[0] == ["its images are not those that were drawn"]
+    (run / "set" / "more.png").write_bytes(b"")
+    (run / "set" / "sampling.json").write_text(json.dumps({"set": hash_set(run / "set")}))
+    assert "did not pay for the set" in judge(run / "set")[0][0]
     begun = shutil.copytree(drawn / "set", tmp_path / "begun")
     settings = read_json(begun / "sampling.json")
     del settings["set"]
     (begun / "sampling.json").write_text(json.dumps(settings))
-    assert "not all of its images were drawn" in check_images(begun)[0][0]
+    assert "not all of its images were drawn" in judge(begun)[0][0]
 
     page = tmp_path / "page.html"
     shown = run_script("privacy_report.py", "officer", drawn / "set", "--output_file", page)
     assert shown.returncode == 0 and "Do not sign" not in page.read_text()
-    assert "its images are those that were drawn" in page.read_text()
-    shown = run_script("privacy_report.py", "verify", copied)
+    assert "its images are those that the ledger paid for" in page.read_text()
+    shown = run_script("privacy_report.py", "verify", alone)
     assert shown.returncode == 1 and "not those that were drawn" in shown.stderr
 
 

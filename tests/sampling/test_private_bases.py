@@ -74,6 +74,10 @@ def test_two_private_bases_of_one_recipe_are_told_apart():
     assert cover_both(adapter, one) == adapter
     with pytest.raises(UsageError, match="another private base model"):
         cover_both(adapter, two)
+    deeper, other = (add_base(state(steps=5), base) for base in (one, two))  # of a base's base
+    assert cover_both(add_base(state(steps=2), deeper), deeper)
+    with pytest.raises(UsageError, match="another private base model"):
+        cover_both(add_base(state(steps=2), deeper), other)
     drawn = PaidSet((), adapter, {}, "digest")
     drawn.check_base("--warm_start set", one)
     drawn.check_base("--reject_by set", add_base(state(), adapter))

@@ -23,6 +23,7 @@ from datasets.exceptions import DatasetsError
 from utils.arguments.training import DataArguments
 from utils.data.folders import is_image_folder, load_image_folder
 from utils.errors import UsageError
+from utils.files import resolve_if_there
 
 # RuntimeError: of a folder with a loading script, which `datasets` no longer runs.
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError)
@@ -40,10 +41,9 @@ def load_rows(data: DataArguments, cache_dir: str | Path | None = None) -> Datas
 
 def name_source(data: DataArguments) -> str:
     """The name under which a private set is remembered: its folder, or its Hub id."""
-    name = data.train_data_dir or data.dataset_name
-    if Path(name).exists():
-        return str(Path(name).resolve())
-    return name if data.dataset_config_name is None else f"{name}, {data.dataset_config_name}"
+    name, config = data.train_data_dir or data.dataset_name, data.dataset_config_name
+    known = resolve_if_there(name)
+    return known if config is None or Path(name).exists() else f"{name}, {config}"
 
 
 def load_split(

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from utils.errors import UsageError
-from utils.files import make_private, write_durably
+from utils.files import make_private, resolve_if_there, write_durably
 from utils.ledger.charges import find_smallest_delta, list_charged_events, select_run
 from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import pld_epsilon
@@ -75,8 +75,7 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
 
 def find_own_ledger(name: str) -> str | None:
     """A ledger that the images of a folder or Hub id were charged to, if any is remembered."""
-    source = str(Path(name).resolve()) if Path(name).exists() else name
-    entries = _read(locate_memory()).get(source, [])
+    entries = _read(locate_memory()).get(resolve_if_there(name), [])
     return entries[-1]["ledger"] if entries else None
 
 

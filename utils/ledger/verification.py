@@ -262,12 +262,9 @@ def _check_with_ledger(source: Source) -> list[str]:
 
 def check_files(statement: dict, source: Source) -> list[str]:
     """Published files that are missing, changed, or that the statement does not account for."""
-    problems, folder = [], source.folder
-    for name, digest in statement["files"].items():
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif hash_file(folder / name) != digest:
-            problems.append(f"{name} is not the file that was paid for")
+    folder = source.folder
+    problems = _find_changed(statement, folder)
+    problems += [f"{n} is missing" for n in statement["files"] if not (folder / n).is_file()]
     for name in source.extras:
         if name not in statement["files"]:
             problems.append(f"{name}: the statement does not account for it")

@@ -24,7 +24,7 @@ from utils.arguments.training import (
 from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
-from utils.files import LOGS, check_takes_files, private_folder
+from utils.files import LOGS, check_takes_files, private_folder, resolve_if_there
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import read_base_statement
@@ -219,9 +219,8 @@ def collect_settings(
         for group, values in groups.items()
     }
     for source in ("dataset_name", "train_data_dir"):  # the same folder, however it is written
-        folder = kept["data"][source]
-        if folder is not None and Path(folder).exists():
-            kept["data"][source] = str(Path(folder).resolve())
+        if kept["data"][source] is not None:
+            kept["data"][source] = resolve_if_there(kept["data"][source])
     return json.loads(json.dumps(kept | {"name": name}))
 
 

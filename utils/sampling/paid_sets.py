@@ -3,7 +3,7 @@ very images, and to no others."""
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.errors import UsageError
@@ -13,7 +13,7 @@ from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.statement import list_all_events, list_base_entries
-from utils.ledger.verification import fetch_statement
+from utils.ledger.verification import Source, fetch_statement, find_problems, read_source
 from utils.sampling.generation import ADAPTER_FILES, SET_DIGEST
 from utils.sampling.shards import SET, hash_set
 
@@ -73,19 +73,6 @@ def read_sampling(folder: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def check_images(folder: Path) -> tuple[list[str], list[str]] | None:
-    """Of a synthetic set: what is wrong with its images, and what is known of them, a sentence
-    each, by the digest that sampling.json has; None of anything else, such as an adapter."""
-    settings = read_sampling(str(folder))
-    if SET_DIGEST in settings:
-        if hash_set(folder) == settings[SET_DIGEST]:
-            return [], ["ok: its images are those that were drawn"]
-        return ["its images are not those that were drawn"], []
-    if ADAPTER_FILES in settings:
-        return ["not all of its images were drawn: give its sample.py command again"], []
-    return None
-
-
 def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) -> PaidSet:
     """What paid for a synthetic set of release_means.py, curate.py or sample.py.
 
@@ -126,6 +113,49 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
             "not those that were drawn: name the ledger that it is in, or make it anew"
         )
     return PaidSet(list_runs_behind(records, found[-1]["run"]), statement, settings, digest)
+
+
+def examine(path: str, revision: str | None) -> tuple[Source, list[str], list[str]]:
+    """What `path` holds, what is wrong with it (`find_problems`), and what is known of its images,
+    a sentence each, if it is a synthetic set: the weights behind those, which the statement
+    accounts for, are not in their folder.
+
+    Raises:
+        UsageError: see `read_source`.
+    """
+    source = read_source(path, revision)
+    settings = {} if source.folder is None else read_sampling(str(source.folder))
+    if not {SET_DIGEST, ADAPTER_FILES} & set(settings) or source.statement is None:
+        return source, find_problems(source), []
+    alone = replace(source, folder=None, ledger=None)
+    problems = find_problems(alone)
+    if problems:
+        return alone, problems, []
+    return alone, *_check_images(source, settings)
+
+
+def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]:
+    """What is wrong with the images of a set whose statement holds by itself, and what is known."""
+    if SET_DIGEST not in settings:
+        return ["not all of its images were drawn: give its sample.py command again"], []
+    if hash_set(source.folder) != settings[SET_DIGEST]:
+        return ["its images are not those that were drawn"], []
+    statement, drawn_with = source.statement, settings.get(ADAPTER_FILES, {}).items()
+    if drawn_with and not statement["files"].items() & drawn_with:
+        return ["its statement is not that of the adapter that drew its images"], []
+    ledger = find_set_ledger(str(source.folder))
+    if ledger is None:
+        return [], [
+            "its images are those that its sampling.json names; the ledger that would have them on "
+            "record is not here"
+        ]
+    try:
+        paid = find_paid_set(str(source.folder), Ledger(ledger), "the set", "it cannot verify")
+    except UsageError as error:
+        return [str(error)], []
+    if paid.runs[-1:] != (statement["ledger"]["run"],):
+        return ["its statement is not that of the run that its images come from"], []
+    return [], ["ok: its images are those that the ledger paid for"]
 
 
 def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:
