@@ -64,7 +64,9 @@ def test_a_published_run_verifies_in_words(published):
 def test_a_statement_and_a_ledger_may_come_alone(published):
     statement = read_source(str(published / "privacy.json"), None)
     assert statement.folder is statement.ledger is None and find_problems(statement) == []
-    assert describe_verified(statement)[1:] == ["its ledger is not here, and was not checked"]
+    assert describe_verified(statement)[1:] == [
+        "no ledger lies here, so none was checked as a whole"
+    ]
     ledger = read_source(str(private_folder(published) / "ledger.jsonl"), None)
     assert ledger.folder is ledger.statement is None and find_problems(ledger) == []
     (sentence,) = describe_verified(ledger)

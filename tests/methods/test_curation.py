@@ -62,7 +62,7 @@ def test_a_set_verifies_as_long_as_its_images_are_those_that_were_paid_for(
     def judge(folder) -> tuple[list[str], list[str]]:
         return examine(str(folder), None)[1:]
 
-    paid = ([], ["ok: its images are those that the ledger paid for"])
+    paid = ([], ["ok: its images are those that the ledger of their run paid for"])
     assert judge(drawn / "set") == judge(run / "set") == paid
     alone = shutil.copytree(run / "set", tmp_path / "alone" / "set")
     assert judge(alone)[0] == [] and "is not here" in judge(alone)[1][0]
@@ -92,7 +92,7 @@ def test_a_set_verifies_as_long_as_its_images_are_those_that_were_paid_for(
     page = tmp_path / "page.html"
     shown = run_script("privacy_report.py", "officer", drawn / "set", "--output_file", page)
     assert shown.returncode == 0 and "Do not sign" not in page.read_text()
-    assert "its images are those that the ledger paid for" in page.read_text()
+    assert "its images are those that the ledger of their run paid for" in page.read_text()
     shown = run_script("privacy_report.py", "verify", alone)
     assert shown.returncode == 1 and "not those that were drawn" in shown.stderr
 

@@ -223,7 +223,7 @@ def describe_verified(source: Source) -> list[str]:
     if statement is not None and source.folder is not None:
         sentences.append(f"ok: the {len(statement['files'])} published file(s) are those paid for")
     if source.ledger is None:
-        sentences.append("its ledger is not here, and was not checked")
+        sentences.append("no ledger lies here, so none was checked as a whole")
     elif statement is None:
         sentences.append("ok: the ledger is whole; there is no statement here to compare it with")
     else:

@@ -155,7 +155,7 @@ def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]
         return [str(error)], []
     if paid.runs[-1:] != (statement["ledger"]["run"],):
         return ["its statement is not that of the run that its images come from"], []
-    return [], ["ok: its images are those that the ledger paid for"]
+    return [], ["ok: its images are those that the ledger of their run paid for"]
 
 
 def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:
