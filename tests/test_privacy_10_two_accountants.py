@@ -216,7 +216,7 @@ GOOD = {
         ({"num_units": 3, "delta": 0.1}, "number of units, 3"),
         ({"expected_batch_size": 1001}, "number of units"),
         ({"expected_batch_size": 0}, "between 1 and"),
-        ({"target_epsilon": 0.0}, "no finite noise"),
+        ({"target_epsilon": 0.0}, "positive, finite number"),
         ({"target_epsilon": 1e-6, "delta": 1e-12}, "allow a larger epsilon"),
         ({"target_epsilon": None}, "exactly one"),
         ({"noise_multiplier": 1.0}, "exactly one"),

@@ -197,7 +197,7 @@ def test_what_was_published_verifies_here_and_after_a_download(published, report
     copy = copy_folder(published, tmp_path / "download")
     shutil.rmtree(copy / "private")
     code, shown = report("verify", copy)
-    assert code == 0 and "its ledger is not here" in shown
+    assert code == 0 and "no ledger lies here" in shown
     assert report("verify", published / "privacy.json")[0] == 0
 
 
