@@ -101,7 +101,8 @@
         charges             what its records come to: steps, events, and what may join them
         runs                a run: its folder, branch in the ledger, checkpoints, publication
         remembered          which ledgers a private set was charged to, on this machine
-        public_sets         what is called public, but is known to come from private images
+        public_sets         images that are known to come from private ones
+        bases               base models that are private results, and bring their epsilon along
         reservations        reserve a plan, or find the run to resume
         checkpoints         whole or absent, never with a generator in them
         statement           privacy.json

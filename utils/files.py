@@ -19,6 +19,10 @@ from utils.errors import UsageError
 STATEMENT = "privacy.json"  # what epsilon is computed from
 SIGNATURE = "privacy.json.sig"  # of whoever stands behind the statement
 CARD = "README.md"
+DENOISERS = ("unet", "transformer")  # the folders of a pipeline's denoiser, of every family
+# In the config.json of a model whose own weights were trained: diffusers keeps it when it saves the
+# model again, in whatever pipeline, where the statement would be left behind.
+PRIVATE_MARK = "_trained_on_private_images"
 SAMPLES = "samples"  # images of the trained model
 SAMPLE = r"(\d{4}|grid|film)\.png"  # their names, as a pattern
 SALIENCY = "saliency.json"  # which matrices a selection chose
@@ -36,7 +40,7 @@ DATA_SHEET, DATA_REPORT = "images.png", "data.json"  # in PRIVATE: what a privat
 SAMPLE_DIGESTS = "samples.json"  # in PRIVATE: the SHA-256 of each sample, as it was generated
 CHECKPOINTS, CACHE, LATENTS, LOGS = "checkpoints", "cache", "latents", "logs"  # in PRIVATE
 # What is downloaded of a published adapter.
-PUBLISHED = ["*.json", SIGNATURE, "*.safetensors", "*.py", "unet/*", "transformer/*", CARD]
+PUBLISHED = ["*.json", SIGNATURE, "*.safetensors", "*.py", *(f"{d}/*" for d in DENOISERS), CARD]
 
 
 def private_folder(output_dir: str | Path) -> Path:

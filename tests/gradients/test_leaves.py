@@ -43,7 +43,7 @@ def consistent_rows(record):
     torch.testing.assert_close(norms.double(), exact, rtol=2e-3, atol=1e-9)
     assert (norms >= exact * (1 - 1e-5)).all()
     sums = torch.cat([scales[:, i] @ part for i, part in enumerate(parts)])
-    torch.testing.assert_close(total, sums, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(total.float(), sums, rtol=1e-3, atol=1e-5)
     return rows
 
 

@@ -11,6 +11,7 @@ from tests.worlds import build_plan
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import SAMPLE, private_folder
+from utils.ledger.bases import read_base_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import open_run
 from utils.ledger.runs import claim_output_dir
@@ -22,7 +23,6 @@ from utils.ledger.verification import (
     describe_verified,
     fetch_statement,
     find_problems,
-    read_base_statement,
     read_source,
     summarise_spending,
 )

@@ -130,7 +130,7 @@ def test_an_equal_event_does_not_cover_the_cost_of_a_base(
 
 def test_what_is_trained_on_a_base_that_nobody_knows_says_so(tiny_base, image_folder, tmp_path):
     """As on a node without the Hub, where the base lies in the cache."""
-    patched = "utils.ledger.verification.fetch_statement"
+    patched = "utils.ledger.bases.fetch_statement"
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patched, lambda *_: (None, False))

@@ -120,14 +120,19 @@ def products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torc
     if x.is_floating_point():
         return unit_products(x, grads).flatten(1)
     each = [sum_of_products(i[None], g[None], weight) for i, g in zip(x, grads, strict=True)]
-    return torch.stack(each).flatten(1)
+    return torch.stack(each).flatten(1).float()
 
 
 def sum_of_products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The sum over units of G[u]^T X[u], in the shape of `weight`."""
+    """The sum over units of G[u]^T X[u], in the shape of `weight`, in fp64.
+
+    The positions of one unit may be a million times as large as their sum, and cancel: in fp32 what
+    is added while one of them waits for the other would be lost, and that is of other units.
+    """
+    grads = grads.flatten(0, 1).double()
     if x.is_floating_point():
-        return (grads.flatten(0, 1).T @ x.flatten(0, 1)).view_as(weight)
-    return grads.new_zeros(weight.shape).index_add_(0, x.flatten(), grads.flatten(0, 1))
+        return (grads.T @ x.flatten(0, 1).double()).view_as(weight)
+    return grads.new_zeros(weight.shape).index_add_(0, x.flatten(), grads)
 
 
 def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> torch.Tensor:

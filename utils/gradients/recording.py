@@ -113,7 +113,10 @@ class Recording:
         return torch.stack([columns[parameter] for parameter in self.parameters], 1)
 
     def weighted_sum(self, scales: torch.Tensor) -> torch.Tensor:
-        """The sum over units of scales[u, l] times the gradient of tensor l: [U, L] -> [P]."""
+        """The sum over units of scales[u, l] times the gradient of tensor l: [U, L] -> [P], fp64.
+
+        A unit moves it by no more than its own scaled gradient, whatever those of the others.
+        """
         parts = []
         for parameter, scale in zip(self.parameters, scales.float().unbind(1), strict=True):
             if parameter in self._rows:
@@ -122,7 +125,7 @@ class Recording:
                 x, grads = self._matrices(parameter)
                 part = sum_of_products(x, grads * scale[:, None, None], parameter)
                 parts.append(part.flatten())
-        return torch.cat(parts)
+        return torch.cat(parts).double()
 
     def drop(self, units: torch.Tensor) -> None:
         """Make the gradient of the units in the mask [U] zero, whatever it was."""

@@ -68,10 +68,10 @@ def check_admissible(records: list[dict], terms: dict, cap: float | None, path: 
         )
     if cap is None:
         return
-    delta = find_smallest_delta(records)  # at a larger one, all would come to a smaller epsilon
-    spent = pld_epsilon(list_charged_events(records), delta)
+    events, delta = compose_with_bases(records)
+    spent = pld_epsilon(events, delta)
     if spent > cap:
-        before = list_charged_events(records[:-1])
+        before, _ = compose_with_bases(records[:-1])
         held = pld_epsilon(before, delta) if before else 0.0
         raise UsageError(
             f"this run would bring the ledger {path} to epsilon {spent:.3f}, above --total_epsilon "
@@ -134,6 +134,28 @@ def list_made_with(records: list[dict], runs: list[str]) -> list[dict]:
         for reservation, steps in _charge_branches(records, run, live=False)
         if steps
     ]
+
+
+def list_bases(records: list[dict]) -> list[dict]:
+    """The private base models of the runs that a ledger is charged for, each once, with what they
+    cost elsewhere (`statement.summarise_base`); none that this ledger itself has paid for."""
+    here, found = {record["hash"] for record in records if "hash" in record}, {}
+    for record in records:
+        base = record.get("made_with", {}).get("base")
+        if base is None or not count_charged_steps(records, record["run"]):
+            continue
+        if not set(base["entries"]) <= here:
+            found[tuple(base["entries"])] = base
+    return list(found.values())
+
+
+def compose_with_bases(records: list[dict]) -> tuple[list[dict], float]:
+    """All that a ledger is charged for, and what is behind the base models of its runs; and the
+    smallest delta of those, at which all would come to the largest epsilon (1 of none)."""
+    charged, bases = list_charged_events(records), list_bases(records)
+    deltas = [find_smallest_delta(records)] if charged else []
+    events = [event for base in bases for event in base["events"]]
+    return [*events, *charged], min([*deltas, *(base["delta"] for base in bases)], default=1.0)
 
 
 def list_charged_events(records: list[dict], only: list[str] | None = None) -> list[dict]:

@@ -15,7 +15,7 @@ from utils.ledger.charges import (
     list_charged_events,
 )
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
-from utils.ledger.statement import SCHEMA_VERSION, list_all_events
+from utils.ledger.statement import SCHEMA_VERSION, begins_with, list_all_events
 from utils.privacy.accounting import (
     membership_power,
     pld_both_relations,
@@ -129,9 +129,27 @@ def check_records(records: list[dict]) -> list[str]:
 
 
 def check_ledger(statement: dict, records: list[dict]) -> list[str]:
-    """Where a statement and the ledger that it refers to differ."""
-    run, entry = statement["ledger"]["run"], statement["ledger"]["entry"]
-    index = next((r["index"] for r in records if r["hash"] == entry), None)
+    """Where a statement and the ledger that it refers to differ, as that is now."""
+    problems, run = check_entry(statement, records), statement["ledger"]["run"]
+    index = _find_entry(statement, records)
+    if index is None:
+        return problems
+    before, now = (
+        count_charged_steps(part, run, live=False) for part in (records[: index + 1], records)
+    )
+    if now > before:
+        problems.append(f"the run has released {now - before} more steps since this statement")
+    return problems
+
+
+def _find_entry(statement: dict, records: list[dict]) -> int | None:
+    entry = statement["ledger"]["entry"]
+    return next((r["index"] for r in records if r["hash"] == entry), None)
+
+
+def check_entry(statement: dict, records: list[dict]) -> list[str]:
+    """Where a statement and a ledger differ, as that was when the statement was written."""
+    run, index = statement["ledger"]["run"], _find_entry(statement, records)
     if index is None:
         return ["the ledger does not hold the entry that the statement refers to"]
     record, problems = records[index], []
@@ -154,11 +172,9 @@ def check_ledger(statement: dict, records: list[dict]) -> list[str]:
     quoted = statement["ledger"].get("everything", {}).get("delta", statement["delta"])
     if "everything" in statement["ledger"] and quoted != find_smallest_delta(records[: index + 1]):
         problems.append("the statement's total is not quoted at the ledger's smallest delta")
-    before, now = (
-        count_charged_steps(part, run, live=False) for part in (records[: index + 1], records)
-    )
-    if now > before:
-        problems.append(f"the run has released {now - before} more steps since this statement")
+    base = terms.get("made_with", {}).get("base")
+    if base is not None and not begins_with(statement.get("base"), base):
+        problems.append("the ledger has a private base model that the statement does not count")
     for key in ("delta", "num_units", "privacy_unit", "private"):
         if terms[key] != statement[key]:
             problems.append(f"the ledger says {key} {terms[key]}, the statement {statement[key]}")

@@ -142,9 +142,9 @@ class Ledger:
             elif select_run(records, run):
                 raise UsageError(f"the ledger {self.path} has a run {run} already")
             fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step or 0}
-            check_admissible([*records, fields | terms], terms, total_epsilon, self.path)
-            about = {} if made_with is None else {"made_with": made_with}
-            self._append(records, **fields, **terms, **about)
+            fields |= terms | ({} if made_with is None else {"made_with": made_with})
+            check_admissible([*records, fields], terms, total_epsilon, self.path)
+            self._append(records, **fields)
         return Branch(self, run, branch)
 
     def check(self, terms: dict, total_epsilon: float | None) -> None:

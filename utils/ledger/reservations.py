@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,9 +12,8 @@ from utils.errors import UsageError
 from utils.files import CHECKPOINTS, LEDGER, explain_disk_errors, private_folder, write_durably
 from utils.ledger.charges import (
     CHECKPOINT,
+    compose_with_bases,
     count_charged_steps,
-    find_smallest_delta,
-    list_charged_events,
     select_run,
 )
 from utils.ledger.checkpoints import (
@@ -28,7 +28,7 @@ from utils.ledger.checkpoints import (
 )
 from utils.ledger.ledger import Ledger, find_branch, make_run_name
 from utils.ledger.runs import NOTE, Run, find_earlier_branch
-from utils.ledger.statement import Circumstances
+from utils.ledger.statement import Circumstances, begins_with
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.plan import PrivacyPlan
 
@@ -55,6 +55,7 @@ def open_run(
         known = read_about(checkpoint)
         _refuse_changes(checkpoint, known["agreed"] | {"plan": None}, agreed | {"plan": None})
         ledger.check_resuming(known["run"], known["step"], cap)
+        _check_base(ledger, [*plan.builds_on, known["run"]], about)
         return Run(output_dir, find_branch(ledger, known["run"]), agreed, about, checkpoint)
     with explain_disk_errors(output_dir):
         earlier = find_earlier_branch(output_dir)
@@ -66,6 +67,7 @@ def open_run(
         if privacy.privacy_ledger is not None and not ledger.path.exists():
             print(f"starting a new ledger, {ledger.path}")
         terms = plan.terms(about.is_private)
+        _check_base(ledger, plan.builds_on, about)
         branch = ledger.reserve(terms, cap, name, made_with=about.made_with())
     return Run(output_dir, branch, agreed, about)
 
@@ -110,6 +112,23 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan) -> Run:
     return replace(run, branch=branch, agreed=agreed, recharged=steps - plan.steps)
 
 
+def _check_base(ledger: Ledger, runs: Iterable[str], about: Circumstances) -> None:
+    """Whether the base model that `about` names is that of `runs`: the weights tell nobody that
+    they are a private result, if their privacy.json was left behind.
+
+    Raises:
+        UsageError: one of them is about a private base model, whose cost would be missing.
+    """
+    for record in ledger.records():
+        then = record.get("made_with", {}).get("base") if record["run"] in runs else None
+        if then is not None and not begins_with(about.base, then):
+            raise UsageError(
+                f"run {record['run']}, which this one builds on or resumes, was made from a base "
+                "model that is a private result itself, and this base model has not its "
+                "privacy.json: name the same one, with that"
+            )
+
+
 def _round_trip(plan: PrivacyPlan) -> dict:
     """The plan as a checkpoint remembers it: as it comes back from JSON."""
     return json.loads(json.dumps(asdict(plan)))
@@ -144,11 +163,8 @@ def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dic
     if privacy.total_epsilon is None:
         return
     ledger = find_ledger(output_dir, privacy)
-    records = ledger.records()
-    held, delta = list_charged_events(records), privacy.target_delta
-    if held:
-        delta = min(delta, find_smallest_delta(records))
-    spent = pld_epsilon([*held, *events], delta)
+    held, delta = compose_with_bases(ledger.records())
+    spent = pld_epsilon([*held, *events], min(delta, privacy.target_delta))
     if spent > privacy.total_epsilon:
         raise UsageError(
             f"both stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "

@@ -36,11 +36,14 @@ class Circumstances:
     is_base_known: bool = True
 
     def made_with(self) -> dict:
-        """What the ledger records of these: they may change when a run is resumed."""
+        """What the ledger records of these: some may change when a run is resumed, and a base model
+        is not told from its weights to be a private result."""
         return {
             "randomness": self.randomness,
             "precision": self.precision,
             "is_audited": self.audit is not None,
+            "is_base_known": self.is_base_known,
+            "base": None if self.base is None else summarise_base(self.base),
         }
 
 
@@ -55,6 +58,8 @@ def recall(about: Circumstances, own: list[dict], every: list[dict]) -> Circumst
         randomness="; ".join(dict.fromkeys(made["randomness"] for made in every)),
         precision=", then ".join(dict.fromkeys(made["precision"] for made in own)),
         audit=about.audit if all(made["is_audited"] for made in own) else None,
+        is_base_known=about.is_base_known
+        and all(made.get("is_base_known", True) for made in every),
     )
 
 
@@ -117,12 +122,40 @@ def add_base(statement: dict, base: dict) -> dict:
     smaller delta: an upper bound also if both are about the same people. The power of membership
     inference is that against both, too.
     """
-    behind = list_all_events(base)
-    delta = min(statement["delta"], base["delta"], base.get("base", base)["delta"])
-    together = [*behind, *statement["events"]]
-    total = {"events": behind, "delta": delta, "epsilon": pld_both_relations(together, delta)}
-    total["entries"] = list_base_entries(base)
+    behind = summarise_base(base)
+    delta = min(statement["delta"], behind["delta"])
+    together = [*behind["events"], *statement["events"]]
+    total = behind | {"delta": delta, "epsilon": pld_both_relations(together, delta)}
     return statement | {"base": total, "membership_inference": membership_power(together)}
+
+
+def add_doubt(statement: dict) -> dict:
+    """The statement of a result of which nobody could tell whether its base model is private."""
+    not_covered = dict.fromkeys([*statement.get("not_covered", []), UNKNOWN_BASE])
+    return statement | {"not_covered": list(not_covered)}
+
+
+def summarise_base(base: dict) -> dict:
+    """All events behind a base model, its own base's included, the smallest delta at which they
+    were quoted, and the entries that they are paid by.
+
+    Args:
+        base: a statement, or the `base` of one.
+    """
+    delta = min(base["delta"], base.get("base", base)["delta"])
+    entries = list_base_entries(base)
+    return {"events": list_all_events(base), "delta": delta, "entries": entries}
+
+
+def begins_with(paid: dict | None, behind: dict) -> bool:
+    """Whether all that is `behind` a result comes first in what was `paid`.
+
+    Args:
+        paid, behind: a statement, its `base`, or what `summarise_base` made of either.
+    """
+    paid = {"events": [], "entries": []} if paid is None else summarise_base(paid)
+    behind = summarise_base(behind)
+    return all(paid[key][: len(behind[key])] == behind[key] for key in ("events", "entries"))
 
 
 def list_base_entries(base: dict) -> list[str]:

@@ -2,9 +2,7 @@
 
 import json
 import re
-import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import httpx2
@@ -77,7 +75,7 @@ def read_source(name: str, revision: str | None) -> Source:
     if path.suffix == ".jsonl" and path.is_file():
         return Source(None, None, Ledger(path))
     if path.suffix == ".json" and path.is_file():
-        return Source(None, _read_json(path), None)
+        return Source(None, read_json(path), None)
     if path.is_dir():
         found = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
         names = [str(p) for p in found if PRIVATE not in p.parts]
@@ -91,7 +89,7 @@ def read_source(name: str, revision: str | None) -> Source:
         raise UsageError(f"{name} holds no privacy.json and no ledger")
     return Source(
         path,
-        _read_json(statement) if statement.exists() else None,
+        read_json(statement) if statement.exists() else None,
         Ledger(ledger) if ledger.exists() else None,
         tuple(extras),
     )
@@ -102,7 +100,7 @@ def _is_accounted_for(file: Path) -> bool:
     path = file.parent / STATEMENT
     if not path.is_file():
         return False
-    statement = _read_json(path)
+    statement = read_json(path)
     return not check_statement(statement) and statement["files"].get(file.name) == hash_file(file)
 
 
@@ -136,27 +134,10 @@ def fetch_statement(
         UsageError: it is not valid JSON.
     """
     path, is_known = fetch_file(name, STATEMENT, revision, repo_type)
-    return (None if path is None else _read_json(path)), is_known
+    return (None if path is None else read_json(path)), is_known
 
 
-def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:
-    """`fetch_statement` of a base model: one that is a private result brings its epsilon along.
-    Says so, once, if nobody can tell.
-
-    Raises:
-        UsageError: its statement does not hold.
-    """
-    statement, is_known = fetch_statement(name, revision)
-    if statement is not None and statement.get("private") is not False:
-        problems = check_statement(statement) or _find_changed(statement, Path(name))
-        if problems:
-            raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
-    if statement is None and not is_known:
-        _warn_of_unknown(name)
-    return statement, is_known
-
-
-def _find_changed(statement: dict, folder: Path) -> list[str]:
+def find_changed(statement: dict, folder: Path) -> list[str]:
     """The files of a folder that have the names, but not the weights, that were paid for. A LoRA
     that was merged into a model is no file there, so that nobody can tell."""
     paid = statement["files"].items()
@@ -165,16 +146,7 @@ def _find_changed(statement: dict, folder: Path) -> list[str]:
     return [f"{name} is not the file that was paid for" for name in wrong]
 
 
-@cache
-def _warn_of_unknown(name: str) -> None:
-    print(
-        f"warning: without the Hub nobody can tell whether {name} is a private result itself, "
-        "whose epsilon would have to be added; it is taken as public",
-        file=sys.stderr,
-    )
-
-
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -263,7 +235,7 @@ def _check_with_ledger(source: Source) -> list[str]:
 def check_files(statement: dict, source: Source) -> list[str]:
     """Published files that are missing, changed, or that the statement does not account for."""
     folder = source.folder
-    problems = _find_changed(statement, folder)
+    problems = find_changed(statement, folder)
     problems += [f"{n} is missing" for n in statement["files"] if not (folder / n).is_file()]
     for name in source.extras:
         if name not in statement["files"]:

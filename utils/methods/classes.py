@@ -15,7 +15,7 @@ from utils.data.images import PERCENT, read_pixel_batches
 from utils.data.private_set import PrivateSet
 from utils.data.rows import fill_template, read_captions, read_labels
 from utils.errors import UsageError
-from utils.ledger.verification import read_base_statement
+from utils.ledger.bases import read_base_statement
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 from utils.models.text import quiet

@@ -70,7 +70,8 @@ def run_curation(
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     privacy = join_ledger(privacy, args.synthetic)
-    found = load_private_rows(accelerator, adopt_template(data, model), training)
+    data = adopt_template(data, model)
+    found = load_private_rows(accelerator, data, training, public=extracting.public_data)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
     check_keeping(args, election)
     vary = build_vary(election, args) if args.rounds > 1 else None

@@ -174,6 +174,10 @@ def build_vary(election: Election, args: CurationArguments) -> Vary:
     pipeline, settings, files = load_drawing(*drawing, source, PartialState())
     if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
         raise UsageError(f"the adapter that drew {args.synthetic} has changed since")
+    if source.statement != paid.statement:
+        raise UsageError(
+            f"what drew {args.synthetic} has another privacy.json than it had then: draw it anew"
+        )
     varying, strength = make_varying(pipeline), args.variation_strength
     return lambda pictures, prompts, seed: vary(
         varying, pictures, prompts, strength, settings, seed

@@ -102,7 +102,7 @@ def run_method(
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)
     modules, data = leave_out_unused(stage.pipeline, stage.resolution), adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training, stage.pipeline)
+    found = load_private_rows(accelerator, data, training, stage.pipeline, method.stages.warm_start)
     facts = collect_facts(modules, found.num_units, method.rate, method.stages.warm_start)
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)

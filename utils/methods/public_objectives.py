@@ -18,7 +18,7 @@ from torch import nn
 from utils.arguments.pretraining import PretrainArguments
 from utils.data.images import scale_to_unit_range
 from utils.errors import UsageError
-from utils.ledger.verification import read_base_statement
+from utils.ledger.bases import read_base_statement
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.families.sd3 import StableDiffusion3

@@ -116,7 +116,8 @@ def run_rehearsal(
     avoid_devices_without_fp64()
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     data = adopt_template(data, model)
-    num_units = load_private_rows(accelerator, data, training).num_units
+    public = [] if args.stand_in is None else [args.stand_in]
+    num_units = load_private_rows(accelerator, data, training, public=public).num_units
     prompts = training.validation_prompt
     if class_names is not None:
         prompts = [fill_template(data.template, name) for name in class_names]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from utils.data.images import scale_to_unit_range
 from utils.errors import UsageError
 from utils.evaluation.features import Extractor, hash_weights
-from utils.ledger.verification import read_base_statement
+from utils.ledger.bases import read_base_statement
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 

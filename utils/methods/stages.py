@@ -25,9 +25,9 @@ from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
 from utils.files import LOGS, check_takes_files, private_folder, resolve_if_there
+from utils.ledger.bases import read_base_statement
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
-from utils.ledger.verification import read_base_statement
 from utils.models.drawing import adopt_reading, choose_settings, read_base_settings
 from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution, list_parts, load_pipeline

@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from utils.arguments.methods import LdmArguments
 from utils.errors import UsageError
+from utils.files import PRIVATE_MARK
 from utils.models.families import find_family
 from utils.models.lora import write_lora
 from utils.models.pipelines import trains_text
@@ -75,12 +76,13 @@ pipeline = {{load}}({{base}}, {part}={part})"""
 
 
 def save_denoiser(pipeline: DiffusionPipeline, output_dir: Path) -> None:
-    """Save the whole denoiser, which plain diffusers loads, and the text encoder's LoRA if any."""
+    """Save the whole denoiser, which plain diffusers loads, and the text encoder's LoRA if any. It
+    says of itself that it needs a statement (`PRIVATE_MARK`)."""
     family = find_family(pipeline)
     family.denoiser.save_pretrained(output_dir / family.part)
     config = output_dir / family.part / "config.json"
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)  # where the base model lies on this machine
-    config.write_text(json.dumps(values, indent=2) + "\n")
+    config.write_text(json.dumps(values | {PRIVATE_MARK: True}, indent=2) + "\n")
     if trains_text(pipeline):
         write_lora(pipeline, "text_encoder", output_dir)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from utils.errors import CannotLoad, UsageError
+from utils.files import DENOISERS
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.short_attention import use_fast_attention
 from utils.models.families import FAMILIES, find_family
@@ -113,7 +114,7 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if Path(name).is_file() and name.endswith(".safetensors") and isinstance(error, OSError):
         return f"its configuration is not on this machine ({reason}). {_how_to_convert(name)}"
-    paths = [path for part in ("unet", "transformer") for path in Path(name).glob(f"{part}/*")]
+    paths = [path for part in DENOISERS for path in Path(name).glob(f"{part}/*")]
     files = [path.name.split(".") for path in paths]
     variants = {parts[1] for parts in files if len(parts) == 3 and parts[2] != "index"}
     plain = any(len(parts) == 2 and parts[1] in ("safetensors", "bin") for parts in files)

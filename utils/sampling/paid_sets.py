@@ -9,10 +9,10 @@ from pathlib import Path
 from utils.errors import UsageError
 from utils.files import LEDGER, SAMPLING_SETTINGS, private_folder
 from utils.ledger.charges import select_run
-from utils.ledger.checks import check_statement
+from utils.ledger.checks import check_entry, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import IS_PUBLIC
-from utils.ledger.statement import list_all_events, list_base_entries
+from utils.ledger.statement import begins_with, list_all_events
 from utils.ledger.verification import Source, fetch_statement, find_problems, read_source
 from utils.sampling.generation import ADAPTER_FILES, SET_DIGEST
 from utils.sampling.shards import SET, hash_set
@@ -41,12 +41,7 @@ class PaidSet:
             UsageError: it does not.
         """
         behind = (self.statement or {}).get("base")
-        if behind is None:
-            return
-        covered = list_all_events(statement) if statement is not None else []
-        entries, events = list_base_entries(behind), behind["events"]
-        paid = [] if statement is None else list_base_entries(statement)
-        if covered[: len(events)] != events or paid[: len(entries)] != entries:
+        if behind is not None and not begins_with(statement, behind):
             raise UsageError(
                 f"{argument} was drawn from a base model that is a private result itself: what "
                 "that cost would be missing here; use the same base model"
@@ -103,10 +98,9 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
     records = ledger.records()
     wrote = [record for record in records if record["kind"] == "wrote"]
     found = [record for record in wrote if record["files"].get(SET) == digest]
-    weights = statement["files"].items()
-    drawn_with = settings.get(ADAPTER_FILES, {}).items()
-    if settings.get(SET_DIGEST) == digest and weights & drawn_with:
-        found += [record for record in wrote if weights <= record["files"].items()]
+    files = statement["files"].items()
+    if settings.get(SET_DIGEST) == digest and _drew(statement, settings):
+        found += [record for record in wrote if files <= record["files"].items()]
     if not found:
         raise UsageError(
             f"the ledger {ledger.path} did not pay for {argument} {folder}, or its images are "
@@ -140,8 +134,8 @@ def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]
         return ["not all of its images were drawn: give its sample.py command again"], []
     if hash_set(source.folder) != settings[SET_DIGEST]:
         return ["its images are not those that were drawn"], []
-    statement, drawn_with = source.statement, settings.get(ADAPTER_FILES, {}).items()
-    if drawn_with and not statement["files"].items() & drawn_with:
+    statement = source.statement
+    if settings.get(ADAPTER_FILES) and not _drew(statement, settings):
         return ["its statement is not that of the adapter that drew its images"], []
     ledger = find_set_ledger(str(source.folder))
     if ledger is None:
@@ -155,7 +149,17 @@ def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]
         return [str(error)], []
     if paid.runs[-1:] != (statement["ledger"]["run"],):
         return ["its statement is not that of the run that its images come from"], []
+    problems = check_entry(statement, Ledger(ledger).records())
+    if problems:
+        return problems, []
     return [], ["ok: its images are those that the ledger of their run paid for"]
+
+
+def _drew(statement: dict, settings: dict) -> bool:
+    """Whether the weights that drew a set, by its sampling.json, are all those of a statement."""
+    drawn_with = settings.get(ADAPTER_FILES, {}).items()
+    weights = {file for file in statement["files"].items() if file[0].endswith(".safetensors")}
+    return bool(weights) and weights <= drawn_with
 
 
 def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.errors import UsageError, on_main_process
 from utils.files import STATEMENT
-from utils.ledger.statement import add_base, list_all_events, list_base_entries
-from utils.ledger.verification import find_problems, read_base_statement, read_source
+from utils.ledger.bases import read_base_statement
+from utils.ledger.statement import add_base, add_doubt, list_all_events, list_base_entries
+from utils.ledger.verification import find_problems, read_source
 from utils.models.adapters import fetch_adapter
 
 
@@ -58,7 +59,8 @@ def find_source(model: ModelArguments, sampling: SamplingArguments) -> ImageSour
             problems = find_problems(source)
             if problems:
                 raise UsageError(f"--adapter {sampling.adapter}: {'; '.join(problems)}")
-        return cover_both(statement, base), False
+        covered = cover_both(statement, base)
+        return (covered if is_known else add_doubt(covered)), False
 
     statement, is_public = on_main_process(verify)
     return ImageSource(adapter, statement, is_public)

@@ -1,0 +1,51 @@
+"""Whether a base model is a private result itself, which brings its epsilon along."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+from utils.errors import UsageError
+from utils.fetching import fetch_file
+from utils.files import DENOISERS, PRIVATE_MARK
+from utils.ledger.checks import check_statement
+from utils.ledger.verification import fetch_statement, find_changed, read_json
+
+
+def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:
+    """`fetch_statement` of a base model: one that is a private result brings its epsilon along.
+    Says so, once, if nobody can tell.
+
+    Raises:
+        UsageError: its statement does not hold, or was left behind.
+    """
+    statement, is_known = fetch_statement(name, revision)
+    if statement is not None and statement.get("private") is not False:
+        problems = check_statement(statement) or find_changed(statement, Path(name))
+        if problems:
+            raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
+    if statement is None and _is_marked(name, revision):
+        raise UsageError(
+            f"the base model {name} was trained on private images, and the privacy.json that came "
+            "with its weights is not there: put it beside model_index.json"
+        )
+    if statement is None and not is_known:
+        _warn_of_unknown(name)
+    return statement, is_known
+
+
+def _is_marked(name: str, revision: str | None) -> bool:
+    """Whether the denoiser of a pipeline says that it was trained on private images."""
+    for part in DENOISERS:
+        config, _ = fetch_file(name, f"{part}/config.json", revision)
+        if config is not None and read_json(config).get(PRIVATE_MARK):
+            return True
+    return False
+
+
+@cache
+def _warn_of_unknown(name: str) -> None:
+    print(
+        f"warning: without the Hub nobody can tell whether {name} is a private result itself, "
+        "whose epsilon would have to be added; it is taken as public",
+        file=sys.stderr,
+    )
