@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.ledger.conftest import PLAN, privacy, start, training
+from tests.ledger.conftest import PLAN, privacy, start, state, training
 from tests.worlds import build_plan
 from utils.arguments.training import DataArguments
 from utils.errors import UsageError
 from utils.files import explain_disk_errors, private_folder
+from utils.ledger.checks import check_ledger
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import confirm, open_run
-from utils.ledger.statement import UNKNOWN_BASE, Circumstances
+from utils.ledger.statement import UNKNOWN_BASE, Circumstances, add_base, quote_total
 from utils.methods.stages import collect_settings
+from utils.privacy.accounting import pld_epsilon
 
 PLAIN = Circumstances(randomness="Philox", precision="bf16")
 BETTER = Circumstances(randomness="secure", precision="fp32", audit={"kind": "replay"})
@@ -58,6 +60,79 @@ def test_a_base_of_which_nobody_knows_is_not_covered(tmp_path):
     assert UNKNOWN_BASE in doubtful.publish(lambda folder: None, PLAN)["not_covered"]
     known = start(tmp_path / "known", Circumstances())
     assert UNKNOWN_BASE not in known.publish(lambda folder: None, PLAN)["not_covered"]
+
+
+def paid_base(entry: str = "b", **changes) -> dict:
+    """The statement of a base model that another ledger has paid for."""
+    return state(**changes) | {"ledger": {"run": entry, "entry": entry * 64}}
+
+
+def test_a_doubt_about_the_base_is_not_resumed_away(tmp_path):
+    """A copy of it from the cache carries no privacy.json, and is known to carry none."""
+    start(tmp_path / "run", Circumstances(is_base_known=False)).save(2, dict, limit=2)
+    statement = resume(tmp_path / "run", Circumstances()).publish(lambda folder: None, PLAN)
+    assert UNKNOWN_BASE in statement["not_covered"]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_private_base_is_not_resumed_away(tmp_path, step):
+    """The weights, and so their checksum, are those of a copy without the statement."""
+    base = paid_base()
+    start(tmp_path / "run", Circumstances(base=base)).save(step, dict, limit=2)
+    for other in (None, paid_base("c"), paid_base(steps=2)):
+        with pytest.raises(UsageError, match="a private result itself"):
+            resume(tmp_path / "run", Circumstances(base=other))
+    run = resume(tmp_path / "run", Circumstances(base=base))
+    statement = run.publish(lambda folder: None, PLAN)
+    records = run.branch.ledger.records()
+    assert statement["base"]["entries"] == ["b" * 64] and check_ledger(statement, records) == []
+    for spoiled in (
+        {k: v for k, v in statement.items() if k != "base"},
+        add_base(statement, paid_base("c")),
+    ):
+        assert "does not count" in check_ledger(spoiled, records)[0]
+
+
+def test_a_run_has_the_private_base_of_what_it_builds_on(tmp_path):
+    """As a selection and the training after it, of one base."""
+    shared, base = str(tmp_path / "shared.jsonl"), paid_base()
+    first = start(tmp_path / "first", Circumstances(base=base), privacy_ledger=shared)
+    first.publish(lambda folder: None, PLAN)
+    plan = build_plan(steps=4, builds_on=(first.branch.run,))
+    with pytest.raises(UsageError, match="builds on or resumes"):
+        start(tmp_path / "second", Circumstances(), plan, privacy_ledger=shared)
+    deeper = add_base(paid_base("d"), base)  # a base that was itself made from that base
+    for number, known in enumerate((base, deeper)):
+        about = Circumstances(base=known)
+        start(tmp_path / f"known{number}", about, plan, privacy_ledger=shared)
+    unrelated = Circumstances()
+    start(tmp_path / "other", unrelated, privacy_ledger=shared)  # builds on nothing
+
+
+def test_the_cap_counts_what_the_private_bases_have_cost(tmp_path):
+    """Once each, if another ledger paid; at the smallest delta of all."""
+    ledger, base = Ledger(tmp_path / "ledger.jsonl"), paid_base(delta=1e-6)
+    terms, about = PLAN.terms(True), Circumstances(base=base)
+    alone, _ = quote_total(state(steps=4, delta=1e-6))
+    statement = add_base(state(steps=4), base)
+    total, delta = quote_total(statement)
+    assert delta == 1e-6 and alone + 0.01 < total
+    with pytest.raises(UsageError, match="above --total_epsilon"):
+        ledger.reserve(terms, total - 0.01, made_with=about.made_with())
+    assert ledger.records() == []
+    ledger.reserve(terms, total + 1e-9, made_with=about.made_with())
+    twice = pld_epsilon([*statement["base"]["events"], *2 * statement["events"]], 1e-6)
+    with pytest.raises(UsageError, match=f"to epsilon {twice:.3f}.*comes to {total:.3f}"):
+        ledger.reserve(terms, twice - 0.01, made_with=about.made_with())
+    ledger.reserve(terms, twice + 1e-9, made_with=about.made_with())
+
+
+def test_the_cap_does_not_count_a_base_twice_that_the_ledger_itself_paid_for(tmp_path):
+    first = start(tmp_path / "first")
+    base = first.publish(lambda folder: None, PLAN)
+    ledger, made_with = first.branch.ledger, Circumstances(base=base).made_with()
+    both = pld_epsilon(2 * base["events"], PLAN.delta)
+    ledger.reserve(PLAN.terms(True), both + 1e-9, made_with=made_with)
 
 
 def test_a_run_that_lost_units_still_says_how_it_is_made(tmp_path):

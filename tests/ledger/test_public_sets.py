@@ -1,6 +1,7 @@
 """Images are not called public that are known to come from private ones, wherever that is asked."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
 from utils.ledger.ledger import Ledger
-from utils.ledger.public_sets import refuse_private_set
+from utils.ledger.public_sets import (
+    refuse_as_private,
+    refuse_private_images,
+    refuse_private_set,
+)
 from utils.ledger.remembered import remember_run
 from utils.methods.stand_in import load_stand_in
 
@@ -69,3 +74,83 @@ def test_public_inputs_of_every_kind_are_asked(images, tmp_path, run_script):
     more = ["--resolution", 32, "--label_column", "label", "--output_dir", tmp_path / "base"]
     run = run_script("pretrain_ldm.py", "--dataset_name", images, *more)
     assert run.returncode == 2 and REFUSED in run.stderr and not (tmp_path / "base").exists()
+
+
+MADE = {
+    "the set": ("set", "set"),
+    "its shards": ("set", "set/data"),
+    "the samples of an adapter": ("adapter", "adapter/samples"),
+    "a folder that holds a set": ("run/set", "run"),
+}
+
+
+@pytest.mark.parametrize("carrier, named", MADE.values(), ids=MADE)
+def test_images_made_of_private_ones_are_neither_public_nor_private_anew(images, carrier, named):
+    """As private ones of a run, they would lose what they cost."""
+    (images / carrier).mkdir(parents=True)
+    (images / named).mkdir(exist_ok=True)
+    (images / carrier / "sampling.json").write_text("{}")
+    name, statement = str(images / named), images / carrier / "privacy.json"
+    for refuse in (partial(refuse_private_set, "--stand_in"), refuse_as_private):
+        refuse(name)
+        statement.write_text("{}")
+        with pytest.raises(UsageError, match=f"{images / carrier} has a privacy.json"):
+            refuse(name)
+        statement.unlink()
+
+
+def test_images_beside_a_run_are_as_private_as_before(images):
+    """privacy.json of a run in the folder above says nothing about other folders in it."""
+    (images.parent / "privacy.json").write_text("{}")
+    refuse_as_private(str(images))
+
+
+def test_what_cannot_be_asked_is_told(capsys):
+    """Offline, as the tests are."""
+    refuse_private_set("--public_data", "someone/unheard-of")
+    assert "may have a privacy.json on the Hub" in capsys.readouterr().err
+
+
+def test_the_private_images_themselves_are_not_public(images, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    (images / "some").mkdir()
+    for public, private in (
+        ("images", str(images)),
+        ("images/some", "images/"),
+        (str(images), "images/some"),
+        ("user/scans", "user/scans"),
+    ):
+        with pytest.raises(UsageError, match="what is public must lie elsewhere"):
+            refuse_private_images(["user/other", public], private)
+    refuse_private_images(["user/other", "images/some"], "user/scans")
+
+
+def test_every_stage_asks_what_its_private_images_are(images, tiny_base, run_script, tmp_path):
+    (images / "privacy.json").write_text("{}")
+    data = ["--train_data_dir", images, "--label_column", "label", "--output_dir", tmp_path / "run"]
+    budget = ["--target_epsilon", 8, "--target_delta", 1e-3]
+    base = ["--pretrained_model_name_or_path", tiny_base]
+    for script in (
+        ["train_dp_lora.py", *base],
+        ["release_means.py"],
+        ["select_saliency.py", *base],
+    ):
+        run = run_script(*script, *data, *budget)
+        assert run.returncode == 2 and "--warm_start, which counts it" in run.stderr
+
+
+@pytest.mark.parametrize("script", ["train_dp_lora.py", "relabel.py", "rehearse.py"])
+def test_a_stage_does_not_take_its_private_images_as_public(
+    script, images, tiny_base, run_script, tmp_path
+):
+    public = {
+        "train_dp_lora.py": ["--warm_start", images, "--warm_start_is_public"],
+        "relabel.py": ["--synthetic", tmp_path, "--extractor", "classifier"]
+        + ["--public_data", images, "--classifier_weights", tmp_path / "x.safetensors"],
+        "rehearse.py": ["--stand_in", images],
+    }
+    data = ["--train_data_dir", images, "--label_column", "label", "--output_dir", tmp_path / "run"]
+    budget = ["--target_epsilon", 8, "--target_delta", 1e-3]
+    base = ["--pretrained_model_name_or_path", tiny_base]
+    run = run_script(script, *public[script], *base, *data, *budget)
+    assert run.returncode == 2 and "what is public must lie elsewhere" in run.stderr

@@ -9,11 +9,14 @@ from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
 from tests.methods.conftest import draw
+from tests.sampling.conftest import state
 from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
+from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation as story
+from utils.privacy.accounting import account, membership_power
 from utils.sampling.paid_sets import examine
 from utils.sampling.shards import hash_set
 
@@ -69,9 +72,18 @@ def test_a_set_verifies_as_long_as_its_images_are_those_that_were_paid_for(
 
     cheaper = (drawn / "adapter" / "privacy.json").read_text()
     dearer = (run / "privacy.json").read_text()
+    own = json.loads(dearer)  # as it would be without the training before the vote
+    spent = account(own["events"][1:], own["delta"])
+    forged = state() | {key: own[key] for key in ("files", "ledger", "delta", "num_units")}
+    forged |= {"events": own["events"][1:], "epsilon": spent.both_relations()}
+    forged |= {"membership_inference": membership_power(forged["events"])}
+    for name, epsilon in (("pld", spent.add_or_remove_one), ("prv", spent.prv)):
+        forged["accountants"][name]["epsilon"] = epsilon
+    assert check_statement(forged) == []
     for folder, statement, said in (
         (run / "set", cheaper, "its statement is not that of the run"),
         (drawn / "set", dearer, "its statement is not that of the adapter"),
+        (run / "set", json.dumps(forged), "the ledger's events are not those of the statement"),
     ):
         own = (folder / "privacy.json").read_text()
         (folder / "privacy.json").write_text(statement)

@@ -1,5 +1,6 @@
 """curate.py: private bases, seeds, processes and small variations."""
 
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
 from tests.methods.conftest import draw
 from tests.methods.test_curation import EXTRACTOR, curate
+from tests.sampling.conftest import state
 from tests.scripts.test_many_processes import together
 from utils.arguments.means import LaterModelArguments
 from utils.errors import UsageError
@@ -56,6 +58,16 @@ def test_captions_are_not_compared_by_a_private_model(drawn, tiny_base, tmp_path
     shutil.copy(drawn / "adapter" / "privacy.json", base)
     with pytest.raises(UsageError, match="private result itself"):
         build_nearest(LaterModelArguments(str(base)), ["a", "b"])
+
+
+def test_variations_are_covered_as_the_candidates_are(public, image_folder, tmp_path, tiny_base):
+    """By the model as it was then: what it is now may have cost more."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    assert "24 images" in draw(base, tmp_path / "set")
+    (base / "privacy.json").write_text(json.dumps(state()))
+    more = ["--target_epsilon", 3, "--rounds", 2]
+    said = curate(tmp_path / "set", image_folder, tmp_path / "run", *more)
+    assert "another privacy.json than it had then" in said
 
 
 def test_another_seed_is_not_gone_on_with(public, image_folder, tmp_path, monkeypatch):

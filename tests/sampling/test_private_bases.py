@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from tests.conftest import read_json, train_arguments, train_here
 from tests.sampling.conftest import find, state
@@ -13,6 +15,8 @@ from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.statement import UNKNOWN_BASE, add_base, quote_total
 from utils.methods.election import Election
+from utils.models.own_weights import save_denoiser
+from utils.models.pipelines import load_pipeline
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
 from utils.privacy.randomness import SecretRandomness
 from utils.sampling import paid_sets
@@ -138,6 +142,26 @@ def test_what_is_trained_on_a_base_that_nobody_knows_says_so(tiny_base, image_fo
     statement = read_json(tmp_path / "run" / STATEMENT)
     assert UNKNOWN_BASE in statement["not_covered"]
     assert UNKNOWN_BASE in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_doubt_about_the_base_is_in_the_statement_of_what_is_drawn(adapter):
+    """Offline, over a base of the Hub that may be another than the adapter was trained on."""
+    covered, own = find("user/out_of_reach", adapter).statement, read_json(adapter / STATEMENT)
+    assert UNKNOWN_BASE not in own["not_covered"]
+    assert covered == own | {"not_covered": [*own["not_covered"], UNKNOWN_BASE]}
+
+
+def test_weights_that_were_trained_are_no_public_base_wherever_they_are_saved(tiny_base, tmp_path):
+    """As one does with a DP-LDM adapter: load its denoiser, save the pipeline; the privacy.json
+    stays behind, and diffusers keeps what the configuration says."""
+    save_denoiser(load_pipeline(str(tiny_base)), tmp_path / "adapter")
+    denoiser = UNet2DConditionModel.from_pretrained(tmp_path / "adapter", subfolder="unet")
+    pipeline = DiffusionPipeline.from_pretrained(tiny_base, unet=denoiser)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "merged")
+    with pytest.raises(UsageError, match="put it beside model_index.json"):
+        find(tmp_path / "merged")
+    (tmp_path / "merged" / STATEMENT).write_text(json.dumps(state()))
+    assert find(tmp_path / "merged").statement == state()
 
 
 def test_a_base_that_protects_another_unit_is_refused(private_base, adapter):
