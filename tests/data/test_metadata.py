@@ -92,13 +92,19 @@ def test_patients_that_differ_by_spaces_alone_are_refused(tmp_path):
     """They would be two privacy units, each with its own share of one person."""
     lines = [{"file_name": f"{i}.png", "id": v} for i, v in enumerate(("7", "7 ", "8"))]
     write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)))
-    with pytest.raises(UsageError, match="1 value.s. differ from another by spaces"):
+    with pytest.raises(UsageError, match="1 value.s. differ from another only by spaces"):
         number_units(load(tmp_path), "id")
     lines[1]["id"] = "8 "
     lines[2]["id"] = " 8"
     write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)))
     with pytest.raises(UsageError, match="1 value.s. differ"):
         number_units(load(tmp_path), "id")
+    for same in ("Jose\u0301", "Jos\u00e9\u200b"):
+        for line, name in zip(lines, ("Jos\u00e9", same, "x\u00b2"), strict=True):
+            line["id"] = name
+        write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+        with pytest.raises(UsageError, match="how Unicode spells the same letters"):
+            number_units(load(tmp_path), "id")
 
 
 def test_a_caption_that_is_not_a_number_is_none(tmp_path):

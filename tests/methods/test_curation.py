@@ -97,6 +97,10 @@ def test_a_set_verifies_as_long_as_its_images_are_those_that_were_paid_for(
     assert "did not pay for the set" in judge(run / "set")[0][0]
     begun = shutil.copytree(drawn / "set", tmp_path / "begun")
     settings = read_json(begun / "sampling.json")
+    (weights,) = [name for name in settings["adapter_files"] if name.endswith(".safetensors")]
+    others = settings["adapter_files"] | {weights: "of another run, with the same settings"}
+    (begun / "sampling.json").write_text(json.dumps(settings | {"adapter_files": others}))
+    assert judge(begun)[0] == ["its statement is not that of the adapter that drew its images"]
     del settings["set"]
     (begun / "sampling.json").write_text(json.dumps(settings))
     assert "not all of its images were drawn" in judge(begun)[0][0]

@@ -11,6 +11,7 @@ from tests.conftest import read_json, train_arguments, train_here
 from utils.hub.upload import list_files_to_publish
 from utils.ledger.charges import summarise_runs
 from utils.ledger.ledger import Ledger
+from utils.ledger.statement import STOPPED
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import private_run
 from utils.methods.film import list_sheets
@@ -59,6 +60,7 @@ def test_an_interrupted_run_is_published_at_what_it_spent(stopped, tiny_base):
     epsilon = pld_epsilon([event], statement["delta"])
     assert statement["epsilon"]["add_or_remove_one"] == pytest.approx(epsilon, abs=1e-9)
     assert epsilon < 6  # of the 8 that were planned
+    assert STOPPED in statement["not_covered"]
     (run,) = summarise_runs(Ledger(output / "private" / "ledger.jsonl").records())
     assert (run["released"], run["planned"], run["state"]) == (2, 6, "finished")
     assert not find_problems(read_source(str(output), None))
@@ -72,6 +74,7 @@ def test_what_was_published_early_can_still_be_finished(stopped):
     assert early != (output / "pytorch_lora_weights.safetensors").read_bytes()
     statement = read_json(output / "privacy.json")
     assert [event["steps"] for event in statement["events"]] == [6]
+    assert STOPPED not in statement["not_covered"]
     assert 7.9 < statement["epsilon"]["add_or_remove_one"] <= 8
     assert not find_problems(read_source(str(output), None))
 

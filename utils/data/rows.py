@@ -4,6 +4,7 @@ Nothing here holds more than a few rows' captions at a time.
 """
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -277,10 +278,17 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
         )
     number: dict = {}
     texts = {value for value in values if isinstance(value, str)}
-    merged = len(texts) - len({text.strip() for text in texts})
+    merged = len(texts) - len({_read_aloud(text) for text in texts})
     if merged:
         raise UsageError(
-            f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another by spaces "
-            "around them alone, which would make two units of one: mend them"
+            f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another only by "
+            "spaces around them, or by how Unicode spells the same letters, which would make two "
+            "units of one: mend them"
         )
     return torch.tensor([number.setdefault(value, len(number)) for value in values])
+
+
+def _read_aloud(text: str) -> str:
+    """A name as a reader takes it: without what cannot be seen, and in one spelling."""
+    seen = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
+    return unicodedata.normalize("NFC", seen).strip()

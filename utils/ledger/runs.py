@@ -8,7 +8,7 @@ exists; a file is on record as written once it does.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,6 +39,7 @@ from utils.ledger.charges import (
     is_live,
     list_charged_events,
     list_made_with,
+    select_run,
 )
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
@@ -217,6 +218,8 @@ class Run:
         runs = [*plan.builds_on, self.branch.run]
         own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
         about, run_events = recall(self.about, own, every), list_charged_events(records, runs)
+        planned = [r for r in select_run(records, runs[-1]) if r["kind"] == "reserve"][-1]["event"]
+        about = replace(about, is_stopped=plan.steps < planned["steps"])
         everything = list_charged_events(records)
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         ledger = {"run": self.branch.run, "entry": entry["hash"]}

@@ -13,6 +13,7 @@ from utils.version import VERSION, find_commit
 
 SCHEMA_VERSION = 2
 UNKNOWN_BASE = "the base model, of which nobody could tell offline whether it is a private result"
+STOPPED = "the choice of the step to stop at, if that was made by looking at what the run had shown"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Circumstances:
         audit: what an audit of this very set-up proved; None if there was none.
         base: the verified statement of the base model, if that is a private result itself.
         is_base_known: whether anyone could tell that (`fetch_statement`).
+        is_stopped: whether it was to take more steps: that would have been paid for whatever was
+            looked at, and fewer are only if nobody chose how many by looking (Rogers et al. 2016:
+            an odometer is no filter).
     """
 
     is_private: bool = True
@@ -34,6 +38,7 @@ class Circumstances:
     audit: dict | None = None
     base: dict | None = None
     is_base_known: bool = True
+    is_stopped: bool = False
 
     def made_with(self) -> dict:
         """What the ledger records of these: some may change when a run is resumed, and a base model
@@ -92,6 +97,7 @@ def build_statement(
             "the number of units, N",
             "prompts, class names and caption templates, which are published as they were given",
             *([] if about.is_base_known else [UNKNOWN_BASE]),
+            *([STOPPED] if about.is_stopped else []),
         ],
         "made_by": {"version": VERSION, "commit": find_commit()},
         "date": datetime.now(UTC).date().isoformat(),

@@ -20,6 +20,8 @@ from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 from utils.models.text import quiet
 
+SHOWN = 20  # names of classes
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -36,6 +38,16 @@ class Classes:
     @property
     def count(self) -> int:
         return len(self.prompts)
+
+    def describe(self) -> str:
+        """What of them is published, in a sentence: a class may be there for one image alone."""
+        if not self.names:
+            return f"{self.count} prompt(s), which are published"
+        shown = [*self.names[:SHOWN], *(["..."] if self.count > SHOWN else [])]
+        return (
+            f"{self.count} classes, whose names are published: {', '.join(shown)} (--class_names "
+            "says which there may be)"
+        )
 
 
 def find_classes(

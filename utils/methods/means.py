@@ -89,6 +89,7 @@ def run_release(
     if training.dry_run:
         plan, _ = preview(found, privacy, training, SIDE, plan_for)
         return print_plan(accelerator, plan)
+    accelerator.print(classes.describe())
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
     about = Circumstances(randomness.is_private, randomness.source)

@@ -93,7 +93,8 @@ def stop_here(stage: Stage, plan: PrivacyPlan, state: TrainingState) -> PrivacyP
     shorter = replace(plan, steps=state.step)
     cost = describe_cost(shorter, stage.base_statement, state.recharged)
     stage.accelerator.print(
-        f"publishing the weights after step {state.step} of {plan.steps}: {cost}"
+        f"publishing the weights after step {state.step} of {plan.steps}: {cost}, if nobody chose "
+        "that step by looking at the run"
     )
     return shorter
 
