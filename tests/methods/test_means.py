@@ -79,6 +79,7 @@ def released(image_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("means") / "run"
     shown = release(image_folder, output)
     assert "40 images, grid.png" in shown, shown
+    assert "4 classes, whose names are published: 0, 1, 2, 3 (" in shown
     return output
 
 
@@ -123,7 +124,9 @@ def test_what_no_ledger_paid_for_is_refused(released, tiny_base, image_folder, t
         return train_here([*arguments, "--warm_start", folder, "--warm_start_steps", 1, *more])
 
     assert "is not a folder" in start(tmp_path / "nowhere")
-    assert "has no privacy.json" in start(image_folder)
+    assert "what is public must lie elsewhere" in start(image_folder)
+    shutil.copytree(image_folder, tmp_path / "images")
+    assert "has no privacy.json" in start(tmp_path / "images")
     copy = tmp_path / "means"
     shutil.copytree(released, copy)
     other = ["--privacy_ledger", tmp_path / "other.jsonl"]

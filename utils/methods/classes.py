@@ -42,7 +42,7 @@ class Classes:
     def describe(self) -> str:
         """What of them is published, in a sentence: a class may be there for one image alone."""
         if not self.names:
-            return f"{self.count} prompt(s), which are published"
+            return f"prompts, which are published: {self.count}"
         shown = [*self.names[:SHOWN], *(["..."] if self.count > SHOWN else [])]
         return (
             f"{self.count} classes, whose names are published: {', '.join(shown)} (--class_names "

@@ -32,7 +32,13 @@ from utils.errors import UsageError, on_main_process
 from utils.files import MEANS
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances, describe_cost
-from utils.methods.classes import build_nearest, find_classes, number_rows, read_units
+from utils.methods.classes import (
+    Classes,
+    build_nearest,
+    find_classes,
+    number_rows,
+    read_units,
+)
 from utils.methods.mean_features import SIDE
 from utils.methods.planning import (
     load_private_rows,
@@ -89,12 +95,11 @@ def run_release(
     if training.dry_run:
         plan, _ = preview(found, privacy, training, SIDE, plan_for)
         return print_plan(accelerator, plan)
-    accelerator.print(classes.describe())
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
     about = Circumstances(randomness.is_private, randomness.source)
     private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, about, plan_for)
-    accelerator.print(announce(plan, run, classes.count))
+    accelerator.print(announce(plan, run, classes))
 
     # Sum over the units of each batch, and release the sums with noise.
     numbers = number_rows(private_set, found.data, classes, nearest)
@@ -184,12 +189,12 @@ def find_noise(plan: PrivacyPlan) -> float:
     return plan.noise_std / plan.expected_batch_size
 
 
-def announce(plan: PrivacyPlan, run: Run, num_classes: int) -> str:
-    """One sentence before the release: of what, and what it will cost."""
+def announce(plan: PrivacyPlan, run: Run, classes: Classes) -> str:
+    """Before the release: of what, and what it will cost."""
     return (
-        f"releasing the noisy means of {num_classes} classes over {plan.num_units} private units: "
-        f"{describe_cost(plan, None, run.recharged)} (noise multiplier "
-        f"{plan.noise_multiplier:.3f})"
+        f"releasing the noisy means of {classes.count} classes over {plan.num_units} private "
+        f"units: {describe_cost(plan, None, run.recharged)} (noise multiplier "
+        f"{plan.noise_multiplier:.3f})\n{classes.describe()}"
     )
 
 
