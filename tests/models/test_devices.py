@@ -108,7 +108,7 @@ def test_a_private_step_stays_on_its_device(monkeypatch, method, cached):
     # Which rows were drawn cannot be read from a pretended tensor.
     monkeypatch.setattr(EncodedUnits, "read_captions", lambda _, rows: CAPTIONS[:1] * len(rows))
     total = step_on_gpu(METHODS[method], cached)
-    assert total.device.type == GPU and total.dtype == torch.float32
+    assert total.device.type == GPU and total.dtype == torch.float64
 
 
 @pytest.mark.parametrize("family", FAMILIES)
