@@ -195,7 +195,7 @@ def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
     for record in Ledger(private / "ledger.jsonl").records():
         assert set(record) <= known | {"previous", "hash", "made_with"}
         made_with = record.get("made_with", {})
-        assert set(made_with) <= {"randomness", "precision", "is_audited"}
+        assert set(made_with) <= {"randomness", "precision", "is_audited", "base", "is_base_known"}
 
 
 def test_old_checkpoints_go_and_the_newest_stay(finished, tiny_base, image_folder, tmp_path):
