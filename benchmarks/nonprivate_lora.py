@@ -13,6 +13,7 @@ ignored.
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -126,22 +127,17 @@ def main():
         loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
         if len(loader) == 0:
             raise UsageError(f"--train_batch_size is more than the {len(images)} images there are")
-        bar = tqdm(total=training.max_train_steps, desc="steps")
-        while bar.n < training.max_train_steps:
-            for pixels, ids in loader:
-                with accelerator.autocast():
-                    loss = compute_loss(
-                        pipeline, pixels.to(accelerator.device), ids.to(accelerator.device)
-                    )
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                bar.update()
-                if bar.n == training.max_train_steps:
-                    break
-        bar.close()
+        steps = islice(chain.from_iterable(repeat(loader)), training.max_train_steps)
+        for pixels, ids in tqdm(steps, "steps", training.max_train_steps):
+            with accelerator.autocast():
+                loss = compute_loss(
+                    pipeline, pixels.to(accelerator.device), ids.to(accelerator.device)
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
     folder.mkdir(parents=True, exist_ok=True)
     save_lora(pipeline, folder)
     seconds = time.perf_counter() - start
