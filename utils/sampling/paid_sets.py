@@ -99,7 +99,7 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
     wrote = [record for record in records if record["kind"] == "wrote"]
     found = [record for record in wrote if record["files"].get(SET) == digest]
     files = statement["files"].items()
-    if settings.get(SET_DIGEST) == digest and _drew(statement, settings):
+    if settings.get(SET_DIGEST) == digest and is_drawn_with(statement, settings):
         found += [record for record in wrote if files <= record["files"].items()]
     if not found:
         raise UsageError(
@@ -135,7 +135,7 @@ def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]
     if hash_set(source.folder) != settings[SET_DIGEST]:
         return ["its images are not those that were drawn"], []
     statement = source.statement
-    if settings.get(ADAPTER_FILES) and not _drew(statement, settings):
+    if settings.get(ADAPTER_FILES) and not is_drawn_with(statement, settings):
         return ["its statement is not that of the adapter that drew its images"], []
     ledger = find_set_ledger(str(source.folder))
     if ledger is None:
@@ -155,7 +155,7 @@ def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]
     return [], ["ok: its images are those that the ledger of their run paid for"]
 
 
-def _drew(statement: dict, settings: dict) -> bool:
+def is_drawn_with(statement: dict, settings: dict) -> bool:
     """Whether the weights that drew a set, by its sampling.json, are all those of a statement."""
     drawn_with = settings.get(ADAPTER_FILES, {}).items()
     weights = {file for file in statement["files"].items() if file[0].endswith(".safetensors")}
