@@ -15,8 +15,8 @@ from utils.evaluation.features import build_extractor
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import (
     refuse_as_private,
-    refuse_private_images,
-    refuse_private_set,
+    refuse_as_public,
+    refuse_own_images,
 )
 from utils.ledger.remembered import remember_run
 from utils.methods.stand_in import load_stand_in
@@ -44,7 +44,7 @@ def images(tmp_path, monkeypatch):
 def test_a_doubt_about_images_is_told(images, capsys, name, content, warns):
     """Whoever calls them public may know, as on a machine that does not reach the Hub."""
     (images / name).write_text(json.dumps(content))
-    refuse_private_set("--stand_in", str(images))
+    refuse_as_public("--stand_in", str(images))
     said = capsys.readouterr().err
     assert said.count("drawn by what nobody could tell") == warns and bool(said) == warns
 
@@ -53,10 +53,10 @@ def test_private_images_that_are_called_public_are_told_of(images, tmp_path, cap
     ledger = Ledger(tmp_path / "ledger.jsonl")
     run = ledger.reserve(build_plan().terms(True)).run
     remember_run(str(images.resolve()), ledger, run, 1.0, 1e-4)
-    refuse_private_set("--public_data", str(images))
+    refuse_as_public("--public_data", str(images))
     said = capsys.readouterr().err
     assert f"charged to the ledger {ledger.path} as private images" in said
-    refuse_private_set("--public_data", None)
+    refuse_as_public("--public_data", None)
     assert capsys.readouterr().err == ""
 
 
@@ -91,7 +91,7 @@ def test_images_made_of_private_ones_are_neither_public_nor_private_anew(images,
     (images / named).mkdir(exist_ok=True)
     (images / carrier / "sampling.json").write_text("{}")
     name, statement = str(images / named), images / carrier / "privacy.json"
-    for refuse in (partial(refuse_private_set, "--stand_in"), refuse_as_private):
+    for refuse in (partial(refuse_as_public, "--stand_in"), refuse_as_private):
         refuse(name)
         statement.write_text("{}")
         with pytest.raises(UsageError, match=f"{images / carrier} has a privacy.json"):
@@ -107,7 +107,7 @@ def test_images_beside_a_run_are_as_private_as_before(images):
 
 def test_what_cannot_be_asked_is_told(capsys):
     """Offline, as the tests are."""
-    refuse_private_set("--public_data", "someone/unheard-of")
+    refuse_as_public("--public_data", "someone/unheard-of")
     assert "may have a privacy.json on the Hub" in capsys.readouterr().err
 
 
@@ -121,8 +121,8 @@ def test_the_private_images_themselves_are_not_public(images, monkeypatch):
         ("user/scans", "user/scans"),
     ):
         with pytest.raises(UsageError, match="what is public must lie elsewhere"):
-            refuse_private_images(["user/other", public], private)
-    refuse_private_images(["user/other", "images/some"], "user/scans")
+            refuse_own_images(["user/other", public], private)
+    refuse_own_images(["user/other", "images/some"], "user/scans")
 
 
 def test_every_stage_asks_what_its_private_images_are(images, tiny_base, run_script, tmp_path):

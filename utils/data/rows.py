@@ -278,7 +278,7 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
         )
     number: dict = {}
     texts = {value for value in values if isinstance(value, str)}
-    merged = len(texts) - len({_read_aloud(text) for text in texts})
+    merged = len(texts) - len({_normalise(text) for text in texts})
     if merged:
         raise UsageError(
             f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another only by "
@@ -288,7 +288,7 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     return torch.tensor([number.setdefault(value, len(number)) for value in values])
 
 
-def _read_aloud(text: str) -> str:
+def _normalise(text: str) -> str:
     """A name as a reader takes it: without what cannot be seen, and in one spelling."""
     seen = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
     return unicodedata.normalize("NFC", seen).strip()

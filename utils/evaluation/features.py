@@ -32,7 +32,7 @@ from utils.data.images import (
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError, on_main_process
 from utils.files import hash_file, replace_file
-from utils.ledger.public_sets import refuse_private_set
+from utils.ledger.public_sets import refuse_as_public
 from utils.metrics.synthetic_accuracy.classifiers import (
     CLASSIFIERS,
     Recipe,
@@ -235,7 +235,7 @@ def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device)
         )
     pixels, labels = [], []
     for number, source in enumerate(args.public_data):
-        refuse_private_set("--public_data", source)
+        refuse_as_public("--public_data", source)
         images, _ = keep_readable(ImageRows(load_split(source, None, None, "train")))
         own = read_labels(images.rows, args.public_label_column)
         labels += [(number, label) for label in own]

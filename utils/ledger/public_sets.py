@@ -13,7 +13,7 @@ from utils.ledger.verification import fetch_statement
 IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind the images
 
 
-def refuse_private_set(argument: str, name: str | None, revision: str | None = None) -> None:
+def refuse_as_public(argument: str, name: str | None, revision: str | None = None) -> None:
     """Refuse to take as public what sample.py, or a stage, made of private images; warn where that
     cannot be known, or of images that were charged to a ledger as private ones on this machine.
 
@@ -60,7 +60,7 @@ def refuse_as_private(name: str) -> None:
         )
 
 
-def refuse_private_images(names: list[str], private: str) -> None:
+def refuse_own_images(names: list[str], private: str) -> None:
     """Refuse to take a run's own private images as public.
 
     Args:

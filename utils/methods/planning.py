@@ -17,7 +17,7 @@ from utils.data.rows import load_rows, name_source, number_units, read_captions
 from utils.errors import UsageError, on_main_process
 from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.public_sets import refuse_as_private, refuse_private_images
+from utils.ledger.public_sets import refuse_as_private, refuse_own_images
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import confirm, find_ledger, open_run
 from utils.ledger.runs import Run
@@ -57,11 +57,11 @@ def load_private_rows(
 
     Raises:
         UsageError: see `load_rows`, `read_captions`, `refuse_as_private`,
-            `refuse_private_images`; or that model cannot be told one of them.
+            `refuse_own_images`; or that model cannot be told one of them.
     """
     name = data.train_data_dir or data.dataset_name
     if name is not None:
-        refuse_private_images(public or [], name)
+        refuse_own_images(public or [], name)
         on_main_process(lambda: refuse_as_private(name))
     if told is not None:
         find_family(told).check_captions(training.validation_prompt or [])

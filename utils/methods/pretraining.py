@@ -24,7 +24,7 @@ from utils.data.rows import load_rows
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.gradients.short_attention import use_fast_attention
-from utils.ledger.public_sets import refuse_private_set
+from utils.ledger.public_sets import refuse_as_public
 from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.families.stable_diffusion import tokenize_captions
@@ -42,7 +42,7 @@ def load_public_images(data: DataArguments) -> tuple[ImageRows, Mapping[str, int
     Raises:
         UsageError: see `load_rows`, `keep_readable`; or the set comes from private images.
     """
-    refuse_private_set("the set", data.dataset_name or data.train_data_dir)
+    refuse_as_public("the set", data.dataset_name or data.train_data_dir)
     images = ImageRows(load_rows(data), data.image_column, data.window)
     return keep_readable(images, data.strict_images)
 

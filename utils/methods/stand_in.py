@@ -14,7 +14,7 @@ from utils.data.images import read_pixel_batches
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows
 from utils.errors import UsageError
-from utils.ledger.public_sets import refuse_private_set
+from utils.ledger.public_sets import refuse_as_public
 from utils.sampling.generation import generate_folder, prepare_generation
 from utils.sampling.sources import find_source
 
@@ -55,7 +55,7 @@ def load_stand_in(
         UsageError: there are no prompts, too few images, or see `load_rows`, `read_captions`.
     """
     name = args.stand_in
-    refuse_private_set("--stand_in", name)
+    refuse_as_public("--stand_in", name)
     if name is None:
         name = str(draw_stand_in(model, prompts, output_dir / "stand_in"))
     asked = replace(

@@ -20,7 +20,7 @@ from utils.data.rows import require_column
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_prior
-from utils.ledger.public_sets import refuse_private_set
+from utils.ledger.public_sets import refuse_as_public
 from utils.ledger.reservations import find_ledger
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage
@@ -73,7 +73,7 @@ def find_earlier_stages(
             paid.check_base(f"--warm_start {folder}", base_statement)
             runs += paid.runs
         else:
-            refuse_private_set("--warm_start_is_public: --warm_start", folder)
+            refuse_as_public("--warm_start_is_public: --warm_start", folder)
     return list_prior(ledger.records(), runs)
 
 
