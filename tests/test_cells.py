@@ -112,6 +112,19 @@ def test_cells_are_chosen_by_name_with_all_their_runs(tmp_path, monkeypatch, cap
     assert ran == expected and "no cell of these files: d" in capsys.readouterr().err
 
 
+def test_only_runs_whose_classifiers_learned_for_as_long_are_averaged():
+    row = {"set": "fashion_mnist", "method": "m", "epsilon": 10, "trained": 1, "networks": {}}
+    now, before = table.count_steps("fashion_mnist"), table.NETWORKS
+    rows = [
+        row | {"classifier_steps": steps, "accuracy": accuracy}
+        for steps, accuracy in ((now, 0.8), (before, 0.6), (now, 0.9))
+    ]
+    latest, former = table.gather(rows)
+    assert (latest["runs"], former["runs"]) == (2, 1)
+    assert "†" not in table.describe(latest)[4] and table.describe(latest)[4].startswith("**85.0**")
+    assert table.describe(former)[4] == "**60.0** †"
+
+
 def test_rows_are_described_as_they_are():
     rows = json.loads(table.RESULTS.read_text()) if table.RESULTS.exists() else []
     for row in table.gather(rows):
