@@ -125,6 +125,34 @@ def test_only_runs_whose_classifiers_learned_for_as_long_are_averaged():
     assert table.describe(former)[4] == "**60.0** †"
 
 
+def test_images_are_judged_again_once_classifiers_learn_for_longer(tmp_path, monkeypatch):
+    judged, where = [], table.run_cell.__globals__
+
+    def call(command, log, processes):
+        judged.append(command[command.index("--classifier_steps") + 1 :][:3])
+        write(dict(zip(table.NETWORKS, judged[-1], strict=True)), 0.8)
+
+    def write(steps, value):
+        accuracy = {"value": value, "networks": {}, "classifier_steps": steps}
+        distance = {"num_synthetic": 9, "value": 1.0, "extractor": "classifier"}
+        found = {"accuracy": accuracy, "frechet_distance": distance}
+        (tmp_path / "c" / "metrics.json").write_text(json.dumps(found))
+
+    for name, value in {"RUNS": tmp_path, "RESULTS": tmp_path / "r.json", "call": call}.items():
+        monkeypatch.setitem(where, name, value)
+    (tmp_path / "c").mkdir()
+    write(table.NETWORKS, 0.6)
+    former = {"cell": "c", "set": "fashion_mnist", "accuracy": 0.6}
+    rows = [former | {"classifier_steps": table.NETWORKS}, former | {"cell": "d"}]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    cell = {"set": "fashion_mnist", "epsilon": None, "method": "m", "measure": "{private}"}
+    for _ in range(2):
+        table.run_cell("c", cell, {"fashion_mnist": "F"}, 1)
+        rows = table.read_rows()
+        assert [row["cell"] for row in rows] == ["c", "d"] and rows[0]["accuracy"] == 0.8
+        assert judged == [[9600, 4800, 2400]]
+
+
 def test_rows_are_described_as_they_are():
     rows = json.loads(table.RESULTS.read_text()) if table.RESULTS.exists() else []
     for row in table.gather(rows):
