@@ -47,7 +47,7 @@ TAKES = {
     "dp-ldm": (LdmArguments, StageArguments),
 }
 SCRIPTS = {name: f"train_{name.replace('-', '_')}.py" for name in TAKES}
-NOT_OF_A_RUN = {"output_dir", "num_units", "dry_run"}
+LEFT_OUT = {"output_dir", "num_units", "dry_run", "hub_token"}  # not of a run; and a secret
 
 
 def write_config(path: Path, parsed: list, winner: dict) -> None:
@@ -62,7 +62,7 @@ def write_config(path: Path, parsed: list, winner: dict) -> None:
             value, usual = getattr(arguments, field.name), field.default
             if field.default_factory is not MISSING:
                 usual = field.default_factory()
-            if value != usual and field.name not in NOT_OF_A_RUN:
+            if value != usual and field.name not in LEFT_OUT:
                 values[field.name] = value
     text = yaml.safe_dump(values | winner, sort_keys=False, default_flow_style=None)
     write_durably(path, f"# The best of a rehearsal on public images.\n{text}")

@@ -1,14 +1,16 @@
 """Rehearsals on public images: as noisy as the private run, and read nothing private."""
 
 import math
+import runpy
 from dataclasses import replace
 
 import pytest
 import yaml
 
-from tests.conftest import BUDGET, CAPTION, read_json, train_here
+from tests.conftest import BUDGET, CAPTION, ROOT, read_json, train_here
 from tests.worlds import build_plan
 from utils.arguments.methods import LdmArguments, LoraArguments
+from utils.arguments.publishing import PublishArguments
 from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.training import (
     DataArguments,
@@ -122,6 +124,14 @@ def test_a_stand_in_that_teaches_nothing_is_called_that(tmp_path, capsys, loss, 
     base = {"loss": 1.0, "accuracy": None if accuracy is None else 0.8}
     rehearsal.print_table([tried], base | {"norms": [1.0, 1.0, 1.0], "aligned": 0.2})
     assert ("knows such images already" in capsys.readouterr().out) == warns
+
+
+def test_a_token_is_not_written_down(tmp_path):
+    write_config = runpy.run_path(str(ROOT / "rehearse.py"))["write_config"]
+    given = PublishArguments(hub_token="hf_secret", hub_model_id="user/name")
+    write_config(tmp_path / "best.yaml", [given], {"max_train_steps": 4})
+    written = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert written == {"hub_model_id": "user/name", "max_train_steps": 4}
 
 
 REHEARSAL = ["--tried_rates", 0.003, 0.02, "--tried_steps", 4, "--num_held_out", 16]
