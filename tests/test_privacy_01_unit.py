@@ -155,7 +155,7 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     found = load_private_rows(accelerator, data, training)
     asked = (found, PrivacyArguments(), training)
     private_set, plan, _ = reserve(*asked, 16, {}, Circumstances(), plan_for)
-    assert preview(*asked, 16, plan_for)[0] == plan
+    assert preview(*asked, 16, Circumstances(), plan_for)[0] == plan
     assert (private_set.num_units, plan.num_units) == (3, 3)
     assert private_set.left_out == {"unreadable": 1}
     assert len(private_set.captions) == 10

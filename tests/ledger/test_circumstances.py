@@ -1,6 +1,7 @@
 """What a run says beside its mechanisms: how it was made, and how to go on with it."""
 
 import errno
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from utils.errors import UsageError
 from utils.files import explain_disk_errors, private_folder
 from utils.ledger.checks import check_ledger
 from utils.ledger.ledger import Ledger
-from utils.ledger.reservations import confirm, open_run
+from utils.ledger.reservations import check_new, confirm, open_run
 from utils.ledger.statement import UNKNOWN_BASE, Circumstances, add_base, quote_total
 from utils.methods.stages import collect_settings
 from utils.privacy.accounting import pld_epsilon
@@ -100,6 +101,8 @@ def test_a_run_has_the_private_base_of_what_it_builds_on(tmp_path):
     first.publish(lambda folder: None, PLAN)
     plan = build_plan(steps=4, builds_on=(first.branch.run,))
     with pytest.raises(UsageError, match="builds on or resumes"):
+        check_new(first.branch.ledger, privacy(), plan, Circumstances())
+    with pytest.raises(UsageError, match="builds on or resumes"):
         start(tmp_path / "second", Circumstances(), plan, privacy_ledger=shared)
     deeper = add_base(paid_base("d"), base)  # a base that was itself made from that base
     for number, known in enumerate((base, deeper)):
@@ -117,6 +120,9 @@ def test_the_cap_counts_what_the_private_bases_have_cost(tmp_path):
     statement = add_base(state(steps=4), base)
     total, delta = quote_total(statement)
     assert delta == 1e-6 and alone + 0.01 < total
+    for cap, refused in ((total - 0.01, True), (total + 1e-9, False)):  # as a dry run asks
+        with pytest.raises(UsageError, match="above --total") if refused else nullcontext():
+            check_new(ledger, privacy(total_epsilon=cap), PLAN, about)
     with pytest.raises(UsageError, match="above --total_epsilon"):
         ledger.reserve(terms, total - 0.01, made_with=about.made_with())
     assert ledger.records() == []

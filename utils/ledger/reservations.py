@@ -72,6 +72,14 @@ def open_run(
     return Run(output_dir, branch, agreed, about)
 
 
+def check_new(
+    ledger: Ledger, privacy: PrivacyArguments, plan: PrivacyPlan, about: Circumstances
+) -> None:
+    """Raises: UsageError if `open_run` would refuse to reserve a new run now."""
+    _check_base(ledger, plan.builds_on, about)
+    ledger.check(plan.terms(about.is_private), privacy.total_epsilon, about.made_with())
+
+
 def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
     changed = list_differences(then, now)
     if changed:

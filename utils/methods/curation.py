@@ -80,14 +80,14 @@ def run_curation(
         return plan_votes(num_units, args, privacy, data.privacy_unit_column, election)
 
     side = election.extractor.resolution
+    told = election.describe_circumstances(randomness)
     if training.dry_run:
-        plan, _ = preview(found, privacy, training, side, plan_for)
+        plan, _ = preview(found, privacy, training, side, told, plan_for)
         print_plan(accelerator, plan)
         return
     prepare_repository(hub, privacy)
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, found.data, training) | about
-    told = election.describe_circumstances(randomness)
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(plan, run, election))
 

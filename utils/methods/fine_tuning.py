@@ -114,11 +114,11 @@ def run_method(
     # Plan what will be spent: can it work? If it is meant, reserve it.
     plan_for = JudgedPlans(make_plan_for(method, stage, data, privacy, training), facts, reasons)
     side, _ = stage.resolution, plan_for(found.num_units)  # what is impossible is refused now
+    adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     if training.dry_run:
-        previewed = preview(found, privacy, training, side, plan_for)
+        previewed = preview(found, privacy, training, side, told, plan_for)
         show_plan(stage, engine, unit_bytes, training, found, previewed, plan_for.report)
         return
-    adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     settings = collect_settings(method.name, method.settings, data, training)
     agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:

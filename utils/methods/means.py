@@ -92,12 +92,12 @@ def run_release(
         return print_plan(accelerator, plan_for(found.num_units))
     classes = find_classes(found.rows, found.data, args.class_names, args.class_prompts)
     nearest = None if args.class_prompts is None else build_nearest(model, classes.prompts)
+    about = Circumstances(randomness.is_private, randomness.source)
     if training.dry_run:
-        plan, _ = preview(found, privacy, training, SIDE, plan_for)
+        plan, _ = preview(found, privacy, training, SIDE, about, plan_for)
         return print_plan(accelerator, plan)
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
-    about = Circumstances(randomness.is_private, randomness.source)
     private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, about, plan_for)
     accelerator.print(announce(plan, run, classes))
 

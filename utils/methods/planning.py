@@ -19,7 +19,7 @@ from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.public_sets import refuse_as_private, refuse_own_images
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
-from utils.ledger.reservations import confirm, find_ledger, open_run
+from utils.ledger.reservations import check_new, confirm, find_ledger, open_run
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.models.families import find_family
@@ -123,6 +123,7 @@ def preview(
     privacy: PrivacyArguments,
     training: TrainingArguments,
     resolution: int,
+    about: Circumstances,
     plan_for: PlanFor,
 ) -> tuple[PrivacyPlan, Mapping[str, int]]:
     """Plan what would be spent on the private rows, and show their owner what training would see
@@ -132,14 +133,14 @@ def preview(
     Raises:
         UsageError: bad data, or an impossible plan (see `reserve`).
     """
-    plan, is_private = plan_for(found.num_units), privacy.debug_noise_seed is None
+    plan = plan_for(found.num_units)
     if found.rows is None:
         return plan, {}
 
     def check() -> None:
         ledger = find_ledger(training.output_dir, privacy)
         warn_of_other_ledgers(name_source(found.data), ledger)
-        ledger.check(plan.terms(is_private), privacy.total_epsilon)
+        check_new(ledger, privacy, plan, about)
 
     on_main_process(check)
     private_set, plan = _check_images(found, plan, plan_for)

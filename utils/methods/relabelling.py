@@ -77,13 +77,13 @@ def run_relabelling(
         return plan_classifier(num_units, args, privacy, data.privacy_unit_column, election)
 
     side = election.extractor.resolution
+    told = election.describe_circumstances(randomness)
     if training.dry_run:
-        plan, _ = preview(found, privacy, training, side, plan_for)
+        plan, _ = preview(found, privacy, training, side, told, plan_for)
         return print_plan(accelerator, plan)
     prepare_repository(hub, privacy)
     about = election.describe()
     agreed = collect_settings("relabelling", args, found.data, training) | about
-    told = election.describe_circumstances(randomness)
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(plan, run, election))
     seen = extract_candidates(candidates, election.extractor, accelerator.is_main_process)

@@ -84,8 +84,9 @@ def run_selection(
         check_later_training(plan, privacy, training, args)
         return plan
 
+    told = stage.describe_circumstances()
     if training.dry_run:
-        plan, left_out = preview(found, privacy, training, side, plan_for)
+        plan, left_out = preview(found, privacy, training, side, told, plan_for)
         accelerator.print(describe(plan, engine, unit_bytes, training, left_out))
         later = plan_later_training(privacy, training.max_train_steps, plan)
         if later is not None:
@@ -93,7 +94,6 @@ def run_selection(
         return
     agreed = collect_settings("selection", args, data, training)
     agreed["base_model_checksum"] = stage.base_checksum
-    told = stage.describe_circumstances()
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(stage, plan, run, len(candidates)))
 
