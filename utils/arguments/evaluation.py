@@ -67,7 +67,9 @@ class EvaluateArguments:
     classifiers: list[str] = option(f"any of {', '.join(CLASSIFIERS)}", ["cnn"])
     classifier_seeds: int = option("classifiers of each kind, each with another seed", 3)
     classifier_steps: list[int] = option(
-        "optimizer steps, 128 images each: one number, or one for each of --classifiers", [600]
+        "optimizer steps, 128 images each: one number, or one for each of --classifiers; a first "
+        "look by default: what takes longer to learn than digits seems worse than it is",
+        [600],
     )
     train_on_real: bool = option(
         "for reference, also train the classifiers on the private images", False
