@@ -146,8 +146,8 @@ def run_cell(title: str, cell: dict, private: dict[str, str], processes: int) ->
     if "ledger" in cell:
         row["privacy"] = verify(folder / cell["ledger"], folder / "verify.log")
     if "measure" in cell:
-        steps = count_steps(cell["set"])
-        row |= measure(cell["measure"].format(**names), names["private"], folder, steps, processes)
+        images, judges = cell["measure"].format(**names), count_steps(cell["set"])
+        row |= measure(images, names["private"], folder, judges, processes)
     else:
         printed = json.loads(steps[list(steps)[-1]]["printed"])
         row |= {"accuracy": printed["accuracy"], "trained": printed["trainable_parameters"]}
@@ -169,8 +169,8 @@ def measure(images: str, test: str, folder: Path, steps: dict[str, int], process
     """The accuracy of each network that is trained on the images, their mean, and the distance."""
     output = folder / "metrics.json"
     data = ["--synthetic", images, "--test_dataset_name", test, "--output_file", output]
-    found = json.loads(output.read_text()) if output.exists() else None
-    if not (found and found["accuracy"]["classifier_steps"] == steps):
+    done = json.loads(output.read_text())["accuracy"] if output.exists() else {}
+    if done.get("classifier_steps") != steps:
         judges = ["--classifiers", *steps, "--classifier_steps", *steps.values(), *JUDGES]
         call(["evaluate.py", *data, *judges], folder / "evaluate.log", processes)
     strips = RESULTS.parent / "strips"

@@ -78,9 +78,12 @@ def test_both_stages_to_come_are_measured_at_the_smallest_delta_on_record(tmp_pa
     later = [build_plan(steps=7).event()]
     cheap = pld_epsilon([build_plan(steps=n).event() for n in (5, 7)], 5e-4)
     privacy = PrivacyArguments(target_delta=5e-4, privacy_ledger=str(path))
-    check_room_for(tmp_path, replace(privacy, total_epsilon=epsilon_after(5, 7) + 1e-6), later)
+    enough = replace(privacy, total_epsilon=epsilon_after(5, 7) + 1e-6)
+    check_room_for(tmp_path, enough, later, Circumstances())
     with pytest.raises(UsageError, match="both stages"):
-        check_room_for(tmp_path, replace(privacy, total_epsilon=cheap + 0.1), later)
+        check_room_for(
+            tmp_path, replace(privacy, total_epsilon=cheap + 0.1), later, Circumstances()
+        )
 
 
 def test_a_statement_quotes_everything_at_the_smallest_delta_on_record(tmp_path):

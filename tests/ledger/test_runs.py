@@ -169,15 +169,19 @@ def test_room_for_two_stages_is_measured_at_the_smallest_delta(tmp_path):
     Ledger(shared).reserve(build_plan(steps=2, delta=1e-6).terms(True))
     events = [build_plan(steps=2).event(), build_plan(steps=3).event()]
     total = pld_epsilon(events, 1e-6)
-    check_room_for(folder, privacy(), events)
+    check_room_for(folder, privacy(), events, Circumstances())
     about = {"privacy_ledger": str(shared)}
-    check_room_for(folder, privacy(total_epsilon=total + 1e-9, **about), events[1:])
+    check_room_for(
+        folder, privacy(total_epsilon=total + 1e-9, **about), events[1:], Circumstances()
+    )
     with pytest.raises(UsageError, match=f"to epsilon {total:.3f}, above --total_epsilon"):
-        check_room_for(folder, privacy(total_epsilon=total - 1e-6, **about), events[1:])
+        check_room_for(
+            folder, privacy(total_epsilon=total - 1e-6, **about), events[1:], Circumstances()
+        )
     alone = pld_epsilon(events[:1], 1e-4)
-    check_room_for(folder, privacy(total_epsilon=alone + 1e-9), events[:1])
+    check_room_for(folder, privacy(total_epsilon=alone + 1e-9), events[:1], Circumstances())
     with pytest.raises(UsageError, match="both stages would bring"):
-        check_room_for(folder, privacy(total_epsilon=alone - 1e-6), events[:1])
+        check_room_for(folder, privacy(total_epsilon=alone - 1e-6), events[:1], Circumstances())
 
 
 def test_a_statement_gives_what_everything_on_the_ledger_comes_to(tmp_path):

@@ -32,12 +32,17 @@ def test_no_adapter_is_public_only_if_the_base_is(tiny_base, private_base):
     assert not find("user/out_of_reach").is_public  # nobody knows: there is no network here
 
 
+SELECT = ["--select_saliency", "--dry_run"]
+
+
 def test_a_dry_run_counts_the_base_towards_the_cap(private_base, image_folder, tmp_path):
     """It tells what the run would be told: epsilon 8 fits, 8 and what the base cost do not."""
     words = train_arguments(private_base, image_folder, tmp_path / "run", "--total_epsilon", 8.01)
     for more in (["--dry_run"], []):
         assert "above --total_epsilon 8.01" in train_here([*words, *more])
+    assert "both stages would bring" in train_here([*words, *SELECT])
     (private_base / STATEMENT).unlink()
+    assert '"purpose": "selection"' in train_here([*words, *SELECT])
     assert '"noise_multiplier"' in train_here([*words, "--dry_run"])
 
 

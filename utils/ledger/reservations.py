@@ -166,13 +166,18 @@ def settle(run: Run) -> None:
     sweep(folder)
 
 
-def check_room_for(output_dir: Path, privacy: PrivacyArguments, events: list[dict]) -> None:
-    """Raises: UsageError if `events`, all to come, would exceed `--total_epsilon`."""
+def check_room_for(
+    output_dir: Path, privacy: PrivacyArguments, events: list[dict], about: Circumstances
+) -> None:
+    """Raises: UsageError if `events`, all to come and made as `about` says, would exceed
+    `--total_epsilon`."""
     if privacy.total_epsilon is None:
         return
     ledger = find_ledger(output_dir, privacy)
-    held, delta = compose_with_bases(ledger.records())
-    spent = pld_epsilon([*held, *events], min(delta, privacy.target_delta))
+    record = {"kind": "reserve", "branch": 0, "from_step": 0, "delta": privacy.target_delta}
+    record["made_with"] = about.made_with()
+    to_come = [record | {"run": f"to come, {n}", "event": e} for n, e in enumerate(events)]
+    spent = pld_epsilon(*compose_with_bases([*ledger.records(), *to_come]))
     if spent > privacy.total_epsilon:
         raise UsageError(
             f"both stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "

@@ -128,7 +128,8 @@ def preview(
 ) -> tuple[PrivacyPlan, Mapping[str, int]]:
     """Plan what would be spent on the private rows, and show their owner what training would see
     (`show_private_set`); nothing is reserved. Also returns how many images were left out, by
-    reason. Where there are no rows, only a number of units, nothing is shown.
+    reason. Where there are no rows, only a number of units, nothing is shown. `about`: as for
+    `reserve`.
 
     Raises:
         UsageError: bad data, or an impossible plan (see `reserve`).

@@ -28,7 +28,7 @@ from utils.files import (
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
-from utils.ledger.statement import describe_cost
+from utils.ledger.statement import Circumstances, describe_cost
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
     describe,
@@ -79,12 +79,13 @@ def run_selection(
     engine = PerUnitGradients(find_family(stage.pipeline).denoiser, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
+    told = stage.describe_circumstances()
+
     def plan_for(num_units: int) -> PrivacyPlan:
         plan = plan_selection(num_units, privacy, args, scoring, data.privacy_unit_column)
-        check_later_training(plan, privacy, training, args)
+        check_later_training(plan, privacy, training, args, told)
         return plan
 
-    told = stage.describe_circumstances()
     if training.dry_run:
         plan, left_out = preview(found, privacy, training, side, told, plan_for)
         accelerator.print(describe(plan, engine, unit_bytes, training, left_out))
@@ -179,6 +180,7 @@ def check_later_training(
     privacy: PrivacyArguments,
     training: TrainingArguments,
     args: SaliencyArguments,
+    about: Circumstances,
 ) -> None:
     """Refuse, before anything is spent, what could not be trained after the selection.
 
@@ -191,7 +193,7 @@ def check_later_training(
         raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
     if training.resume_from_checkpoint is None:
         both = [plan.event()] if later is None else later.events()
-        check_room_for(Path(training.output_dir), privacy, both)
+        check_room_for(Path(training.output_dir), privacy, both, about)
 
 
 def release_or_resume(
