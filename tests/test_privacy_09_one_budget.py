@@ -80,7 +80,7 @@ def test_both_stages_to_come_are_measured_at_the_smallest_delta_on_record(tmp_pa
     privacy = PrivacyArguments(target_delta=5e-4, privacy_ledger=str(path))
     enough = replace(privacy, total_epsilon=epsilon_after(5, 7) + 1e-6)
     check_room_for(tmp_path, enough, later, Circumstances())
-    with pytest.raises(UsageError, match="both stages"):
+    with pytest.raises(UsageError, match="all stages"):
         check_room_for(
             tmp_path, replace(privacy, total_epsilon=cheap + 0.1), later, Circumstances()
         )

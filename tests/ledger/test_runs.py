@@ -180,7 +180,7 @@ def test_room_for_two_stages_is_measured_at_the_smallest_delta(tmp_path):
         )
     alone = pld_epsilon(events[:1], 1e-4)
     check_room_for(folder, privacy(total_epsilon=alone + 1e-9), events[:1], Circumstances())
-    with pytest.raises(UsageError, match="both stages would bring"):
+    with pytest.raises(UsageError, match="all stages would bring"):
         check_room_for(folder, privacy(total_epsilon=alone - 1e-6), events[:1], Circumstances())
 
 

@@ -12,7 +12,12 @@ from utils.ledger.verification import find_problems, read_source
 from utils.sampling.shards import hash_set
 
 SMALL = ["--generator_steps", 2, "--num_synthetic_images", 40, "--num_frequencies", 50]
+PICK = ["--select_saliency"]
 STAGES = ["--release_means", "--select_saliency", "--warm_start_steps", 2, "--top_ratio", "0.5"]
+
+
+def charged(run):
+    return list_charged_events(Ledger(run / "private" / "ledger.jsonl").records())
 
 
 def test_all_three_compose_to_the_target(tiny_base, image_folder, tmp_path):
@@ -24,8 +29,7 @@ def test_all_three_compose_to_the_target(tiny_base, image_folder, tmp_path):
     target = float(BUDGET[BUDGET.index("--target_epsilon") + 1])
     assert target - 0.02 < statement["epsilon"]["add_or_remove_one"] <= target
     assert find_problems(read_source(str(tmp_path / "run"), None)) == []
-    records = Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records()
-    assert list_charged_events(records) == statement["events"]
+    assert charged(tmp_path / "run") == statement["events"]
     for stage in ("means", "selection"):
         assert find_problems(read_source(str(tmp_path / "run" / stage), None)) == []
 
@@ -74,15 +78,51 @@ def test_a_stage_of_other_settings_is_not_taken_over(tiny_base, image_folder, tm
     again = train_here([*arguments, "--length_scale", 7])
     assert "was made with other settings: length_scale was 20.0, is 7.0" in again
     assert "saved the weights" in train_here(arguments)
-    records = Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records()
-    events = list_charged_events(records)
+    events = charged(tmp_path / "run")
     assert [(e["purpose"], e["steps"]) for e in events] == [("means", 1), ("training", 3)]
 
 
-def test_what_cannot_be_trained_afterwards_is_refused_first(tiny_base, image_folder, tmp_path):
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--release_epsilon", 9], "is spent already"),
+        (["--total_epsilon", 7.9], "all stages would bring"),
+        (["--total_epsilon", 7.9, *PICK, "--selection_epsilon", 6], "all stages would bring"),
+        ([*PICK, "--release_epsilon", 7, "--selection_epsilon", 6], "spent already"),
+    ],
+)
+def test_no_means_are_released_where_training_could_not_follow(
+    tiny_base, image_folder, tmp_path, more, sentence
+):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
-    shown = train_here([*arguments, "--release_means", "--release_epsilon", 9])
-    assert shown.startswith("error: ")
-    ledger = tmp_path / "run" / "private" / "ledger.jsonl"
-    assert not ledger.exists() or list_charged_events(Ledger(ledger).records()) == []
+    for dry in (["--dry_run"], []):
+        said = train_here([*arguments, "--release_means", *more, *dry])
+        assert said.startswith("error: ") and sentence in said, said
+    assert charged(tmp_path / "run") == []
     assert "not both" in train_here([*arguments, "--release_means", "--warm_start", "x"])
+
+
+def test_three_stages_fit_into_a_cap_that_is_their_target(tiny_base, image_folder, tmp_path):
+    """What was released before a selection is paid for: it is not counted twice."""
+    words = [*SMALL, *STAGES, "--total_epsilon", 8]
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *words)
+    shown = train_here([*arguments, "--dry_run"]).split("training, after it: ")[1]
+    told = json.JSONDecoder().raw_decode(shown)[0]
+    assert "saved the weights" in train_here(arguments)
+    events = charged(tmp_path / "run")
+    assert [e["purpose"] for e in events] == ["means", "selection", "training"]
+    assert told["noise_multiplier"] == pytest.approx(events[-1]["noise_multiplier"], rel=1e-3)
+
+
+def test_a_selection_after_a_warm_start_shares_its_ledger(tiny_base, image_folder, tmp_path):
+    """Or is refused before it is paid for, if both leave nothing to train with."""
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "first", *SMALL)
+    assert "grid.png" in train_here([*arguments, "--target_epsilon", 5], "release_means")
+    words = ["--warm_start", tmp_path / "first" / "set", *STAGES[1:], "--total_epsilon", 8]
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *words)
+    said = train_here([*arguments, "--selection_epsilon", 7])
+    assert "spent already" in said, said
+    assert len(charged(tmp_path / "first")) == 1
+    assert "saved the weights" in train_here(arguments)
+    assert [e["purpose"] for e in charged(tmp_path / "first")] == ["means", "selection", "training"]
+    assert read_json(tmp_path / "run" / "privacy.json")["epsilon"]["add_or_remove_one"] <= 8

@@ -86,7 +86,7 @@ def test_the_noise_is_that_of_the_sensitivity():
     args = SaliencyArguments(selection_noise_multiplier=5.0, sampling_rate=0.5)
     for mechanism, std in [("squared_norm", 5.0), ("layer", 5.0), ("voting", 5.0 * 3**0.5)]:
         scoring = scoring_for(["a", "b", "c", "d"], mechanism, votes=3)
-        plan = plan_selection(200, privacy, args, scoring, None)
+        plan = plan_selection(200, privacy, args, scoring.sensitivity, None)
         assert plan.noise_std == pytest.approx(std) and plan.expected_batch_size == 100
         assert plan.event()["purpose"] == "selection" and plan.steps == 1
 

@@ -156,7 +156,7 @@ def test_a_selection_that_was_interrupted_is_not_paid_for_twice(
 
 def test_nothing_is_selected_where_training_could_not_follow(tiny_base, image_folder, tmp_path):
     for more, sentence in [
-        (["--total_epsilon", 7.9], "both stages would bring"),
+        (["--total_epsilon", 7.9], "all stages would bring"),
         (["--selection_epsilon", 9], "is spent already"),
         (["--expected_batch_size", -1], "number of units"),
         (["--expected_batch_size", 0], "number of units"),

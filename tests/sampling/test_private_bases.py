@@ -40,7 +40,9 @@ def test_a_dry_run_counts_the_base_towards_the_cap(private_base, image_folder, t
     words = train_arguments(private_base, image_folder, tmp_path / "run", "--total_epsilon", 8.01)
     for more in (["--dry_run"], []):
         assert "above --total_epsilon 8.01" in train_here([*words, *more])
-    assert "both stages would bring" in train_here([*words, *SELECT])
+    for first in (SELECT, ["--release_means"]):
+        assert "all stages would bring" in train_here([*words, *first])
+    assert not Ledger(tmp_path / "run" / "private" / "ledger.jsonl").path.exists()
     (private_base / STATEMENT).unlink()
     assert '"purpose": "selection"' in train_here([*words, *SELECT])
     assert '"noise_multiplier"' in train_here([*words, "--dry_run"])

@@ -180,7 +180,7 @@ def check_room_for(
     spent = pld_epsilon(*compose_with_bases([*ledger.records(), *to_come]))
     if spent > privacy.total_epsilon:
         raise UsageError(
-            f"both stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "
+            f"all stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "
             f"--total_epsilon {privacy.total_epsilon:g}"
         )
 

@@ -18,10 +18,15 @@ from utils.files import CHECKPOINTS, LEDGER, MEANS, SALIENCY, private_folder
 from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir, is_free
+from utils.ledger.statement import Circumstances
 from utils.methods.means import read_means, run_release
+from utils.methods.planning import ALONE, OtherStages, check_later_training
 from utils.methods.publishing import check_repository
 from utils.methods.saliency_file import read_saliency
-from utils.methods.selection import run_selection
+from utils.methods.selection import plan_selection, run_selection
+from utils.methods.stages import find_base_statement
+from utils.methods.warm_start import find_earlier_stages, join_ledger
+from utils.privacy.plan import PrivacyPlan
 from utils.sampling.paid_sets import find_paid_set
 from utils.sampling.shards import SET
 
@@ -43,13 +48,18 @@ def do_first_stages(
     """
     model, data, privacy, training, hub = common
     check_repository(hub, privacy, training)
-    made = []
+    privacy = _share(join_ledger(privacy, stages), training)
+    made, others = [], ALONE
     if stages.release_means:
-        found = release_first(model, data, privacy, training, means)
+        later = saliency if stages.select_saliency else None
+        found, plan = release_first(model, data, privacy, training, means, later)
         made.append(found)
         stages = replace(stages, release_means=False, warm_start=[str(found)])
+        others = OtherStages(to_come=(plan.event(),)) if plan is not None else ALONE
     if stages.select_saliency:
-        found = select_first(model, data, privacy, training, lora, saliency)
+        if stages.warm_start is not None and all(path.exists() for path in made):
+            others = OtherStages(spent=list_spent(stages, model, data, privacy, training))
+        found = select_first(model, data, privacy, training, lora, saliency, others)
         made.append(found)
         stages = replace(stages, select_saliency=False, saliency_file=str(found))
     return stages if all(path.exists() for path in made) else None
@@ -62,8 +72,12 @@ def select_first(
     training: TrainingArguments,
     lora: LoraArguments,
     args: SaliencyArguments,
+    others: OtherStages,
 ) -> Path:
     """Select into OUTPUT_DIR/selection; returns the saliency file, which a dry run does not make.
+
+    Args:
+        others: that the training builds on, too.
 
     Raises:
         UsageError: see `do_first_stages`.
@@ -74,7 +88,7 @@ def select_first(
         _refuse_changes(found, read_saliency(found).settings, asdict(args))
         return found
     within = _make_room(training, folder, "selection")
-    run_selection(model, data, _join(privacy, training), within, lora, args)
+    run_selection(model, data, privacy, within, lora, args, others)
     return found
 
 
@@ -84,9 +98,13 @@ def release_first(
     privacy: PrivacyArguments,
     training: TrainingArguments,
     args: MeansArguments,
-) -> Path:
+    later: SaliencyArguments | None,
+) -> tuple[Path, PrivacyPlan | None]:
     """Release means into OUTPUT_DIR/means; returns the set drawn to match them, which a dry run
-    does not make.
+    does not make, and what they cost, unless an earlier attempt has paid for all.
+
+    Args:
+        later: of the selection that is to follow; None if there is none.
 
     Raises:
         UsageError: see `do_first_stages`.
@@ -98,12 +116,41 @@ def release_first(
     if found.exists():
         try:
             find_paid_set(str(found), Ledger(private_folder(folder) / LEDGER), "--warm_start", "")
-            return found
+            return found, None
         except UsageError:
             pass  # interrupted while it was drawn: drawn again, for nothing
     within = _make_room(training, folder, "means")
-    run_release(model, data, _join(privacy, training), within, args, is_first=True)
-    return found
+
+    base, is_known = on_main_process(lambda: find_base_statement(model, data))
+
+    def check_later(plan: PrivacyPlan, about: Circumstances) -> None:
+        others, trained = ALONE, replace(about, base=base, is_base_known=is_known)
+        if later is not None and later.mechanism != "random":
+            selection = plan_selection(plan.num_units, privacy, later, 1.0, plan.unit_column)
+            others = OtherStages(to_come=(selection.event(),))
+        check_later_training(plan, privacy, within, others, trained)
+
+    return found, run_release(model, data, privacy, within, args, check_later)
+
+
+def list_spent(
+    stages: BothStagesArguments,
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+) -> tuple[dict, ...]:
+    """The events of the warm start that the training builds on.
+
+    Raises:
+        UsageError: see `find_base_statement` and `find_earlier_stages`.
+    """
+
+    def find() -> tuple[dict, ...]:
+        base, _ = find_base_statement(model, data)
+        return find_earlier_stages(stages, Path(training.output_dir), privacy, 0, base)[0]
+
+    return on_main_process(find)
 
 
 def _refuse_changes(found: Path, then: dict, now: dict) -> None:
@@ -112,7 +159,7 @@ def _refuse_changes(found: Path, then: dict, now: dict) -> None:
         raise UsageError(f"{found} was made with other settings: {'; '.join(changed)}")
 
 
-def _join(privacy: PrivacyArguments, training: TrainingArguments) -> PrivacyArguments:
+def _share(privacy: PrivacyArguments, training: TrainingArguments) -> PrivacyArguments:
     """`privacy` with the ledger that all stages of a run share: that of its folder, unless it names
     one."""
     if privacy.privacy_ledger is not None:

@@ -42,7 +42,6 @@ from utils.methods.classes import (
 from utils.methods.mean_features import SIDE
 from utils.methods.planning import (
     load_private_rows,
-    plan_later_training,
     preview,
     print_plan,
     reserve,
@@ -65,14 +64,15 @@ def run_release(
     privacy: PrivacyArguments,
     training: TrainingArguments,
     args: MeansArguments,
-    is_first: bool = False,
-) -> None:
+    check_later: Callable[[PrivacyPlan, Circumstances], None] | None = None,
+) -> PrivacyPlan:
     """Release noisy means of the private images into `training.output_dir`, and draw a synthetic
-    set to match them, into its folder `set`.
+    set to match them, into its folder `set`; returns what that costs, or would in a dry run.
 
     Args:
         model: whose text encoder compares captions with `--class_prompts`, if there are any.
-        is_first: training follows within the same `--target_epsilon`.
+        check_later: if training follows within the same `--target_epsilon`: refuses a plan that
+            leaves no room for it.
 
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
@@ -80,11 +80,12 @@ def run_release(
     accelerator, _lock = start(training)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     kind, seed = build_release(args, training.seed or 0), training.seed or 0
+    about = Circumstances(randomness.is_private, randomness.source)
 
     def plan_for(num_units: int) -> PrivacyPlan:
-        plan = plan_release(num_units, privacy, args, data.privacy_unit_column, is_first)
-        if is_first:  # refuse now what could not be trained afterwards
-            plan_later_training(privacy, training.max_train_steps, plan)
+        plan = plan_release(num_units, privacy, args, data.privacy_unit_column, bool(check_later))
+        if check_later is not None:
+            check_later(plan, about)
         return plan
 
     found = load_private_rows(accelerator, adopt_template(data, model), training)
@@ -92,10 +93,8 @@ def run_release(
         return print_plan(accelerator, plan_for(found.num_units))
     classes = find_classes(found.rows, found.data, args.class_names, args.class_prompts)
     nearest = None if args.class_prompts is None else build_nearest(model, classes.prompts)
-    about = Circumstances(randomness.is_private, randomness.source)
     if training.dry_run:
-        plan, _ = preview(found, privacy, training, SIDE, about, plan_for)
-        return print_plan(accelerator, plan)
+        return print_plan(accelerator, preview(found, privacy, training, SIDE, about, plan_for)[0])
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
     private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, about, plan_for)
@@ -115,10 +114,10 @@ def run_release(
 
     # Everything from here on sees the noisy means only.
     on_main_process(lambda: run.publish(lambda folder: export(means, told, folder), plan))
-    made = on_main_process(lambda: draw_set(run, plan, args, kind))
+    on_main_process(lambda: draw_set(run, plan, args, kind))
     if training.discard_latents:
         discard_copies(run.output_dir, None)
-    accelerator.print(f"{args.num_synthetic_images} images, grid.png, report.html in {made}")
+    return plan
 
 
 def release(
@@ -209,8 +208,8 @@ def read_means(path: Path) -> tuple[torch.Tensor, dict]:
         return file.get_tensor("means"), json.loads(file.metadata()["about"])
 
 
-def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, kind: Release) -> Path:
-    """Draw a set that matches the published means; its folder. The ledger notes what it holds.
+def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, kind: Release) -> None:
+    """Draw a set that matches the published means. The ledger notes what it holds.
 
     Raises:
         UsageError: the disk does not take it.
@@ -226,7 +225,7 @@ def draw_set(run: Run, plan: PrivacyPlan, args: MeansArguments, kind: Release) -
     images = encode(kind.draw(released, find_noise(plan)))
     write_set(run, plan.steps, entries, images, {"means": told}, columns)
     report_set(run.output_dir)
-    return run.output_dir / SET
+    print(f"{count} images, grid.png, report.html in {run.output_dir / SET}")
 
 
 def encode(drawn: Drawn) -> Iterator[tuple[int, bytes]]:

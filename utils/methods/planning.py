@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
@@ -19,7 +20,7 @@ from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.public_sets import refuse_as_private, refuse_own_images
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
-from utils.ledger.reservations import check_new, confirm, find_ledger, open_run
+from utils.ledger.reservations import check_new, check_room_for, confirm, find_ledger, open_run
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.models.families import find_family
@@ -29,6 +30,21 @@ from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
 ROW = "one row: an image and its caption; a picture that is in several rows is protected less"
 # The plan for a number of units; raises UsageError if it is impossible.
 PlanFor = Callable[[int], PrivacyPlan]
+
+
+@dataclass(frozen=True)
+class OtherStages:
+    """What one budget covers beside a stage and the training after it: events of other stages.
+
+    Attributes:
+        spent: those that the ledger has. to_come: those that it has not.
+    """
+
+    spent: tuple[dict, ...] = ()
+    to_come: tuple[dict, ...] = ()
+
+
+ALONE = OtherStages()
 
 
 @dataclass(frozen=True)
@@ -97,9 +113,9 @@ def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> Privacy
 
 
 def plan_later_training(
-    privacy: PrivacyArguments, steps: int | None, earlier: PrivacyPlan
+    privacy: PrivacyArguments, steps: int | None, earlier: PrivacyPlan, others: OtherStages
 ) -> PrivacyPlan | None:
-    """What the training that is to follow a stage will spend, both composed; None if no budget for
+    """What the training that is to follow a stage will spend, all composed; None if no budget for
     it was named. What has still to be chosen stands as one step on everyone.
 
     Raises:
@@ -113,9 +129,30 @@ def plan_later_training(
         expected_batch_size=earlier.num_units if batch is None else batch,
         noise_multiplicity=1 if draws is None else draws,
     )
-    terms = {"unit_column": earlier.unit_column, "prior": (earlier.event(),)}
+    prior = (*others.spent, *others.to_come, earlier.event())
+    terms = {"unit_column": earlier.unit_column, "prior": prior}
     steps = 1 if steps is None else steps
     return plan_training(earlier.num_units, privacy, steps=steps, **terms)
+
+
+def check_later_training(
+    plan: PrivacyPlan,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    others: OtherStages,
+    about: Circumstances,
+) -> PrivacyPlan | None:
+    """Refuse, before anything is spent by a stage, what could not be trained after it; else
+    `plan_later_training`. `about`: of the training.
+
+    Raises:
+        UsageError: see `make_plan` and `check_room_for`.
+    """
+    later = plan_later_training(privacy, training.max_train_steps, plan, others)
+    if training.resume_from_checkpoint is None:
+        events = [*others.to_come, plan.event(), *([] if later is None else [later.event()])]
+        check_room_for(Path(training.output_dir), privacy, events, about)
+    return later
 
 
 def preview(
@@ -211,10 +248,11 @@ def _check_images(
     return private_set, plan
 
 
-def print_plan(accelerator: Accelerator, plan: PrivacyPlan) -> None:
-    """The report of `--dry_run` of a stage without a model that trains."""
+def print_plan(accelerator: Accelerator, plan: PrivacyPlan) -> PrivacyPlan:
+    """The report of `--dry_run` of a stage without a model that trains; returns the plan."""
     spent = account(plan.events(), plan.delta)
     accelerator.print(json.dumps(summarise_plan(plan, spent), indent=2))
+    return plan
 
 
 def describe(

@@ -80,7 +80,8 @@ def run_relabelling(
     told = election.describe_circumstances(randomness)
     if training.dry_run:
         plan, _ = preview(found, privacy, training, side, told, plan_for)
-        return print_plan(accelerator, plan)
+        print_plan(accelerator, plan)
+        return
     prepare_repository(hub, privacy)
     about = election.describe()
     agreed = collect_settings("relabelling", args, found.data, training) | about

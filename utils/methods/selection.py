@@ -26,11 +26,14 @@ from utils.files import (
     write_durably,
 )
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.ledger.reservations import check_room_for
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances, describe_cost
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
+    ALONE,
+    OtherStages,
+    PlanFor,
+    check_later_training,
     describe,
     load_private_rows,
     plan_later_training,
@@ -55,8 +58,10 @@ def run_selection(
     training: TrainingArguments,
     lora: LoraArguments,
     args: SaliencyArguments,
+    others: OtherStages = ALONE,
 ) -> None:
     """Rank matrices by the private images, and publish the selection in `training.output_dir`.
+    The training will build on `others`, too.
 
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
@@ -80,16 +85,12 @@ def run_selection(
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
     told = stage.describe_circumstances()
-
-    def plan_for(num_units: int) -> PrivacyPlan:
-        plan = plan_selection(num_units, privacy, args, scoring, data.privacy_unit_column)
-        check_later_training(plan, privacy, training, args, told)
-        return plan
-
+    plan_later = partial(plan_later_training, privacy, training.max_train_steps, others=others)
+    plan_for = make_plan_for(data, privacy, training, args, scoring, others, told)
     if training.dry_run:
         plan, left_out = preview(found, privacy, training, side, told, plan_for)
         accelerator.print(describe(plan, engine, unit_bytes, training, left_out))
-        later = plan_later_training(privacy, training.max_train_steps, plan)
+        later = plan_later(plan)
         if later is not None:
             accelerator.print("training, after it:", json.dumps(later.event(), indent=2))
         return
@@ -103,7 +104,7 @@ def run_selection(
     noisy, encoded_dir = release_or_resume(run, release)
 
     # Everything from here on sees the noisy scores only.
-    keep = replace(keep, plan=plan_later_training(privacy, training.max_train_steps, plan))
+    keep = replace(keep, plan=plan_later(plan))
     saliency = conclude(noisy.double().numpy(), scoring, keep, args, stage.base_checksum, plan)
     saliency = replace(saliency, run=run.branch.run, private=stage.randomness.is_private)
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan))
@@ -143,11 +144,38 @@ def announce(stage: Stage, plan: PrivacyPlan, run: Run, num_candidates: int) -> 
     )
 
 
+def make_plan_for(
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    args: SaliencyArguments,
+    scoring: Scoring,
+    others: OtherStages,
+    told: Circumstances,
+) -> PlanFor:
+    """What makes the plan of a selection for a number of units.
+
+    Raises:
+        UsageError: see `plan_selection` and `check_later_training`; or --top_ratio auto has no plan
+            to look at.
+    """
+
+    def plan_for(num_units: int) -> PrivacyPlan:
+        bound, unit_column = scoring.sensitivity, data.privacy_unit_column
+        plan = plan_selection(num_units, privacy, args, bound, unit_column)
+        later = check_later_training(plan, privacy, training, others, told)
+        if args.top_ratio == "auto" and later is None:
+            raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
+        return plan
+
+    return plan_for
+
+
 def plan_selection(
     num_units: int,
     privacy: PrivacyArguments,
     args: SaliencyArguments,
-    scoring: Scoring,
+    sensitivity: float,
     unit_column: str | None,
 ) -> PrivacyPlan:
     """One noisy release of the summed scores, as one step of the Poisson-sampled Gaussian.
@@ -166,34 +194,13 @@ def plan_selection(
         num_units=num_units,
         expected_batch_size=args.sampling_rate * num_units,
         steps=1,
-        max_grad_norm=scoring.sensitivity,
+        max_grad_norm=sensitivity,
         delta=privacy.target_delta,
         noise_multiplicity=privacy.noise_multiplicity,
         clipping=privacy.clipping,
         unit_column=unit_column,
         purpose="selection",
     )
-
-
-def check_later_training(
-    plan: PrivacyPlan,
-    privacy: PrivacyArguments,
-    training: TrainingArguments,
-    args: SaliencyArguments,
-    about: Circumstances,
-) -> None:
-    """Refuse, before anything is spent, what could not be trained after the selection.
-
-    Raises:
-        UsageError: see `make_plan` and `check_room_for`; or --top_ratio auto has no plan to look
-            at.
-    """
-    later = plan_later_training(privacy, training.max_train_steps, plan)
-    if later is None and args.top_ratio == "auto":
-        raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
-    if training.resume_from_checkpoint is None:
-        both = [plan.event()] if later is None else later.events()
-        check_room_for(Path(training.output_dir), privacy, both, about)
 
 
 def release_or_resume(
