@@ -14,7 +14,7 @@ from utils.arguments.training import ModelArguments
 from utils.errors import UsageError
 from utils.files import STATEMENT
 from utils.ledger.statement import quote_total
-from utils.sampling.generation import prepare_generation
+from utils.sampling.generation import load_drawing, prepare_generation
 from utils.sampling.sources import require_statement
 from utils.sampling.synthetic_sets import read_privacy
 
@@ -58,6 +58,21 @@ def test_an_adapter_without_a_statement_is_of_unknown_privacy(tiny_base, copied,
     assert "nobody can tell" in capsys.readouterr().err
     with pytest.raises(UsageError, match="has no privacy.json"):
         require_statement(source)
+
+
+def test_another_base_than_that_of_the_training_is_told(tiny_base, adapter, tmp_path, capsys):
+    """Of the same shape, it draws without an error."""
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"][0] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    for base in (tiny_base, other):
+        model = ModelArguments(pretrained_model_name_or_path=str(base))
+        sampling = SamplingArguments(adapter=str(adapter))
+        load_drawing(model, sampling, find(base, adapter), PartialState())
+        said = capsys.readouterr().err
+        assert (f"trained on another base model than {base}" in said) == (base == other), said
 
 
 def test_an_adapter_that_is_replaced_while_it_is_loaded_is_refused(

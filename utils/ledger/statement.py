@@ -13,6 +13,7 @@ from utils.version import VERSION, find_commit
 
 SCHEMA_VERSION = 2
 UNKNOWN_BASE = "the base model, of which nobody could tell offline whether it is a private result"
+BASE_CHECKSUM = "base_model_checksum"
 STOPPED = "the choice of the step to stop at, if that was made by looking at what the run had shown"
 
 
@@ -26,6 +27,7 @@ class Circumstances:
         precision: of the forward and backward pass: fp32 or bf16.
         audit: what an audit of this very set-up proved; None if there was none.
         base: the verified statement of the base model, if that is a private result itself.
+        base_checksum: of the base model's weights (`training.checksum`); None without a model.
         is_base_known: whether anyone could tell that (`fetch_statement`).
         is_stopped: whether it was to take more steps: that would have been paid for whatever was
             looked at, and fewer are only if nobody chose how many by looking (Rogers et al. 2016:
@@ -37,6 +39,7 @@ class Circumstances:
     precision: str = "fp32"
     audit: dict | None = None
     base: dict | None = None
+    base_checksum: int | None = None
     is_base_known: bool = True
     is_stopped: bool = False
 
@@ -106,6 +109,8 @@ def build_statement(
         "software": {name: version(name) for name in packages},
         "audit": about.audit,
     }
+    if about.base_checksum is not None:
+        statement[BASE_CHECKSUM] = about.base_checksum
     if not about.is_private:
         statement["epsilon"] = {"add_or_remove_one": None, "replace_one": None}
         for accountant in statement["accountants"].values():

@@ -95,6 +95,7 @@ class Stage:
             precision="fp32" if precision == "no" else precision,
             audit=self.audit,
             base=self.base_statement,
+            base_checksum=self.base_checksum,
             is_base_known=self.is_base_known,
         )
 

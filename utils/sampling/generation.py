@@ -46,7 +46,7 @@ from utils.sampling.shards import (
     read_pieces,
     write_piece,
 )
-from utils.sampling.sources import ImageSource
+from utils.sampling.sources import ImageSource, warn_of_another_base
 
 ADAPTER_FILES = "adapter_files"  # in sampling.json: digests of the weights behind the images
 SET_DIGEST = "set"  # in sampling.json: `hash_set` of the images, once all are there
@@ -169,6 +169,7 @@ def load_drawing(
     recorded = on_main_process(lambda: read_recorded(model, source))
     drawing = choose_settings(pipeline, sampling, sampling.resolution, *recorded)
     if source.adapter is not None:
+        warn_of_another_base(source, pipeline, model.pretrained_model_name_or_path)
         load_adapter(pipeline, source.adapter)
         files = {ADAPTER_FILES: hash_adapter(source.adapter)}
         _check_that_weights_are_those_verified(files[ADAPTER_FILES], source)

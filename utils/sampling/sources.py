@@ -4,14 +4,25 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.errors import UsageError, on_main_process
 from utils.files import STATEMENT
 from utils.ledger.bases import read_base_statement
-from utils.ledger.statement import add_base, add_doubt, list_all_events, list_base_entries
+from utils.ledger.statement import (
+    BASE_CHECKSUM,
+    add_base,
+    add_doubt,
+    list_all_events,
+    list_base_entries,
+)
 from utils.ledger.verification import find_problems, read_source
 from utils.models.adapters import fetch_adapter
+from utils.models.pipelines import list_parts
+from utils.privacy.training import checksum
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,20 @@ def cover_both(statement: dict, base: dict | None) -> dict:
             f"'{statement['privacy_unit']}': one epsilon cannot cover the images of both"
         )
     return add_base(statement, base)
+
+
+def warn_of_another_base(source: ImageSource, pipeline: DiffusionPipeline, name: str) -> None:
+    """Say so if the base model, just loaded, has not the weights that the adapter was trained on,
+    as far as its statement tells."""
+    trained_on = (source.statement or {}).get(BASE_CHECKSUM)
+    if trained_on is None or not PartialState().is_main_process:
+        return
+    if checksum(p for part in list_parts(pipeline) for p in part.parameters()) != trained_on:
+        print(
+            f"warning: {source.adapter} was trained on another base model than {name}, whose "
+            "weights are others: the images may look like nothing that it learned",
+            file=sys.stderr,
+        )
 
 
 def require_statement(source: ImageSource) -> None:
