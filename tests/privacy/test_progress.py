@@ -12,18 +12,22 @@ from utils.privacy import training
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.training import TrainingState, _Progress
 
+NOTHING = {"events": [], "delta": 1.0}
+BASE = {"events": [build_plan(steps=9).event()], "delta": 1e-5}
 
+
+@pytest.mark.parametrize("behind", [NOTHING, BASE])
 @pytest.mark.parametrize("first, recharged", [(0, 0), (3, 2)])
 @pytest.mark.parametrize("steps", [4, 5, 8, 20, 47])
 def test_the_bar_says_epsilon_ahead_and_images_a_second(
-    accelerator, monkeypatch, steps, first, recharged
+    accelerator, monkeypatch, steps, first, recharged, behind
 ):
     plan, clock = build_plan(steps=steps), [100.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = TrainingState(PerUnitGradients(model), optimizer, None, step=first)
-    state.recharged = recharged
+    state.recharged, state.behind = recharged, behind
     progress = _Progress(accelerator, plan, state)
     seen = []
     for _ in range(steps - first):
@@ -39,7 +43,8 @@ def test_the_bar_says_epsilon_ahead_and_images_a_second(
         if at == first:
             continue
         ahead = min((step for step in shown if step > at), default=steps)
-        epsilon = pld_epsilon(plan.events(ahead + recharged), plan.delta)
+        events = [*behind["events"], *plan.events(ahead + recharged)]
+        epsilon = pld_epsilon(events, min(behind["delta"], plan.delta))
         assert at <= done <= ahead
         assert text == f"epsilon <= {epsilon:.2f}, 30 images/s"  # B = 60 in two seconds
     progress.close()

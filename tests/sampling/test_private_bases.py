@@ -14,11 +14,13 @@ from utils.files import STATEMENT
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.statement import UNKNOWN_BASE, add_base, quote_total
+from utils.methods import private_run
 from utils.methods.election import Election
 from utils.models.own_weights import save_denoiser
 from utils.models.pipelines import load_pipeline
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
 from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import _Progress
 from utils.sampling import paid_sets
 from utils.sampling.generation import claim_folder
 from utils.sampling.paid_sets import PaidSet, find_covered_set
@@ -46,6 +48,21 @@ def test_a_dry_run_counts_the_base_towards_the_cap(private_base, image_folder, t
     (private_base / STATEMENT).unlink()
     assert '"purpose": "selection"' in train_here([*words, *SELECT])
     assert '"noise_multiplier"' in train_here([*words, "--dry_run"])
+
+
+def test_what_a_run_shows_counts_its_base(private_base, image_folder, tmp_path, monkeypatch):
+    told, shown = [], []
+    describe, close = private_run.describe_for_trackers, _Progress.close
+    monkeypatch.setattr(
+        private_run, "describe_for_trackers", lambda *a: told.append(describe(*a)) or told[-1]
+    )
+    monkeypatch.setattr(_Progress, "close", lambda bar: shown.append(bar.epsilon) or close(bar))
+    words = train_arguments(private_base, image_folder, tmp_path / "run")
+    assert "saved the weights" in train_here([*words, "--report_to", "tensorboard"])
+    epsilon, delta = quote_total(read_json(tmp_path / "run" / STATEMENT))
+    assert epsilon > 8.05  # at most 8 are its own
+    assert (told[0]["epsilon"], told[0]["delta"]) == (pytest.approx(epsilon), delta)
+    assert shown == [pytest.approx(epsilon)] and f"{epsilon:.3f} at" in told[0]["cost"]
 
 
 def test_a_base_and_an_adapter_add_up(private_base, adapter):

@@ -43,7 +43,13 @@ from utils.ledger.charges import (
 )
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
-from utils.ledger.statement import Circumstances, build_statement, recall, write_statement
+from utils.ledger.statement import (
+    Circumstances,
+    build_statement,
+    recall,
+    summarise_base,
+    write_statement,
+)
 from utils.privacy.accounting import account, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
 
@@ -140,6 +146,12 @@ class Run:
     about: Circumstances
     checkpoint: Path | None = None
     recharged: int = 0
+
+    @property
+    def behind(self) -> dict:
+        """The events behind a private base model, and the smallest delta they were quoted at."""
+        base = self.about.base
+        return {"events": [], "delta": 1.0} if base is None else summarise_base(base)
 
     @property
     def checkpoints(self) -> Path:

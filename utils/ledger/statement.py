@@ -192,8 +192,21 @@ def describe_cost(plan: PrivacyPlan, base: dict | None, recharged: int = 0) -> s
     said = f"epsilon {spent.add_or_remove_one:.3f} at delta {plan.delta:g}"
     if base is None:
         return said
-    epsilon, delta = quote_total(add_base({"events": events, "delta": plan.delta}, base))
-    return f"{said}, {epsilon:.3f} at delta {delta:g} with what its private base model cost"
+    epsilon, delta = quote_plan(plan, base, recharged)
+    total = epsilon["add_or_remove_one"]
+    return f"{said}, {total:.3f} at delta {delta:g} with what its private base model cost"
+
+
+def quote_plan(
+    plan: PrivacyPlan, base: dict | None, recharged: int = 0
+) -> tuple[dict[str, float], float]:
+    """Epsilon under both relations, and delta, of a plan and of what is behind its base model.
+    Arguments as of `describe_cost`."""
+    events = plan.events(plan.steps + recharged)
+    if base is None:
+        return account(events, plan.delta).both_relations(), plan.delta
+    total = add_base({"events": events, "delta": plan.delta}, base)["base"]
+    return total["epsilon"], total["delta"]
 
 
 def quote_total(statement: dict) -> tuple[float, float]:

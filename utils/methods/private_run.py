@@ -17,14 +17,13 @@ from utils.data.private_set import PrivateSet
 from utils.errors import Stopped, StopRequest, UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import Run
-from utils.ledger.statement import describe_cost
+from utils.ledger.statement import describe_cost, quote_plan
 from utils.methods.film import draw_sheet, is_due
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
 from utils.models.families import find_family
 from utils.models.pipelines import collect_trained_modules
 from utils.models.placement import park
-from utils.privacy.accounting import account
 from utils.privacy.optimizers import build_optimizer
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.training import TrainingState, private_steps
@@ -59,7 +58,7 @@ def build_training_state(
 ) -> TrainingState:
     """The state of a run: at step 0, or as its checkpoint has it."""
     state = build_state(engine, plan, training)
-    state.adapter, state.recharged = adapter, run.recharged
+    state.adapter, state.recharged, state.behind = adapter, run.recharged, run.behind
     if run.checkpoint is not None:
         state.load_state_dict(run.saved_state())
     return state
@@ -99,14 +98,18 @@ def stop_here(stage: Stage, plan: PrivacyPlan, state: TrainingState) -> PrivacyP
     return shorter
 
 
-def describe_for_trackers(stage: Stage, plan: PrivacyPlan, training: TrainingArguments) -> dict:
-    """The public plan, as trackers take it: nothing else of a run is public before its end."""
-    spent = account(plan.events(), plan.delta)
+def describe_for_trackers(
+    plan: PrivacyPlan, base: dict | None, recharged: int, training: TrainingArguments
+) -> dict:
+    """The public plan, as trackers take it: nothing else of a run is public before its end.
+    Epsilon and delta are with what is behind a private `base`."""
+    epsilon, delta = quote_plan(plan, base, recharged)
     facts = asdict(plan) | {
         "sampling_rate": plan.sampling_rate,
-        "epsilon": spent.add_or_remove_one,
-        "epsilon_replace_one": spent.replace_one,
-        "cost": describe_cost(plan, stage.base_statement),
+        "epsilon": epsilon["add_or_remove_one"],
+        "epsilon_replace_one": epsilon["replace_one"],
+        "delta": delta,
+        "cost": describe_cost(plan, base, recharged),
         "optimizer": training.optimizer,
         "learning_rate": training.learning_rate,
         "lr_scheduler": training.lr_scheduler,
@@ -135,7 +138,8 @@ def fine_tune(
     )
     park(stage.pipeline, text_too=unit_losses.units.text is not None)
     if training.report_to is not None:
-        accelerator.init_trackers("private-adapter", describe_for_trackers(stage, plan, training))
+        facts = describe_for_trackers(plan, stage.base_statement, state.recharged, training)
+        accelerator.init_trackers("private-adapter", facts)
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     if run.checkpoint is None:
         run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed

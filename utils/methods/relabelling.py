@@ -126,7 +126,7 @@ def learn(
     """
     head = nn.Linear(images.features.shape[1], num_classes, bias=False).to(accelerator.device)
     state = build_state(head, plan)
-    state.recharged = run.recharged
+    state.recharged, state.behind = run.recharged, run.behind
     if run.checkpoint is None:
         run.save(0, state.state_dict, 1)  # from here on, it can be resumed
     else:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ class TrainingState:
             that stay at their random start; default: the trained ones.
         step: how many private steps were taken.
         recharged: steps charged beyond them, for the epsilon that is shown (`runs.Run`).
+        behind: the events behind a private base model, and their delta, for the same.
     """
 
     engine: PerUnitGradients
@@ -47,6 +48,7 @@ class TrainingState:
     adapter: dict[str, torch.Tensor] | None = None
     step: int = 0
     recharged: int = 0
+    behind: dict = field(default_factory=lambda: {"events": [], "delta": 1.0})
 
     def __post_init__(self):
         if self.adapter is None:
@@ -240,7 +242,7 @@ class _Progress:
         self.accelerator, self.plan = accelerator, plan
         self.every = max(2, plan.steps // updates)
         self.first = self.done = state.step
-        self.recharged = state.recharged
+        self.recharged, self.behind = state.recharged, state.behind
         self.start = time.perf_counter()
         self.bar = tqdm(
             total=plan.steps,
@@ -257,9 +259,8 @@ class _Progress:
         ahead += -ahead % self.every
         self.next = ahead if self.plan.steps - ahead >= 2 else self.plan.steps
         if self.accelerator.is_main_process:
-            self.epsilon = pld_epsilon(
-                self.plan.events(self.next + self.recharged), self.plan.delta
-            )
+            events = [*self.behind["events"], *self.plan.events(self.next + self.recharged)]
+            self.epsilon = pld_epsilon(events, min(self.plan.delta, self.behind["delta"]))
 
     def step(self, learning_rate: float) -> None:
         self.done += 1
