@@ -1,6 +1,7 @@
 """Image folders: rows that name a picture several times, paths, scans, and splits."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,23 @@ def test_paths_as_windows_writes_them(tmp_path):
     draw(tmp_path / "sub" / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\nsub\\a.png,a cat\n")
     assert load(tmp_path)["text"] == ["a cat"]
+
+
+def test_paths_from_the_root_and_back_up_are_the_same_images(tmp_path, monkeypatch):
+    scans = tmp_path / "scans"
+    (scans / "sub").mkdir(parents=True)
+    draw(scans / "sub" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("sub/a.png", f"{scans}/sub/a.png", f"{scans}/sub/../sub/a.png"):
+        (scans / "metadata.csv").write_text(f"file_name,text\n{name},a cat\n")
+        for folder in (
+            "scans",
+            "scans/sub/..",
+            scans / ".." / "scans",
+            f"../{tmp_path.name}/scans",
+        ):
+            rows = load(Path(folder))
+            assert (rows["text"], rows["file_name"]) == (["a cat"], ["sub/a.png"]), (name, folder)
 
 
 def test_a_folder_of_scans_says_how_to_convert_them(tmp_path):

@@ -54,6 +54,7 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
         UsageError: there is no such split or no image; metadata cannot be read, or names no image;
             or some images have a `.txt` beside them, and others have not.
     """
+    folder = folder.resolve() if ".." in folder.parts else folder  # metadata has paths without
     root = find_split(folder, split)
     extensions = find_image_extensions()
     files = sorted(path for path in root.rglob("*") if path.is_file() and _is_shown(path, root))

@@ -53,8 +53,11 @@ def read_metadata(tables: list[Path]) -> dict[Path, list[dict]]:
 
 
 def _find_named(folder: Path, name: str) -> Path:
-    """The path of an image from its table's folder; some write it with backslashes, or `./`."""
+    """The path of an image from its table's folder; some write it with backslashes, with `./`, or
+    from the root of the file system, which is the same image if it lies in that folder."""
     path = folder / name
+    if path.is_absolute() and path.is_relative_to(folder.absolute()):
+        path = folder / path.relative_to(folder.absolute())
     if not path.is_file() and "\\" in name:
         path = folder / name.replace("\\", "/")
     return Path(os.path.normpath(path))
