@@ -8,13 +8,14 @@ import pytest
 
 from tests.ledger.conftest import PLAN, privacy, start, state, training
 from tests.worlds import build_plan
-from utils.arguments.training import DataArguments
+from utils.arguments.training import DataArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import explain_disk_errors, private_folder
 from utils.ledger.checks import check_ledger
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import check_new, confirm, open_run
 from utils.ledger.statement import UNKNOWN_BASE, Circumstances, add_base, quote_total
+from utils.methods.private_run import describe_for_trackers
 from utils.methods.stages import collect_settings
 from utils.privacy.accounting import pld_epsilon
 
@@ -54,6 +55,15 @@ def test_a_statement_names_the_randomness_of_the_runs_that_it_builds_on(tmp_path
     statement = run.publish(lambda folder: None, plan)
     assert statement["randomness"] == "Philox; not stated; secure"
     assert statement["precision"] == "fp32" and statement["audit"] == BETTER.audit
+
+
+def test_what_is_charged_once_more_is_told():
+    """To the screen and to trackers, as it is in the ledger."""
+    plan = build_plan(steps=3)
+    told = describe_for_trackers(plan, None, 2, TrainingArguments(output_dir="unused"))
+    epsilon = pld_epsilon(plan.events(5), plan.delta)
+    assert told["epsilon"] == pytest.approx(epsilon) and told["delta"] == plan.delta
+    assert told["cost"] == f"epsilon {epsilon:.3f} at delta {plan.delta:g}"
 
 
 def test_a_base_of_which_nobody_knows_is_not_covered(tmp_path):
