@@ -120,7 +120,6 @@ def release_first(
         except UsageError:
             pass  # interrupted while it was drawn: drawn again, for nothing
     within = _make_room(training, folder, "means")
-
     base, is_known = on_main_process(lambda: find_base_statement(model, data))
 
     def check_later(plan: PrivacyPlan, about: Circumstances) -> None:
