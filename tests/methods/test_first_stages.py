@@ -118,7 +118,10 @@ def test_a_selection_after_a_warm_start_shares_its_ledger(tiny_base, image_folde
     """Or is refused before it is paid for, if both leave nothing to train with."""
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "first", *SMALL)
     assert "grid.png" in train_here([*arguments, "--target_epsilon", 5], "release_means")
-    words = ["--warm_start", tmp_path / "first" / "set", *STAGES[1:], "--total_epsilon", 8]
+    words = ["--warm_start", tmp_path / "first", *STAGES[1:], "--total_epsilon", 8]
+    shown = train_here(train_arguments(tiny_base, image_folder, tmp_path / "run", *words))
+    assert f"its images are in {tmp_path / 'first' / 'set'}: name that" in shown
+    words[1] = tmp_path / "first" / "set"
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *words)
     said = train_here([*arguments, "--selection_epsilon", 7])
     assert "spent already" in said, said

@@ -83,6 +83,8 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
     """
     if not Path(folder).is_dir():
         raise UsageError(f"{argument} {folder} is not a folder")
+    if (Path(folder) / SET).is_dir():
+        raise UsageError(f"{argument} {folder}: its images are in {Path(folder) / SET}: name that")
     settings, digest = read_sampling(folder), hash_set(Path(folder))
     statement, _ = fetch_statement(folder)
     if statement is None:
