@@ -116,6 +116,7 @@ def main():
     *prior, trained = expected
     everyone = (1.0, trained["steps"], tuple(prior))  # in every step: what a verdict asks
     calibrate_noise_multiplier(spent.add_or_remove_one, DELTA, *everyone)
+    command += ["--total_epsilon", 1e-6 + spent.add_or_remove_one]  # nothing is counted twice
     for number, (where, point) in enumerate(POINTS.items()):
         print(where, flush=True)
         output = args.folder / f"run-{number}"

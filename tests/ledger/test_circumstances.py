@@ -111,7 +111,8 @@ def test_a_run_has_the_private_base_of_what_it_builds_on(tmp_path):
     first.publish(lambda folder: None, PLAN)
     plan = build_plan(steps=4, builds_on=(first.branch.run,))
     with pytest.raises(UsageError, match="builds on or resumes"):
-        check_new(first.branch.ledger, privacy(), plan, Circumstances())
+        asked = privacy(privacy_ledger=shared)
+        check_new(tmp_path / "second", asked, plan, Circumstances())
     with pytest.raises(UsageError, match="builds on or resumes"):
         start(tmp_path / "second", Circumstances(), plan, privacy_ledger=shared)
     deeper = add_base(paid_base("d"), base)  # a base that was itself made from that base
@@ -132,7 +133,8 @@ def test_the_cap_counts_what_the_private_bases_have_cost(tmp_path):
     assert delta == 1e-6 and alone + 0.01 < total
     for cap, refused in ((total - 0.01, True), (total + 1e-9, False)):  # as a dry run asks
         with pytest.raises(UsageError, match="above --total") if refused else nullcontext():
-            check_new(ledger, privacy(total_epsilon=cap), PLAN, about)
+            there = {"privacy_ledger": str(ledger.path), "start_ledger": True}
+            check_new(tmp_path / "new", privacy(total_epsilon=cap, **there), PLAN, about)
     with pytest.raises(UsageError, match="above --total_epsilon"):
         ledger.reserve(terms, total - 0.01, made_with=about.made_with())
     assert ledger.records() == []

@@ -1,6 +1,7 @@
 """A run's folder, reservation and statement, without a model."""
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,14 @@ from utils.ledger.checkpoints import (
     was_left_unfinished,
 )
 from utils.ledger.ledger import Branch, Ledger
-from utils.ledger.reservations import check_room_for, confirm, find_ledger, open_run, settle
+from utils.ledger.reservations import (
+    check_new,
+    check_room_for,
+    confirm,
+    find_ledger,
+    open_run,
+    settle,
+)
 from utils.ledger.runs import claim_output_dir, find_earlier_branch
 from utils.ledger.statement import Circumstances
 from utils.privacy.accounting import pld_both_relations, pld_epsilon
@@ -182,6 +190,26 @@ def test_room_for_two_stages_is_measured_at_the_smallest_delta(tmp_path):
     check_room_for(folder, privacy(total_epsilon=alone + 1e-9), events[:1], Circumstances())
     with pytest.raises(UsageError, match="all stages would bring"):
         check_room_for(folder, privacy(total_epsilon=alone - 1e-6), events[:1], Circumstances())
+
+
+def test_what_an_attempt_left_reserved_takes_no_room_from_the_next(tmp_path):
+    """A kill before anything was released: the next attempt hands it back, so all who ask whether
+    there is room must count without it. What was released stays charged."""
+    folder, plan = tmp_path / "run", build_plan(steps=3)
+    asked = privacy(total_epsilon=pld_epsilon([plan.event()], plan.delta) + 1e-6)
+    run = start(folder, plan=plan)
+    for _ in range(2):
+        check_new(folder, asked, plan, Circumstances())
+        check_room_for(folder, asked, [plan.event()], Circumstances())
+        run = open_run(training(folder), asked, plan, {}, Circumstances())
+    elsewhere = replace(asked, privacy_ledger=str(run.branch.ledger.path))
+    with pytest.raises(UsageError, match="above --total_epsilon"):
+        check_new(tmp_path / "other", elsewhere, plan, Circumstances())
+    run.branch.release(1, "checkpoint")
+    with pytest.raises(UsageError, match="above --total_epsilon"):
+        check_new(folder, asked, plan, Circumstances())
+    with pytest.raises(UsageError, match="all stages would bring"):
+        check_room_for(folder, asked, [plan.event()], Circumstances())
 
 
 def test_a_statement_gives_what_everything_on_the_ledger_comes_to(tmp_path):

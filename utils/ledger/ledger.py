@@ -147,12 +147,6 @@ class Ledger:
             self._append(records, **fields)
         return Branch(self, run, branch)
 
-    def check(self, terms: dict, total_epsilon: float | None, made_with: dict) -> None:
-        """Raises: UsageError if `reserve` would refuse a new run with these terms now."""
-        fields = {"kind": "reserve", "run": "new", "branch": 0, "from_step": 0}
-        fields |= terms | {"made_with": made_with}
-        check_admissible([*self.records(), fields], terms, total_epsilon, self.path)
-
     def check_resuming(self, run: str, step: int, total_epsilon: float | None) -> None:
         """Raises: UsageError if the run, on its own terms, could not be resumed from `step` now."""
         records = self.records()

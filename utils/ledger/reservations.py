@@ -12,6 +12,7 @@ from utils.errors import UsageError
 from utils.files import CHECKPOINTS, LEDGER, explain_disk_errors, private_folder, write_durably
 from utils.ledger.charges import (
     CHECKPOINT,
+    check_admissible,
     compose_with_bases,
     count_charged_steps,
     select_run,
@@ -27,7 +28,7 @@ from utils.ledger.checkpoints import (
     was_left_unfinished,
 )
 from utils.ledger.ledger import Ledger, find_branch, make_run_name
-from utils.ledger.runs import NOTE, Run, find_earlier_branch
+from utils.ledger.runs import NOTE, Run, find_abandoned, find_earlier_branch
 from utils.ledger.statement import Circumstances, begins_with
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.plan import PrivacyPlan
@@ -73,11 +74,20 @@ def open_run(
 
 
 def check_new(
-    ledger: Ledger, privacy: PrivacyArguments, plan: PrivacyPlan, about: Circumstances
+    output_dir: Path, privacy: PrivacyArguments, plan: PrivacyPlan, about: Circumstances
 ) -> None:
     """Raises: UsageError if `open_run` would refuse to reserve a new run now."""
+    ledger, terms = find_ledger(output_dir, privacy), plan.terms(about.is_private)
     _check_base(ledger, plan.builds_on, about)
-    ledger.check(plan.terms(about.is_private), privacy.total_epsilon, about.made_with())
+    fields = {"kind": "reserve", "run": "new", "branch": 0, "from_step": 0} | terms
+    records = [*_list_standing(ledger, output_dir), fields | {"made_with": about.made_with()}]
+    check_admissible(records, terms, privacy.total_epsilon, ledger.path)
+
+
+def _list_standing(ledger: Ledger, output_dir: Path) -> list[dict]:
+    """The records of a ledger without those that `open_run` would hand back."""
+    abandoned = find_abandoned(output_dir)
+    return [r for r in ledger.records() if abandoned is None or r["run"] != abandoned.run]
 
 
 def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
@@ -169,15 +179,16 @@ def settle(run: Run) -> None:
 def check_room_for(
     output_dir: Path, privacy: PrivacyArguments, events: list[dict], about: Circumstances
 ) -> None:
-    """Raises: UsageError if `events`, all to come and made as `about` says, would exceed
-    `--total_epsilon`."""
+    """Raises: UsageError if `events`, all to come and made as `about` says, the first in
+    `output_dir`, would exceed `--total_epsilon`."""
     if privacy.total_epsilon is None:
         return
     ledger = find_ledger(output_dir, privacy)
     record = {"kind": "reserve", "branch": 0, "from_step": 0, "delta": privacy.target_delta}
     record["made_with"] = about.made_with()
     to_come = [record | {"run": f"to come, {n}", "event": e} for n, e in enumerate(events)]
-    spent = pld_epsilon(*compose_with_bases([*ledger.records(), *to_come]))
+    standing = _list_standing(ledger, output_dir)
+    spent = pld_epsilon(*compose_with_bases([*standing, *to_come]))
     if spent > privacy.total_epsilon:
         raise UsageError(
             f"all stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "

@@ -111,10 +111,7 @@ def is_free(path: Path) -> bool:
     private = private_folder(path)
     if private.is_dir() and {entry.name for entry in private.iterdir()} - ours:
         return False
-    branch = find_earlier_branch(path)
-    return (
-        branch is None or count_charged_steps(branch.ledger.records(), branch.run, live=False) == 0
-    )
+    return find_earlier_branch(path) is None or find_abandoned(path) is not None
 
 
 def find_earlier_branch(output_dir: Path) -> Branch | None:
@@ -124,6 +121,15 @@ def find_earlier_branch(output_dir: Path) -> Branch | None:
     name = note.read_text().strip() if note.exists() else None
     known = any(record["run"] == name for record in ledger.records())
     return find_branch(ledger, name) if known else None
+
+
+def find_abandoned(output_dir: Path) -> Branch | None:
+    """The branch of an attempt in this folder that released nothing: the next attempt hands back
+    what it reserved."""
+    branch = find_earlier_branch(output_dir)
+    if branch is None or count_charged_steps(branch.ledger.records(), branch.run, live=False):
+        return None
+    return branch
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def preview(
     def check() -> None:
         ledger = find_ledger(training.output_dir, privacy)
         warn_of_other_ledgers(name_source(found.data), ledger)
-        check_new(ledger, privacy, plan, about)
+        check_new(Path(training.output_dir), privacy, plan, about)
 
     on_main_process(check)
     private_set, plan = _check_images(found, plan, plan_for)
