@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "ablations.json"
 RUNS = ROOT / "runs" / "ablations"
 SHIPPED = ROOT / "examples" / "digits" / "base"
 UNITS, DIGITS, IMAGES = 1437, list("0123456789"), 1000
-FIRST = ("--release_means", "--grey", "--generator_steps", 600, "--warm_start_steps", 300)
+FIRST = ("--release_means", "--grey")
 
 
 @dataclass(frozen=True)
