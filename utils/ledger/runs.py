@@ -154,10 +154,9 @@ class Run:
     recharged: int = 0
 
     @property
-    def behind(self) -> dict:
+    def behind(self) -> dict | None:
         """The events behind a private base model, and the smallest delta they were quoted at."""
-        base = self.about.base
-        return {"events": [], "delta": 1.0} if base is None else summarise_base(base)
+        return None if self.about.base is None else summarise_base(self.about.base)
 
     @property
     def checkpoints(self) -> Path:

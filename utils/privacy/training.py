@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +38,7 @@ class TrainingState:
             that stay at their random start; default: the trained ones.
         step: how many private steps were taken.
         recharged: steps charged beyond them, for the epsilon that is shown (`runs.Run`).
-        behind: the events behind a private base model, and their delta, for the same.
+        behind: the events behind a private base model, and their delta, for the same; or None.
     """
 
     engine: PerUnitGradients
@@ -48,7 +48,7 @@ class TrainingState:
     adapter: dict[str, torch.Tensor] | None = None
     step: int = 0
     recharged: int = 0
-    behind: dict = field(default_factory=lambda: {"events": [], "delta": 1.0})
+    behind: dict | None = None
 
     def __post_init__(self):
         if self.adapter is None:
@@ -242,7 +242,8 @@ class _Progress:
         self.accelerator, self.plan = accelerator, plan
         self.every = max(2, plan.steps // updates)
         self.first = self.done = state.step
-        self.recharged, self.behind = state.recharged, state.behind
+        self.recharged = state.recharged
+        self.behind = state.behind or {"events": [], "delta": plan.delta}
         self.start = time.perf_counter()
         self.bar = tqdm(
             total=plan.steps,
