@@ -66,7 +66,7 @@ def _advise(
     if not has_warm_start:
         advice.append(
             "a warm start: --release_means, which one noisy mean pays for, works with far fewer "
-            "images, if classes or a few prompts tell them apart"
+            "images, if classes or a few prompts tell them apart and the base draws them badly"
         )
     everyone = plan.num_units
     if plan.expected_batch_size < everyone and epsilon <= LARGEST_EPSILON:
