@@ -133,7 +133,7 @@ def train(point: Point, stand_in: Path, run: int, folder: Path) -> Path:
 def measure(axis: str, name: str, stand_in: Path, run: int) -> dict:
     """A row. The middle, which all axes share, is of no axis, and nor is the public model."""
     point = AXES[axis][name] if axis else MIDDLE
-    title = f"{axis} {name} {run}" if name else f"middle {run}"
+    title = f"{axis} {name} {run}".strip() if name else f"middle {run}"
     folder = RUNS / "".join(c if c.isalnum() or c in ".," else "-" for c in title)
     is_middle = (point.options, point.public_steps) == (MIDDLE.options, MIDDLE.public_steps)
     where = RUNS / f"middle-{run}" if is_middle else folder
