@@ -29,7 +29,7 @@ def test_as_many_passes_are_as_many():
             given = dict(zip(point.options[::2], point.options[1::2], strict=True))
             plan = ablations.PLAN | {name[2:]: value for name, value in given.items()}
             passes = plan["expected_batch_size"] * plan["max_train_steps"]
-            assert 0.99 < passes * plan["noise_multiplicity"] / (8 * ablations.UNITS) <= 1
+            assert passes * plan["noise_multiplicity"] == ablations.STEPS * ablations.BATCH
 
 
 def test_all_axes_share_the_run_of_the_middle():
