@@ -38,10 +38,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
 RUNS = ROOT / "runs" / "table"
 SETS = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
+SETS["cifar10"] = "uoft-cs/cifar10"
 NETWORKS = {"cnn": 2400, "wide-cnn": 1200, "resnet9": 600}  # optimizer steps of each, on digits
-LONGER = {"mnist": 1, "fashion_mnist": 4}  # times as many: clothes are learned more slowly
-JUDGES = ["--classifier_seeds", 1, "--metrics", "utility", "fidelity", "--extractor", "classifier"]
-JUDGES += ["--classifier_weights", "examples/digits/extractor.safetensors"]
+LONGER = {"mnist": 1, "fashion_mnist": 4, "cifar10": 4}  # times as many: things take longer
+SEEN_BY = dict.fromkeys(SETS, "examples/digits/extractor.safetensors")  # for the distance
+SEEN_BY["cifar10"] = "examples/extractors/things.safetensors"
+JUDGES = "--classifier_seeds 1 --metrics utility fidelity --extractor classifier".split()
 SPEND = ("train_dp_", "release_means", "select_saliency", "curate", "relabel")
 SHARE = ("train_dp_", "sample", "evaluate")  # their work among processes
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -146,8 +148,7 @@ def run_cell(title: str, cell: dict, private: dict[str, str], processes: int) ->
     if "ledger" in cell:
         row["privacy"] = verify(folder / cell["ledger"], folder / "verify.log")
     if "measure" in cell:
-        images, judges = cell["measure"].format(**names), count_steps(cell["set"])
-        row |= measure(images, names["private"], folder, judges, processes)
+        row |= measure(cell["measure"].format(**names), folder, names, processes)
     else:
         printed = json.loads(steps[list(steps)[-1]]["printed"])
         row |= {"accuracy": printed["accuracy"], "trained": printed["trainable_parameters"]}
@@ -165,13 +166,14 @@ def count_steps(private_set: str) -> dict[str, int]:
     return {name: LONGER[private_set] * steps for name, steps in NETWORKS.items()}
 
 
-def measure(images: str, test: str, folder: Path, steps: dict[str, int], processes: int) -> dict:
+def measure(images: str, folder: Path, names: dict, processes: int) -> dict:
     """The accuracy of each network that is trained on the images, their mean, and the distance."""
-    output = folder / "metrics.json"
-    data = ["--synthetic", images, "--test_dataset_name", test, "--output_file", output]
+    output, steps = folder / "metrics.json", count_steps(names["set"])
+    data = ["--synthetic", images, "--test_dataset_name", names["private"], "--output_file", output]
     done = json.loads(output.read_text())["accuracy"] if output.exists() else {}
     if done.get("classifier_steps") != steps:
-        judges = ["--classifiers", *steps, "--classifier_steps", *steps.values(), *JUDGES]
+        judges = ["--classifiers", *steps, "--classifier_steps", *steps.values()]
+        judges += [*JUDGES, "--classifier_weights", SEEN_BY[names["set"]]]
         call(["evaluate.py", *data, *judges], folder / "evaluate.log", processes)
     strips = RESULTS.parent / "strips"
     if (Path(images) / "metadata.jsonl").exists():  # of a synthetic set

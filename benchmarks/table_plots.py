@@ -19,8 +19,7 @@ def draw_strip(images: Path, target: Path) -> None:
     random.Random(0).shuffle(rows)
     picked = [[row for row in rows if row["label"] == name][:2] for name in names]
     files = [own[line % len(own)]["file_name"] for line in range(2) for own in picked]
-    strip = tile_images([Image.open(images / name) for name in files], len(names))
-    strip.convert("L").save(target)
+    tile_images([Image.open(images / name) for name in files], len(names)).save(target)
 
 
 def plot(rows: list[dict], target: Path) -> None:

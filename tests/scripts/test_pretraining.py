@@ -22,7 +22,7 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
     arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", 16]
     arguments += ["--autoencoder_channels", 8, 16, "--unet_channels", 8, 16, "--text_width", 16]
     arguments += ["--text_layers", 1, "--train_batch_size", 4, "--checkpointing_steps", 2]
-    arguments += ["--autoencoder_steps", 4, "--denoiser_steps", 4]
+    arguments += ["--autoencoder_steps", 4, "--denoiser_steps", 4, "--latent_channels", 6]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight, launch=True)
     assert run.returncode == 0, run.stderr
@@ -31,6 +31,7 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {part.dtype for part in parts} == {torch.float32}
     pipeline("the digit 3", num_inference_steps=2)
+    assert pipeline.vae.config.latent_channels == pipeline.unet.config.in_channels == 6
     assert pipeline.vae.config.scaling_factor != 0.18215
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert (straight / "samples.png").exists() and (straight / "reconstructions.png").exists()
@@ -108,6 +109,7 @@ def test_a_private_result_is_no_base(run_script, image_folder, tmp_path, trained
         (["--autoencoder_from", "BASE"], "leave out --autoencoder_from"),
         (["--unet_channels", 8, 16], "leave out --unet_channels"),
         (["--kl_weight", 0.01], "leave out --kl_weight"),
+        (["--latent_channels", 8], "leave out --latent_channels"),
     ],
 )
 def test_a_base_that_does_not_suit_is_refused(
@@ -166,7 +168,7 @@ def test_a_flow_is_pretrained_and_trained_on(run_script, image_folder, tmp_path)
     family.text_length = 16
     told, seen = family.encode_text(["the digit 3"], 16), []
     args = PretrainArguments(output_dir="unused", architecture="sd3", text_width=16)
-    objective = FlowObjective.build(8, pipeline.tokenizer, args)
+    objective = FlowObjective.build((4, 8, 8), pipeline.tokenizer, args)
     objective.text_encoders = torch.nn.ModuleList(family.encoders)
     objective.transformer.forward = lambda noisy, **given: seen.append(given) or Output(noisy)
     objective(torch.zeros(1, 4, 8, 8), objective.tokenize(["the digit 3"]))

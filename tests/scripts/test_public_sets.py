@@ -38,3 +38,18 @@ def test_things_become_light_on_black_and_are_there_twice(run_script, tmp_path):
         assert np.median(outside) == 0 and (outside > 0).mean() < 0.11  # nine tenths of the border
     for image, mirrored in zip(images[:2], images[2:], strict=True):
         assert (image[:, ::-1] == mirrored).all() and (image != mirrored).any()
+
+
+def test_things_keep_their_names_or_get_those_of_the_private_set(run_script, tmp_path):
+    rows = {"image": [picture(40, 220), picture(200, 30), picture(9, 3)], "label": [0, 1, 2]}
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "in" / "train.parquet")
+    made = ["--dataset_name", tmp_path / "in", "--output_dir", tmp_path / "out"]
+    run = run_script("examples/cifar10/prepare_public.py", *made)
+    assert run.returncode == 0, run.stderr
+    found = load_dataset(str(tmp_path / "out"), split="train")
+    assert found["label"][:] == ["t-shirt", "automobile"] * 2  # none that has no name
+    images = [np.asarray(image) for image in found["image"]]
+    assert (images[0] == np.asarray(rows["image"][0])).all()
+    for image, mirrored in zip(images[:2], images[2:], strict=True):
+        assert (image[:, ::-1] == mirrored).all() and (image != mirrored).any()

@@ -7,10 +7,10 @@ from utils.arguments.values import check_seed, choose_precision
 from utils.errors import UsageError
 
 # What --start_from takes from its base.
-OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "unet_channels", "prediction_type"]
+OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "latent_channels", "unet_channels"]
 OF_A_BASE += ["transformer_width", "transformer_layers", "text_width", "text_layers"]
 OF_A_BASE += ["vocab_size", "max_tokens", "autoencoder_steps", "autoencoder_learning_rate"]
-OF_A_BASE += ["kl_weight"]
+OF_A_BASE += ["kl_weight", "prediction_type"]
 
 
 @dataclass
@@ -21,9 +21,11 @@ class PretrainArguments:
     autoencoder_channels: list[int] = option(
         "autoencoder widths; n of them divide the resolution by 2^(n-1)", [16, 32, 64]
     )
+    latent_channels: int = option(
+        "of the autoencoder: more keep more of an image, and colour photographs need them", 4
+    )
     autoencoder_from: str | None = option(
-        "a public pipeline, folder or Hub id, whose autoencoder (of four channels) is taken as it "
-        "is: none is trained",
+        "a public pipeline, folder or Hub id, whose autoencoder is taken as it is: none is trained",
         None,
     )
     start_from: str | None = option(

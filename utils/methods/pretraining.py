@@ -107,7 +107,7 @@ def save_state(state: dict, state_dir: Path) -> None:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device) -> torch.Tensor:
-    """Mean latents of uint8 images, unscaled: [N, 4, r, r]."""
+    """Mean latents of uint8 images, unscaled: [N, c, r, r]."""
     batches = pixels.split(256)
     encoded = [
         vae.encode(scale_to_unit_range(b.to(device))).latent_dist.mean.cpu() for b in batches
@@ -117,9 +117,8 @@ def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device) -> torch.Tensor
 
 def train_autoencoder(accelerator, pixels, args) -> AutoencoderKL:
     torch.manual_seed(args.seed)  # the same start, whether or not a stage was resumed
-    objective = AutoencoderObjective(
-        build_autoencoder(tuple(args.autoencoder_channels)), args.kl_weight
-    )
+    vae = build_autoencoder(tuple(args.autoencoder_channels), latent_channels=args.latent_channels)
+    objective = AutoencoderObjective(vae, args.kl_weight)
 
     def sample_batch(size):
         return (pixels[torch.randint(len(pixels), (size,))].to(accelerator.device),)
@@ -166,7 +165,7 @@ def choose_tokenizer(captions: list[str], base, args: PretrainArguments) -> CLIP
 
 
 def train_denoiser(accelerator, latents, captions, tokenizer, base, args) -> Objective:
-    """`latents` [N, 4, r, r] are scaled; captions are dropped with the given probability.
+    """`latents` [N, c, r, r] are scaled; captions are dropped with the given probability.
 
     Args:
         tokenizer: of `choose_tokenizer`.
@@ -175,7 +174,7 @@ def train_denoiser(accelerator, latents, captions, tokenizer, base, args) -> Obj
     torch.manual_seed(args.seed)  # the same start, whether or not a stage was resumed
     kind, _ = OBJECTIVES[args.architecture]
     if base is None:
-        objective = kind.build(latents.shape[-1], tokenizer, args)
+        objective = kind.build(latents.shape[1:], tokenizer, args)
     else:
         objective = kind.take(base)
     objective.train().requires_grad_(True)

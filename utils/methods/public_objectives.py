@@ -61,9 +61,11 @@ class UNetObjective(nn.Module):
         self.tokenizer, self.scheduler = tokenizer, scheduler
 
     @classmethod
-    def build(cls, latent_side: int, tokenizer, args: PretrainArguments) -> "UNetObjective":
+    def build(cls, latent_shape, tokenizer, args: PretrainArguments) -> "UNetObjective":
+        """A new one, for latents of shape [channels, r, r]."""
         text_encoder = build_text_encoder(tokenizer, args.text_width, args.text_layers)
-        unet = build_unet(latent_side, tuple(args.unet_channels), args.text_width)
+        channels, _, side = latent_shape
+        unet = build_unet(side, tuple(args.unet_channels), args.text_width, channels)
         return cls(text_encoder, tokenizer, unet, build_scheduler(args.prediction_type))
 
     @classmethod
@@ -97,11 +99,13 @@ class FlowObjective(nn.Module):
         self.tokenizer, self.t5_tokenizer = tokenizer, t5_tokenizer
 
     @classmethod
-    def build(cls, latent_side: int, tokenizer, args: PretrainArguments) -> "FlowObjective":
+    def build(cls, latent_shape, tokenizer, args: PretrainArguments) -> "FlowObjective":
+        """A new one, for latents of shape [channels, r, r]."""
+        channels, _, side = latent_shape
         pair = build_text_encoder_pair(tokenizer, args.text_width, args.text_layers)
         t5, t5_tokenizer = build_t5(args.text_width, args.max_tokens)
         size = (args.transformer_width, args.transformer_layers)
-        transformer = build_transformer(latent_side, *size, args.text_width)
+        transformer = build_transformer(side, *size, args.text_width, channels)
         return cls([*pair, t5], tokenizer, t5_tokenizer, transformer)
 
     @classmethod
@@ -147,7 +151,7 @@ def take_base(
     nothing else is kept; None for what is to be made.
 
     Raises:
-        UsageError: see `load_pipeline`; or it is a private result, or has other latents.
+        UsageError: see `load_pipeline`; or it is a private result, or has another autoencoder.
     """
     base = args.start_from or args.autoencoder_from
     if base is None:
@@ -157,8 +161,8 @@ def take_base(
         raise UsageError(f"{option} {base} is a private result, and this stage is public")
     pipeline = load_pipeline(base)
     vae = pipeline.vae
-    if not isinstance(vae, AutoencoderKL) or vae.config.latent_channels != 4:
-        raise UsageError(f"{option} {base}: an AutoencoderKL of 4 channels is wanted")
+    if not isinstance(vae, AutoencoderKL):
+        raise UsageError(f"{option} {base}: an AutoencoderKL is wanted")
     return (None if args.start_from is None else pipeline), vae
 
 

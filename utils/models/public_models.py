@@ -69,15 +69,16 @@ def _list_merges(tokenizer: Tokenizer) -> list[list[str]]:
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 
-def build_autoencoder(channels: tuple[int, ...], layers: int = 1) -> AutoencoderKL:
-    """An AutoencoderKL on RGB images with 4 latent channels; it divides the resolution by
-    2 ** (len(channels) - 1)."""
+def build_autoencoder(
+    channels: tuple[int, ...], layers: int = 1, latent_channels: int = 4
+) -> AutoencoderKL:
+    """An AutoencoderKL on RGB images; it divides the resolution by 2 ** (len(channels) - 1)."""
     return AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=layers,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=min(16, channels[0] // 2),
     )
 
@@ -100,11 +101,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
 
 
 def build_unet(
-    sample_size: int, channels: tuple[int, ...], text_width: int
+    sample_size: int, channels: tuple[int, ...], text_width: int, latent_channels: int = 4
 ) -> UNet2DConditionModel:
     """A U-Net with cross-attention at every resolution, for latents of `sample_size` pixels."""
     return UNet2DConditionModel(
         sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=channels,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * len(channels),
@@ -137,15 +140,15 @@ def build_t5(width: int, max_length: int) -> tuple[T5EncoderModel, T5TokenizerFa
 
 
 def build_transformer(
-    sample_size: int, width: int, layers: int, text_width: int
+    sample_size: int, width: int, layers: int, text_width: int, latent_channels: int = 4
 ) -> SD3Transformer2DModel:
-    """A transformer as in Stable Diffusion 3, for latents of `sample_size` pixels and 4 channels,
-    each of whose pixels is a token."""
+    """A transformer as in Stable Diffusion 3, for latents of `sample_size` pixels, each of which is
+    a token."""
     return SD3Transformer2DModel(
         sample_size=sample_size,
         patch_size=1,
-        in_channels=4,
-        out_channels=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         num_layers=layers,
         attention_head_dim=32,
         num_attention_heads=width // 32,
