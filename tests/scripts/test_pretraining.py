@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 
 from tests.conftest import CAPTION, read_json, train_arguments, train_here
 from utils.arguments.pretraining import PretrainArguments
+from utils.errors import UsageError
 from utils.methods.public_objectives import FlowObjective
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
@@ -91,6 +92,29 @@ def test_a_second_stage_starts_from_the_weights_of_a_base(
     assert again.vae.config.scaling_factor == base.vae.config.scaling_factor
     assert again.tokenizer.get_vocab() == base.tokenizer.get_vocab()
     assert again.scheduler.config.prediction_type == base.scheduler.config.prediction_type
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"latent_channels": 0}, "--latent_channels 0 must be at least 1"),
+        ({"denoiser_steps": 0}, "--denoiser_steps 0 must be at least 1"),
+        ({"train_batch_size": -1}, "--train_batch_size -1 must be at least 1"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan must be"),
+        ({"ema_decay": 1.0}, "--ema_decay 1.0 must be at least 0 and below 1"),
+        ({"caption_dropout": 1.5}, "--caption_dropout 1.5 must be from 0 to 1"),
+        ({"autoencoder_channels": [7, 9]}, "7 9: .* multiples of 3"),
+        ({"autoencoder_channels": [16, 0]}, "16 0: .* multiples of 8"),
+        ({"unet_channels": [1]}, "the first must be at least 2"),
+        ({"text_width": 100}, "--text_width 100 must be below 64, or a multiple of 32"),
+        ({"text_width": 160, "architecture": "sd3"}, "below 128, or a multiple of 64"),
+        ({"text_width": 15, "architecture": "sd3"}, "--text_width must be even"),
+        ({"transformer_width": 48, "architecture": "sd3"}, "a multiple of 32"),
+    ],
+)
+def test_sizes_that_no_model_can_have_are_refused(given, said):
+    with pytest.raises(UsageError, match=said):
+        PretrainArguments(output_dir="unused", **given)
 
 
 @pytest.mark.parametrize("option", ["--autoencoder_from", "--start_from"])

@@ -1,9 +1,10 @@
 """The options of the public stage."""
 
+import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
-from utils.arguments.values import check_seed, choose_precision
+from utils.arguments.values import check_between, check_seed, choose_precision
 from utils.errors import UsageError
 
 # What --start_from takes from its base.
@@ -11,6 +12,18 @@ OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "latent_channels", "une
 OF_A_BASE += ["transformer_width", "transformer_layers", "text_width", "text_layers"]
 OF_A_BASE += ["vocab_size", "max_tokens", "autoencoder_steps", "autoencoder_learning_rate"]
 OF_A_BASE += ["kl_weight", "prediction_type"]
+
+LEAST = dict.fromkeys(["kl_weight", "autoencoder_learning_rate", "learning_rate"], 0)
+LEAST |= dict.fromkeys(["latent_channels", "autoencoder_steps", "denoiser_steps"], 1)
+LEAST |= dict.fromkeys(["train_batch_size", "checkpointing_steps", "transformer_layers"], 1)
+LEAST |= dict.fromkeys(["text_width", "text_layers", "vocab_size"], 1)
+LEAST |= {"max_tokens": 3}  # the first and the last say nothing
+
+
+def count_groups(channels: tuple[int, ...]) -> int:
+    """In how many groups layers of such widths are normalized: at most 16, of two channels or more;
+    0 or a number that does not divide all, where they cannot be."""
+    return min(16, channels[0] // 2)
 
 
 @dataclass
@@ -47,7 +60,7 @@ class PretrainArguments:
     text_layers: int = option("layers of the text encoder", 2)
     vocab_size: int = option("at most so many tokens are learned from the captions", 2000)
     max_tokens: int = option("longest caption, in tokens", 16)
-    prediction_type: str = option("of unet: epsilon or v_prediction", "v_prediction")
+    prediction_type: str = option("of unet", "v_prediction", choices=["epsilon", "v_prediction"])
     autoencoder_steps: int = option("optimizer steps of the autoencoder", 1000)
     denoiser_steps: int = option("optimizer steps of the denoiser and the text encoder", 2600)
     autoencoder_learning_rate: float = option("peak learning rate of the autoencoder", 1e-3)
@@ -64,6 +77,19 @@ class PretrainArguments:
 
     def __post_init__(self):
         check_seed(self.seed)
+        for name, least in LEAST.items():
+            check_between(name, getattr(self, name), least, math.inf)
+        check_between("ema_decay", self.ema_decay, 0, 1)
+        if not 0 <= self.caption_dropout <= 1:
+            raise UsageError(f"--caption_dropout {self.caption_dropout} must be from 0 to 1")
+        for name in ("autoencoder_channels", "unet_channels"):
+            widths = getattr(self, name)
+            groups = count_groups(widths)
+            if groups < 1 or any(width < 1 or width % groups for width in widths):
+                raise UsageError(
+                    f"--{name} {' '.join(map(str, widths))}: the first must be at least 2, and all "
+                    f"must be multiples of {max(groups, 1)} (half the first, at most 16)"
+                )
         if self.start_from is not None:
             plain = type(self)(output_dir=self.output_dir)
             given = [name for name in OF_A_BASE if getattr(self, name) != getattr(plain, name)]
@@ -72,6 +98,12 @@ class PretrainArguments:
         if self.architecture == "sd3":
             if self.transformer_width < 32 or self.transformer_width % 32:
                 raise UsageError("--transformer_width must be a multiple of 32")
-            if self.text_width < 2 or self.text_width % 2:
+            if self.text_width % 2:
                 raise UsageError("--text_width must be even: two text encoders share it")
+        encoders = 2 if self.architecture == "sd3" else 1
+        if self.text_width >= 64 * encoders and self.text_width % (32 * encoders):
+            raise UsageError(
+                f"--text_width {self.text_width} must be below {64 * encoders}, or a multiple of "
+                f"{32 * encoders}: an attention head reads 32 numbers"
+            )
         self.mixed_precision = choose_precision(self.mixed_precision)

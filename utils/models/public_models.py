@@ -31,6 +31,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from utils.arguments.pretraining import count_groups
+
 REPEAT = 1_000_003  # a prime, so that no two rows of a matrix are alike
 
 
@@ -79,7 +81,7 @@ def build_autoencoder(
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=layers,
         latent_channels=latent_channels,
-        norm_num_groups=min(16, channels[0] // 2),
+        norm_num_groups=count_groups(channels),
     )
 
 
@@ -114,7 +116,7 @@ def build_unet(
         up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         cross_attention_dim=text_width,
         attention_head_dim=4,
-        norm_num_groups=min(16, channels[0] // 2),
+        norm_num_groups=count_groups(channels),
     )
 
 
@@ -275,7 +277,10 @@ def save_in_fp16(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     diffusers loads its models in fp32 unless asked otherwise, transformers in the type that their
     configuration names; left at fp16, a text encoder would not fit the denoiser it guides.
     """
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.half()  # `pipeline.to` warns of layers to be kept in fp32, where there are none
+    pipeline.save_pretrained(folder)
     for path in Path(folder).glob("text_encoder*/config.json"):
         config = json.loads(path.read_text()) | {"dtype": "float32"}
         path.write_text(json.dumps(config, indent=2) + "\n")
