@@ -33,14 +33,16 @@ from utils.errors import UsageError, run_script
 
 def check_resolution(resolution: int | None, halvings: int, args: PretrainArguments) -> None:
     """Raises: UsageError if none was given, or the models cannot halve it often enough, of which
-    the autoencoder does `halvings`."""
+    the autoencoder does `halvings`; or if the pipeline of a U-Net, which wants eighths, cannot."""
     if resolution is None:
         raise UsageError("give --resolution, the side of the images in pixels")
     factor = 2**halvings
     if args.architecture == "unet":
-        factor *= 2 ** (len(args.unet_channels) - 1)
-    if resolution % factor:
-        raise UsageError(f"--resolution {resolution} is not divisible by the models' factors")
+        factor = max(8, factor * 2 ** (len(args.unet_channels) - 1))
+    if resolution < 1 or resolution % factor:
+        raise UsageError(
+            f"--resolution {resolution} must be a multiple of {factor} for these models"
+        )
 
 
 def main():
@@ -80,7 +82,8 @@ def main():
     accelerator.print(
         f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"
     )
-    tokenizer = pretraining.choose_tokenizer(captions, base, args)
+    template = find_used_template(data)
+    tokenizer = pretraining.choose_tokenizer(captions, template is not None, base, args)
     pixels = torch.cat(list(read_pixel_batches(images, data.resolution, 256)))
     settings = {"resolution": data.resolution, **vars(args)}
     pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
@@ -95,7 +98,6 @@ def main():
     if accelerator.is_main_process:
         pipeline = trained.assemble(vae)
         pipeline.set_progress_bar_config(disable=True)
-        template = find_used_template(data)
         pretraining.save_grids(pipeline, pixels, captions, output_dir, args.seed, template)
         save_in_fp16(pipeline, output_dir)
         print(f"saved the pipeline, reconstructions.png and samples.png in {output_dir}")

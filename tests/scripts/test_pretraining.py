@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 from tests.conftest import CAPTION, read_json, train_arguments, train_here
 from utils.arguments.pretraining import PretrainArguments
 from utils.errors import UsageError
+from utils.methods.pretraining import choose_tokenizer
 from utils.methods.public_objectives import FlowObjective
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
@@ -170,6 +171,30 @@ def test_captions_that_no_prompt_could_tell_apart_are_refused(
         run = run_script("pretrain_ldm.py", *arguments, *more)
         assert run.returncode == 2 and "become the same tokens" in run.stderr and said in run.stderr
         assert not (tmp_path / "base").exists()
+
+
+def test_captions_that_differ_in_capitals_or_spaces_are_one_unless_they_are_classes():
+    args = PretrainArguments(output_dir="unused")
+    captions = ["A cat", "a  cat ", "a dog", " "]
+    tokenizer = choose_tokenizer([*captions, ""], False, None, args)
+    ids = tokenizer(captions).input_ids
+    assert ids[0] == ids[1] != ids[2]
+    with pytest.raises(UsageError, match="differ in capitals or spaces only; give them other"):
+        choose_tokenizer(captions, True, None, args)
+    cut = PretrainArguments(output_dir="unused", max_tokens=3, vocab_size=1)
+    with pytest.raises(UsageError, match="--max_tokens is too small"):
+        choose_tokenizer(["ab", "ac"], False, None, cut)
+
+
+@pytest.mark.parametrize("resolution", [0, -32, 4, 12])
+def test_a_size_that_the_pipeline_could_not_draw_is_refused(
+    run_script, image_folder, tmp_path, resolution
+):
+    arguments = ["--train_data_dir", image_folder, *CAPTION, "--resolution", resolution]
+    arguments += ["--autoencoder_channels", 8, "--unet_channels", 8, "--output_dir", tmp_path / "x"]
+    run = run_script("pretrain_ldm.py", *arguments)
+    assert run.returncode == 2 and "must be a multiple of 8" in run.stderr
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

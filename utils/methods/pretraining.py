@@ -141,11 +141,14 @@ def scale_latents(
     return (latents - shift) * vae.config.scaling_factor
 
 
-def choose_tokenizer(captions: list[str], base, args: PretrainArguments) -> CLIPTokenizer:
+def choose_tokenizer(
+    captions: list[str], are_classes: bool, base, args: PretrainArguments
+) -> CLIPTokenizer:
     """That of --start_from, or one that learns its words from the captions.
 
     Raises:
-        UsageError: two captions become the same tokens: a prompt could mean either.
+        UsageError: two captions become the same tokens: a prompt could mean either. Those that
+            differ in capitals or spaces only are one caption, unless they are made of classes.
     """
     if base is None:
         tokenizer = build_tokenizer(captions, args.vocab_size, args.max_tokens)
@@ -154,12 +157,19 @@ def choose_tokenizer(captions: list[str], base, args: PretrainArguments) -> CLIP
         tokenizer = base.tokenizer
         why = f"{args.start_from} lacks their words, or reads too few tokens"
     distinct, first = sorted(set(captions)), {}
+    normalize = tokenizer.backend_tokenizer.normalizer.normalize_str
     for caption, ids in zip(distinct, tokenize_captions(tokenizer, distinct).tolist(), strict=True):
         other = first.setdefault(tuple(ids), caption)
+        is_alike = normalize(other).strip() == normalize(caption).strip()
+        if is_alike and not are_classes:
+            continue
         if other != caption:
+            hint = f"{why}; or give a shorter --caption_template"
+            if is_alike:
+                hint = "they differ in capitals or spaces only; give them other names"
             raise UsageError(
                 f"the captions '{other}' and '{caption}' become the same tokens, so that no prompt "
-                f"could tell them apart: {why}; or give a shorter --caption_template"
+                f"could tell them apart: {hint}"
             )
     return tokenizer
 
