@@ -78,15 +78,14 @@ def main():
     elif vae is not None:
         check_resolution(data.resolution, len(vae.config.block_out_channels) - 1, args)
     images, left_out = pretraining.load_public_images(data)
-    captions = read_captions(images.rows, data)
+    captions = list(read_captions(images.rows, data))
     accelerator.print(
         f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"
     )
     template = find_used_template(data)
     tokenizer = pretraining.choose_tokenizer(captions, template is not None, base, args)
     pixels = torch.cat(list(read_pixel_batches(images, data.resolution, 256)))
-    settings = {"resolution": data.resolution, **vars(args)}
-    pretraining.check_settings(output_dir, settings, accelerator.is_main_process)
+    pretraining.check_settings(output_dir, pixels, captions, args, accelerator.is_main_process)
 
     if vae is None:
         vae = pretraining.train_autoencoder(accelerator, pixels, args)

@@ -50,6 +50,11 @@ def test_pretraining_saves_a_pipeline_and_resumes(run_script, image_folder, tmp_
     for old, new in zip(pipeline.unet.parameters(), again.unet.parameters(), strict=True):
         torch.testing.assert_close(old, new)
 
+    # With other captions that is not the same run.
+    (resumed / "model_index.json").unlink()
+    run = run_script("pretrain_ldm.py", *arguments, "--caption", "", "--output_dir", resumed)
+    assert run.returncode == 2 and "other settings (hash of images and captions was" in run.stderr
+
     run = run_script("pretrain_ldm.py", *arguments, "--output_dir", straight)
     assert run.returncode == 2 and "finished pipeline" in run.stderr
 

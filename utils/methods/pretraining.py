@@ -4,6 +4,7 @@ Nothing here is private.
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.data.rows import load_rows
 from utils.errors import UsageError
 from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.gradients.short_attention import use_fast_attention
+from utils.ledger.checkpoints import list_differences
 from utils.ledger.public_sets import refuse_as_public
 from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
@@ -236,11 +238,20 @@ def save_grids(
     write_settings(drawing, output_dir)
 
 
-def check_settings(output_dir: Path, settings: dict, is_main: bool) -> None:
-    """Raises: UsageError if the folder holds checkpoints of a run with other settings."""
-    path = output_dir / CHECKPOINTS / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise UsageError(f"{output_dir} holds a run with other settings; name another --output_dir")
+def check_settings(
+    output_dir: Path, pixels: torch.Tensor, captions: list[str], args: PretrainArguments, is_main
+) -> None:
+    """Raises: UsageError if the folder holds checkpoints of a run with other settings, or of other
+    images or captions."""
+    seen = hashlib.sha256(pixels.numpy())
+    seen.update(json.dumps(captions).encode())
+    about = {"resolution": pixels.shape[-1], "hash of images and captions": seen.hexdigest()[:16]}
+    path, settings = output_dir / CHECKPOINTS / "settings.json", about | vars(args)
+    if path.exists() and (changed := list_differences(json.loads(path.read_text()), settings)):
+        raise UsageError(
+            f"{output_dir} holds a run with other settings ({'; '.join(changed)}); name another "
+            "--output_dir"
+        )
     if is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(settings, indent=2))
