@@ -19,7 +19,7 @@ the votes cost joins the ledger and the new set's statement; --target_epsilon is
 
 In --output_dir: votes.safetensors, the noisy counts, with their statement privacy.json; votes.png,
 the most and the least voted for; and set/, as sample.py leaves one. With --resume_from_checkpoint
-latest an interrupted curation goes on. --config may be that of a training script.
+latest an interrupted curation goes on. --config may be that of train_dp_lora.py.
 """
 
 from utils.arguments.curation import CurationArguments

@@ -20,7 +20,7 @@ of the classifier, and relabelled.png, and what else is said of private images i
 In --output_dir: labeller.safetensors, the classifier, with its statement privacy.json;
 relabelled.png, images that changed their class, a column for each that they came to; and set/, as
 sample.py leaves one. With --resume_from_checkpoint latest an interrupted run goes on. --config may
-be that of a training script.
+be that of train_dp_lora.py.
 """
 
 from utils.arguments.evaluation import ExtractorArguments

@@ -13,7 +13,7 @@ A small generator, or mixtures of Gaussians, are then fitted to what was release
 private images again. In --output_dir: means.safetensors, the noisy
 means, with their statement privacy.json; and set/, images with prompts and labels, as sample.py
 leaves them. With --resume_from_checkpoint latest an interrupted release goes on: what is paid for
-is not paid for twice. --config may be that of a training script, whose other options are ignored.
+is not paid for twice. --config may be that of train_dp_lora.py, whose other options are ignored.
 """
 
 from utils.arguments.means import LaterModelArguments, MeansArguments

@@ -4,10 +4,11 @@
 
     # only the attention of the second down block and of the middle
     accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml \\
-        --trainable_blocks down_blocks.1 mid_block
+        --trainable_blocks down_blocks.1 mid_block --output_dir runs/digits/ldm_blocks
 
     # DP-Diffusion: every weight of the denoiser
-    accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml --trainable all
+    accelerate launch train_dp_ldm.py --config examples/digits/dp_ldm.yaml --trainable all \\
+        --output_dir runs/digits/diffusion
 
 Attention modules only (Liu et al. 2023, "Differentially private latent diffusion models"), or all
 (Ghalebikesabi et al. 2023). Writes the whole denoiser to unet/ (or transformer/), which the

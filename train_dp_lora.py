@@ -12,11 +12,12 @@
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --dry_run
 
     # DP-SAPF: spend a twentieth of the budget to learn which matrices to train
-    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency
+    accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --select_saliency \\
+        --output_dir runs/digits/sapf
 
     # a warm start: spend a share of it on noisy means, and start from images that match them
     accelerate launch train_dp_lora.py --config examples/digits/dp_lora.yaml --release_means \\
-        --grey --learning_rate 4e-3
+        --grey --learning_rate 4e-3 --output_dir runs/digits/warm
 
 LoRA on the attention and projection layers of the denoiser, trained by DP-SGD (Tsai et al. 2025);
 with --saliency_file or --select_saliency, on the matrices that a private ranking selects (Gong et

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import BUDGET, read_json, train_arguments, train_here
+from utils.errors import UsageError
 from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
@@ -70,11 +71,37 @@ def test_a_private_result_is_not_made_free(tiny_base, image_folder, tmp_path):
     assert "--warm_start_is_public" in shown and "called public and lose that epsilon" in shown
 
 
-def test_a_stage_of_other_settings_is_not_taken_over(tiny_base, image_folder, tmp_path):
+@pytest.mark.parametrize("stage", ["--release_means", "--select_saliency"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--target_modules", "nothing"],
+        ["--rank", 0],
+        ["--resolution", 17],
+        ["--pretrained_model_name_or_path", "nowhere"],
+    ],
+    ids=str,
+)
+def test_what_could_not_be_trained_is_refused_before_a_stage_is_paid_for(
+    tiny_base, image_folder, tmp_path, stage, mistake
+):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL, stage)
+    assert train_here([*arguments, *mistake]).startswith("error: ")
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
+def test_a_stage_of_other_settings_is_not_taken_over(
+    tiny_base, image_folder, tmp_path, monkeypatch
+):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
     arguments += ["--release_means", "--warm_start_steps", 2]
-    wrong = train_here([*arguments, "--target_modules", "nothing"])
-    assert wrong.startswith("error: ")  # after the means were released, and before training
+
+    def stop(*_):
+        raise UsageError("after the means were released, and before training")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.methods.fine_tuning.run_method", stop)
+        assert train_here(arguments).startswith("error: after the means")
     again = train_here([*arguments, "--length_scale", 7])
     assert "was made with other settings: length_scale was 20.0, is 7.0" in again
     assert "saved the weights" in train_here(arguments)

@@ -1,9 +1,11 @@
 """The options of the audit."""
 
+import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.training import CLIPPING_MODES, DataArguments
+from utils.arguments.values import check_between
 from utils.errors import UsageError
 
 DEFAULT_CANARIES = {"gradients": 80_000, "images": 1_000}
@@ -62,6 +64,13 @@ class AuditArguments:
         fewest = 10 * CANARIES_PER_GUESS[self.canaries]  # fewer than ten guesses prove nothing
         if self.num_canaries < fewest or self.num_images < 1:
             raise UsageError(f"--num_canaries must be at least {fewest}, --num_images at least 1")
+        for name in ("max_train_steps", "noise_multiplicity", "train_batch_size"):
+            check_between(name, getattr(self, name), 1, math.inf)
+        for name in ("target_epsilon", "mutant_epsilon", "max_grad_norm", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)} must be positive and finite")
+        if not 0 < self.target_delta < 1:
+            raise UsageError(f"--target_delta {self.target_delta} must be in (0, 1)")
         if not 0 < self.sampling_rate <= 1 or not 0.5 < self.confidence < 1:
             raise UsageError("--sampling_rate must be in (0, 1], --confidence in (0.5, 1)")
         if self.mutant and self.mutants:

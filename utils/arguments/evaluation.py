@@ -89,6 +89,8 @@ class EvaluateArguments:
         check_range(self.intensity_range)
         if self.label_separator == "":
             raise UsageError("--label_separator must not be empty")
+        if self.evaluation_resolution is not None:  # classifiers halve it three times
+            check_between("evaluation_resolution", self.evaluation_resolution, 8, math.inf)
         if self.classifier_seeds < 1 or min(self.classifier_steps, default=0) < 1:
             raise UsageError("--classifier_seeds and --classifier_steps must be at least 1")
         if not self.classifiers or len(set(self.classifiers)) < len(self.classifiers):

@@ -37,6 +37,10 @@ class LoraArguments:
         False,
     )
 
+    def __post_init__(self):
+        if self.rank < 1 or (self.lora_alpha is not None and self.lora_alpha < 1):
+            raise UsageError("--rank and --lora_alpha must be at least 1")
+
 
 @dataclass
 class LoDAArguments:

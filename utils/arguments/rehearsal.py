@@ -16,7 +16,7 @@ class RehearsalArguments:
     method: str = option("whose run is rehearsed", "dp-lora", choices=METHODS)
     stand_in: str | None = option(
         "public images like the private ones: Hub id or folder; default: images that the base "
-        "model draws from --class_names or --validation_prompt",
+        "model draws from --validation_prompt, or of dp-lora from --class_names",
         None,
     )
     stand_in_split: str = option("split of it to read", "train")

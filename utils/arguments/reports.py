@@ -1,8 +1,10 @@
 """The options of privacy_report.py."""
 
+import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
+from utils.arguments.values import check_between
 
 # Whose run a file may describe.
 SCRIPTS = {"dp-lora": "train_dp_lora", "dp-loda": "train_dp_loda", "dp-ldm": "train_dp_ldm"}
@@ -71,6 +73,9 @@ class PlanArguments:
     noise_multiplier: float | None = option("sigma: find its epsilon, instead", None)
     plot: str = option("file of the plot", "privacy_plan.png")
     json: bool = option("print one JSON object at the end", False)
+
+    def __post_init__(self):
+        check_between("num_units", self.num_units, 1, math.inf)
 
 
 @dataclass

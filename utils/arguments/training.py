@@ -148,12 +148,13 @@ class PrivacyArguments:
     )
 
     def __post_init__(self):
-        if self.noise_multiplicity is not None and self.noise_multiplicity < 1:
-            raise UsageError(f"--noise_multiplicity {self.noise_multiplicity} must be at least 1")
+        if self.noise_multiplicity is not None:
+            check_between("noise_multiplicity", self.noise_multiplicity, 1, math.inf)
         if self.debug_noise_seed is not None:
             check_between("debug_noise_seed", self.debug_noise_seed, 0, 2**64)
-        if self.total_epsilon is not None and not self.total_epsilon > 0:
-            raise UsageError(f"--total_epsilon {self.total_epsilon} must be positive")
+        for name in ("total_epsilon", "target_epsilon", "max_grad_norm"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{name} {value} must be positive and finite")
 
 
 @dataclass
@@ -268,27 +269,22 @@ class TrainingArguments(DrawingArguments):
             check_between(name, getattr(self, name), 0, 1)
         for name in ("adam_epsilon", "adam_weight_decay", "lr_warmup_steps"):
             check_between(name, getattr(self, name), 0, math.inf)
+        check_between("num_validation_images", self.num_validation_images, 0, math.inf)
+        for name in ("train_batch_size", "checkpointing_steps", "checkpoints_total_limit"):
+            check_between(name, getattr(self, name), 1, math.inf)
+        for name in ("max_train_steps", "validation_steps", "num_units"):
+            if (value := getattr(self, name)) is not None:
+                check_between(name, value, 1, math.inf)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--learning_rate {self.learning_rate} must be positive and finite")
         steps = self.max_train_steps
-        if steps is not None and self.lr_warmup_steps > max(steps, 0):
+        if steps is not None and self.lr_warmup_steps > steps:
             raise UsageError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} is more than --max_train_steps "
                 f"{self.max_train_steps}: the learning rate would never be reached"
             )
-        if min(self.train_batch_size, self.checkpointing_steps, self.checkpoints_total_limit) < 1:
-            raise UsageError(
-                "--train_batch_size, --checkpointing_steps and --checkpoints_total_limit must be "
-                "at least 1"
-            )
-        if self.validation_steps is not None and self.validation_steps < 1:
-            raise UsageError(f"--validation_steps {self.validation_steps} must be at least 1")
         if self.publish_now and self.resume_from_checkpoint is None:
             raise UsageError("--publish_now needs --resume_from_checkpoint, such as latest")
-        if self.num_units is not None and self.num_units < 1:
-            raise UsageError(f"--num_units {self.num_units} must be at least 1")
-        if self.num_validation_images < 0:
-            raise UsageError("--num_validation_images must be at least 0")
         if self.logit_mean is not None and not math.isfinite(self.logit_mean):
             raise UsageError("--logit_mean must be finite")
         if self.logit_std is not None and not 0 < self.logit_std < math.inf:

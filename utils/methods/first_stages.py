@@ -15,17 +15,20 @@ from utils.arguments.training import (
 from utils.data.latent_files import choose_latents_folder
 from utils.errors import UsageError, on_main_process
 from utils.files import CHECKPOINTS, LEDGER, MEANS, SALIENCY, private_folder
+from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir, is_free
 from utils.ledger.statement import Circumstances
 from utils.methods.means import read_means, run_release
 from utils.methods.planning import ALONE, OtherStages, check_later_training
+from utils.methods.public_passes import leave_out_unused
 from utils.methods.publishing import check_repository
 from utils.methods.saliency_file import read_saliency
 from utils.methods.selection import plan_selection, run_selection
-from utils.methods.stages import find_base_statement
+from utils.methods.stages import find_base_statement, load_stage, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger
+from utils.models.lora import add_lora
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.paid_sets import find_paid_set
 from utils.sampling.shards import SET
@@ -48,6 +51,7 @@ def do_first_stages(
     """
     model, data, privacy, training, hub = common
     check_repository(hub, privacy, training)
+    check_adapter(model, data, privacy, training, lora)
     privacy = _share(join_ledger(privacy, stages), training)
     made, others = [], ALONE
     if stages.release_means:
@@ -63,6 +67,24 @@ def do_first_stages(
         made.append(found)
         stages = replace(stages, select_saliency=False, saliency_file=str(found))
     return stages if all(path.exists() for path in made) else None
+
+
+def check_adapter(
+    model: ModelArguments,
+    data: DataArguments,
+    privacy: PrivacyArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+) -> None:
+    """Refuse, before a stage is paid for, a base or an adapter that could not be trained after it.
+
+    Raises:
+        UsageError: see `load_stage`, `add_lora`, `leave_out_unused` and `PerUnitGradients`.
+    """
+    accelerator, _lock = start(training)
+    stage = load_stage(accelerator, model, data, privacy, training)
+    add_lora(stage.pipeline, lora)
+    PerUnitGradients(leave_out_unused(stage.pipeline, stage.resolution), 1)
 
 
 def select_first(

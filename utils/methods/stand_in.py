@@ -107,8 +107,8 @@ def draw_stand_in(model: ModelArguments, prompts: list[str] | None, folder: Path
     """
     if not prompts:
         raise UsageError(
-            "give --stand_in, public images like the private ones; or --class_names or "
-            "--validation_prompt, public prompts from which the base model draws some"
+            "give --stand_in, public images like the private ones; or --validation_prompt (or, of "
+            "dp-lora, --class_names), public prompts from which the base model draws some"
         )
     sampling = SamplingArguments(prompts=prompts, num_images=DRAWN)
     state, source = PartialState(), find_source(model, sampling)

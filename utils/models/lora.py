@@ -8,7 +8,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from utils.arguments.methods import LoraArguments
-from utils.errors import UsageError
 from utils.models.families import find_family
 from utils.models.loda.loda import save_adapter
 from utils.models.targets import choose_targets, inject_adapter, resolve_targets
@@ -18,10 +17,8 @@ def add_lora(pipeline: DiffusionPipeline, args: LoraArguments) -> None:
     """Put a trainable LoRA beside the target modules; B starts at zero: nothing changes yet.
 
     Raises:
-        UsageError: an unknown target, or a rank or alpha below 1.
+        UsageError: an unknown target.
     """
-    if args.rank < 1 or (args.lora_alpha is not None and args.lora_alpha < 1):
-        raise UsageError("--rank and --lora_alpha must be at least 1")
     family = find_family(pipeline)
     targets = resolve_targets(family.denoiser, choose_targets(args, pipeline).target_modules)
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
