@@ -159,14 +159,18 @@ def fill_in(args: PlanArguments, config: dict) -> None:
     """Take from `--config` what the command line does not say.
 
     Raises:
-        UsageError: neither says it.
+        UsageError: neither says it, or the file has no number there.
     """
     needed = NUMBERS[:3]
     budget = ["target_epsilon", "noise_multiplier"]
     unset = [] if args.noise_multiplier or args.target_epsilon else budget
     for name in [*needed, *unset]:
         if getattr(args, name) is None and config.get(name) is not None:
-            setattr(args, name, float(config[name]))
+            try:
+                setattr(args, name, float(config[name]))
+            except (TypeError, ValueError) as error:
+                told = f"{name}: {config[name]} is not a number"
+                raise UsageError(f"--config {args.config}: {told}") from error
     if args.config is not None and (args.expected_batch_size or 0) > args.num_units:
         print(f"--expected_batch_size {args.num_units}: all that there are", file=sys.stderr)
         args.expected_batch_size = args.num_units  # as the script does

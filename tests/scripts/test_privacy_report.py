@@ -257,6 +257,13 @@ def test_mistakes_get_a_sentence(report, arguments, sentence):
     assert code == 2 and sentence in shown
 
 
+def test_a_config_without_numbers_gets_a_sentence(report, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("max_train_steps: [3]\ntarget_delta: small\nexpected_batch_size: 5\n")
+    code, shown = report("plan", "--num_units", 10, "--config", config, "--noise_multiplier", 1)
+    assert code == 2 and "is not a number" in shown and str(config) in shown
+
+
 def test_the_officers_page_answers_for_one_adapter(published, report, tmp_path):
     code, shown = report("officer", published)
     assert code == 0 and "see officer.html" in shown
