@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import BUDGET, read_json, train_arguments, train_here
+from tests.families import build_family
 from utils.errors import UsageError
 from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
@@ -87,6 +88,16 @@ def test_what_could_not_be_trained_is_refused_before_a_stage_is_paid_for(
 ):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL, stage)
     assert train_here([*arguments, *mistake]).startswith("error: ")
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
+def test_a_layer_that_the_model_never_uses_is_refused_before_a_stage_is_paid_for(
+    image_folder, tmp_path
+):
+    build_family("sd3").save_pretrained(tmp_path / "base")
+    arguments = train_arguments(tmp_path / "base", image_folder, tmp_path / "run", *SMALL)
+    arguments += ["--release_means", "--target_modules", "transformer_blocks.1.attn.add_q_proj"]
+    assert "uses none of what is to train" in train_here(arguments)
     assert not list(tmp_path.rglob("ledger.jsonl"))
 
 

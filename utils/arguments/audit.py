@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.training import CLIPPING_MODES, DataArguments
-from utils.arguments.values import check_between
+from utils.arguments.values import check_between, check_positive
 from utils.errors import UsageError
 
 DEFAULT_CANARIES = {"gradients": 80_000, "images": 1_000}
@@ -67,8 +67,7 @@ class AuditArguments:
         for name in ("max_train_steps", "noise_multiplicity", "train_batch_size"):
             check_between(name, getattr(self, name), 1, math.inf)
         for name in ("target_epsilon", "mutant_epsilon", "max_grad_norm", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)} must be positive and finite")
+            check_positive(name, getattr(self, name))
         if not 0 < self.target_delta < 1:
             raise UsageError(f"--target_delta {self.target_delta} must be in (0, 1)")
         if not 0 < self.sampling_rate <= 1 or not 0.5 < self.confidence < 1:

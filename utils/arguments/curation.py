@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
-from utils.arguments.values import check_between
+from utils.arguments.values import check_between, check_positive
 from utils.errors import UsageError
 
 
@@ -46,5 +46,4 @@ class CurationArguments:
             check_between("num_images", self.num_images, 1, math.inf)
         if not 0 < self.variation_strength <= 1:
             raise UsageError(f"--variation_strength {self.variation_strength} must be in (0, 1]")
-        if self.curation_epsilon is not None and not self.curation_epsilon > 0:
-            raise UsageError(f"--curation_epsilon {self.curation_epsilon} must be positive")
+        check_positive("curation_epsilon", self.curation_epsilon)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from utils.arguments.parsing import option
 from utils.arguments.training import ModelArguments
-from utils.arguments.values import check_between
+from utils.arguments.values import check_between, check_positive
 from utils.errors import UsageError
 
 CENTRAL, MOMENTS = ["central_images"], ["moments"]  # each a release of its own
@@ -91,11 +91,8 @@ class MeansArguments:
         for name in ("num_frequencies", "num_generators", "generator_steps", "generator_batch"):
             check_between(name, getattr(self, name), 1, math.inf)
         check_between("num_synthetic_images", self.num_synthetic_images, 1, math.inf)
-        for name in ("length_scale", "generator_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)} must be positive and finite")
-        if self.release_epsilon is not None and not self.release_epsilon > 0:
-            raise UsageError(f"--release_epsilon {self.release_epsilon} must be positive")
+        for name in ("length_scale", "generator_learning_rate", "release_epsilon"):
+            check_positive(name, getattr(self, name))
         if self.release_share is not None and not 0 < self.release_share < 1:
             raise UsageError(f"--release_share {self.release_share} must be in (0, 1)")
 
@@ -135,7 +132,6 @@ class WarmStartArguments:
     def __post_init__(self):
         for name in ("warm_start_steps", "warm_start_batch_size"):
             check_between(name, getattr(self, name), 1, math.inf)
-        if not 0 < self.warm_start_learning_rate < math.inf:
-            raise UsageError("--warm_start_learning_rate must be positive and finite")
+        check_positive("warm_start_learning_rate", self.warm_start_learning_rate)
         if self.warm_start_is_public and self.warm_start is None:
             raise UsageError("--warm_start_is_public needs --warm_start, the set")

@@ -1,5 +1,6 @@
 """The options of the methods: which weights train, and how a selection chooses them."""
 
+import math
 from dataclasses import dataclass
 
 from utils.arguments.means import WarmStartArguments
@@ -13,6 +14,7 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
+from utils.arguments.values import check_between
 from utils.errors import UsageError
 
 # What every private stage takes; then come the options of its method.
@@ -38,8 +40,9 @@ class LoraArguments:
     )
 
     def __post_init__(self):
-        if self.rank < 1 or (self.lora_alpha is not None and self.lora_alpha < 1):
-            raise UsageError("--rank and --lora_alpha must be at least 1")
+        check_between("rank", self.rank, 1, math.inf)
+        if self.lora_alpha is not None:
+            check_between("lora_alpha", self.lora_alpha, 1, math.inf)
 
 
 @dataclass

@@ -12,12 +12,9 @@ OF_A_BASE = ["autoencoder_from", "autoencoder_channels", "latent_channels", "une
 OF_A_BASE += ["transformer_width", "transformer_layers", "text_width", "text_layers"]
 OF_A_BASE += ["vocab_size", "max_tokens", "autoencoder_steps", "autoencoder_learning_rate"]
 OF_A_BASE += ["kl_weight", "prediction_type"]
-
-LEAST = dict.fromkeys(["kl_weight", "autoencoder_learning_rate", "learning_rate"], 0)
-LEAST |= dict.fromkeys(["latent_channels", "autoencoder_steps", "denoiser_steps"], 1)
-LEAST |= dict.fromkeys(["train_batch_size", "checkpointing_steps", "transformer_layers"], 1)
-LEAST |= dict.fromkeys(["text_width", "text_layers", "vocab_size"], 1)
-LEAST |= {"max_tokens": 3}  # the first and the last say nothing
+# Numbers of which there must be one.
+COUNTS = ["latent_channels", "autoencoder_steps", "denoiser_steps", "train_batch_size"]
+COUNTS += ["checkpointing_steps", "transformer_layers", "text_width", "text_layers", "vocab_size"]
 
 
 def count_groups(channels: tuple[int, ...]) -> int:
@@ -35,7 +32,7 @@ class PretrainArguments:
         "autoencoder widths; n of them divide the resolution by 2^(n-1)", [16, 32, 64]
     )
     latent_channels: int = option(
-        "of the autoencoder: more keep more of an image, and colour photographs need them", 4
+        "of the autoencoder: more keep more of an image, of colour photographs above all", 4
     )
     autoencoder_from: str | None = option(
         "a public pipeline, folder or Hub id, whose autoencoder is taken as it is: none is trained",
@@ -77,8 +74,11 @@ class PretrainArguments:
 
     def __post_init__(self):
         check_seed(self.seed)
-        for name, least in LEAST.items():
-            check_between(name, getattr(self, name), least, math.inf)
+        for name in COUNTS:
+            check_between(name, getattr(self, name), 1, math.inf)
+        check_between("max_tokens", self.max_tokens, 3, math.inf)  # the first and last say nothing
+        for name in ("kl_weight", "autoencoder_learning_rate", "learning_rate"):
+            check_between(name, getattr(self, name), 0, math.inf)
         check_between("ema_decay", self.ema_decay, 0, 1)
         if not 0 <= self.caption_dropout <= 1:
             raise UsageError(f"--caption_dropout {self.caption_dropout} must be from 0 to 1")

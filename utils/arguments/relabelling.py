@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 
 from utils.arguments.parsing import option
-from utils.arguments.values import check_between
-from utils.errors import UsageError
+from utils.arguments.values import check_between, check_positive
 
 
 @dataclass
@@ -51,5 +50,4 @@ class RelabellingArguments:
         if self.num_images is not None:
             check_between("num_images", self.num_images, 1, math.inf)
         check_between("relabel_steps", self.relabel_steps, 1, math.inf)
-        if self.relabel_epsilon is not None and not self.relabel_epsilon > 0:
-            raise UsageError(f"--relabel_epsilon {self.relabel_epsilon} must be positive")
+        check_positive("relabel_epsilon", self.relabel_epsilon)

@@ -8,6 +8,7 @@ from utils.arguments.sampling import USUAL_TEMPLATE, DrawingArguments
 from utils.arguments.values import (
     INTENSITY_HELP,
     check_between,
+    check_positive,
     check_range,
     check_seed,
     choose_precision,
@@ -153,8 +154,7 @@ class PrivacyArguments:
         if self.debug_noise_seed is not None:
             check_between("debug_noise_seed", self.debug_noise_seed, 0, 2**64)
         for name in ("total_epsilon", "target_epsilon", "max_grad_norm"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UsageError(f"--{name} {value} must be positive and finite")
+            check_positive(name, getattr(self, name))
 
 
 @dataclass
@@ -275,8 +275,8 @@ class TrainingArguments(DrawingArguments):
         for name in ("max_train_steps", "validation_steps", "num_units"):
             if (value := getattr(self, name)) is not None:
                 check_between(name, value, 1, math.inf)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"--learning_rate {self.learning_rate} must be positive and finite")
+        for name in ("learning_rate", "logit_std", "snr_gamma"):
+            check_positive(name, getattr(self, name))
         steps = self.max_train_steps
         if steps is not None and self.lr_warmup_steps > steps:
             raise UsageError(
@@ -287,10 +287,6 @@ class TrainingArguments(DrawingArguments):
             raise UsageError("--publish_now needs --resume_from_checkpoint, such as latest")
         if self.logit_mean is not None and not math.isfinite(self.logit_mean):
             raise UsageError("--logit_mean must be finite")
-        if self.logit_std is not None and not 0 < self.logit_std < math.inf:
-            raise UsageError("--logit_std must be positive and finite")
         # Beyond, levels would come twice: Esser et al. 2024.
         if self.mode_scale is not None and not 0 <= self.mode_scale <= 1.75:
             raise UsageError(f"--mode_scale {self.mode_scale} must be between 0 and 1.75")
-        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
-            raise UsageError(f"--snr_gamma {self.snr_gamma} must be positive and finite")

@@ -54,6 +54,12 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
         raise UsageError(f"--{name} {value} must be at least {low:g}{limit}, and finite")
 
 
+def check_positive(name: str, value: float | None) -> None:
+    """Raises: UsageError unless it is positive and finite, or was not given."""
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"--{name} {value} must be positive and finite")
+
+
 def check_seed(seed: int | None) -> None:
     """Raises: UsageError if a generator cannot take it."""
     if seed is not None and not 0 <= seed <= LARGEST_SEED:

@@ -15,7 +15,6 @@ from utils.arguments.training import (
 from utils.data.latent_files import choose_latents_folder
 from utils.errors import UsageError, on_main_process
 from utils.files import CHECKPOINTS, LEDGER, MEANS, SALIENCY, private_folder
-from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir, is_free
@@ -79,12 +78,12 @@ def check_adapter(
     """Refuse, before a stage is paid for, a base or an adapter that could not be trained after it.
 
     Raises:
-        UsageError: see `load_stage`, `add_lora`, `leave_out_unused` and `PerUnitGradients`.
+        UsageError: see `load_stage`, `add_lora` and `leave_out_unused`.
     """
     accelerator, _lock = start(training)
     stage = load_stage(accelerator, model, data, privacy, training)
     add_lora(stage.pipeline, lora)
-    PerUnitGradients(leave_out_unused(stage.pipeline, stage.resolution), 1)
+    leave_out_unused(stage.pipeline, stage.resolution, silently=True)  # training says what
 
 
 def select_first(

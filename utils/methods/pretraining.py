@@ -163,16 +163,15 @@ def choose_tokenizer(
     for caption, ids in zip(distinct, tokenize_captions(tokenizer, distinct).tolist(), strict=True):
         other = first.setdefault(tuple(ids), caption)
         is_alike = normalize(other).strip() == normalize(caption).strip()
-        if is_alike and not are_classes:
+        if other == caption or (is_alike and not are_classes):
             continue
-        if other != caption:
-            hint = f"{why}; or give a shorter --caption_template"
-            if is_alike:
-                hint = "they differ in capitals or spaces only; give them other names"
-            raise UsageError(
-                f"the captions '{other}' and '{caption}' become the same tokens, so that no prompt "
-                f"could tell them apart: {hint}"
-            )
+        hint = f"{why}; or give a shorter --caption_template"
+        if is_alike:
+            hint = "they differ in capitals or spaces only; give them other names"
+        raise UsageError(
+            f"the captions '{other}' and '{caption}' become the same tokens, so that no prompt "
+            f"could tell them apart: {hint}"
+        )
     return tokenizer
 
 
