@@ -90,20 +90,20 @@ def choose_missing(
             why = f"the noise of the whole run is at least {noise:.2g} of the largest signal"
         reasons.append(f"--max_train_steps {steps}: {why}")
     if batch is None:
-        batch = min(units, max(1, round(PASSES * units / max(steps, 1))))
+        batch = min(units, max(1, round(PASSES * units / steps)))
         everyone = "every unit in every step" if batch == units else f"{PASSES} passes in all"
         reasons.append(f"--expected_batch_size {batch}: {everyone}")
     elif batch > units:
         reasons.append(f"--expected_batch_size {units}: all that there are, not {batch:g}")
         batch = units
     if draws is None:
-        if noise is None and min(privacy.noise_multiplier or 0, batch, steps) > 0:
+        if noise is None and min(privacy.noise_multiplier or 0, batch) > 0:
             noise = noise_to_signal(facts.num_parameters, privacy.noise_multiplier, batch, steps)
         draws = _choose_draws(noise)
         why = "more draws steady a unit's gradient" if draws > 1 else "other units do the averaging"
         reasons.append(f"--noise_multiplicity {draws}: {why}")
     if rate is None:
-        rate = facts.rate * math.sqrt(WIDTH / facts.width / max(steps, 1))
+        rate = facts.rate * math.sqrt(WIDTH / facts.width / steps)
         rate *= AFTER_WARM_START if facts.has_warm_start else 1
         rate = float(f"{rate:.2g}")
         after = ", less after a warm start" if facts.has_warm_start else ""
