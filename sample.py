@@ -56,8 +56,7 @@ def main():
     from utils.sampling.synthetic_sets import publish_images
 
     state, folder, section = PartialState(), Path(output.output_dir), None
-    source = find_source(model, sampling)
-    on_main_process(lambda: check_judge(sampling.reject_by, source.statement))
+    source = check_judge(sampling.reject_by, find_source(model, sampling))
     if hub.push_to_hub:  # refuse before anything is generated
         require_statement(source)
         section = on_main_process(lambda: build_evaluation_section(metrics, source.statement))

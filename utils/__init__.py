@@ -48,6 +48,7 @@
     evaluation/     are the images good, useful, and does any give someone away?
         measuring           the story of an evaluation
         features            feature extractors, and the features of a set
+        trained_extractors  networks of one's own to extract them, and what those learned from
         fidelity            how much images look like real ones, seen through an extractor
         downstream          classifiers trained on synthetic images, tested on real ones
         memorisation        nearest neighbours among the private images, and copies of them

@@ -118,6 +118,25 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_among_images(output_dir: str | Path, *sets: str | None) -> None:
+    """Refuse a folder for results in which the next run would find them among its images.
+
+    Args:
+        sets: folders of images; Hub ids and None lie nowhere.
+
+    Raises:
+        UsageError: it is in one of them, or is one.
+    """
+    for images in sets:
+        if images is None or not Path(images).is_dir():
+            continue
+        if Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
+            raise UsageError(
+                f"--output_dir {output_dir} lies in {images}, whose images are read: pictures of "
+                "this run would be among them next time; name a folder elsewhere"
+            )
+
+
 def check_takes_files(folder: Path, option: str) -> None:
     """Make `folder`, and see that it can be written: before work, not after it.
 

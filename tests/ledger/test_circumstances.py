@@ -14,7 +14,13 @@ from utils.files import explain_disk_errors, private_folder
 from utils.ledger.checks import check_ledger
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import check_new, confirm, open_run
-from utils.ledger.statement import UNKNOWN_BASE, Circumstances, add_base, quote_total
+from utils.ledger.statement import (
+    STOPPED,
+    UNKNOWN_BASE,
+    Circumstances,
+    add_base,
+    quote_total,
+)
 from utils.methods.private_run import describe_for_trackers
 from utils.methods.stages import collect_settings
 from utils.privacy.accounting import pld_epsilon
@@ -55,6 +61,23 @@ def test_a_statement_names_the_randomness_of_the_runs_that_it_builds_on(tmp_path
     statement = run.publish(lambda folder: None, plan)
     assert statement["randomness"] == "Philox; not stated; secure"
     assert statement["precision"] == "fp32" and statement["audit"] == BETTER.audit
+
+
+def test_a_stop_is_told_of_all_that_builds_on_it(tmp_path):
+    """If its step was chosen by looking, no epsilon of theirs holds either."""
+    shared, steps = str(tmp_path / "shared.jsonl"), {"stopped": 2, "finished": 4}
+    first = {name: start(tmp_path / name, PLAIN, privacy_ledger=shared) for name in steps}
+    for name, run in first.items():
+        run.publish(lambda folder: None, build_plan(steps=steps[name]))
+    for name, builds_on in (
+        ("stopped", ["finished", "stopped"]),
+        ("finished", ["finished"]),
+        ("nothing", []),
+    ):
+        plan = build_plan(steps=4, builds_on=tuple(first[run].branch.run for run in builds_on))
+        run = start(tmp_path / f"on {name}", PLAIN, plan, privacy_ledger=shared)
+        statement = run.publish(lambda folder: None, plan)
+        assert (STOPPED in statement["not_covered"]) == (name == "stopped")
 
 
 def test_what_is_charged_once_more_is_told():

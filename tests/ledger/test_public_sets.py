@@ -5,13 +5,16 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from tests.worlds import build_plan
-from utils.arguments.evaluation import ExtractorArguments
+from utils.arguments.evaluation import EvaluateArguments, ExtractorArguments
 from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
+from utils.evaluation.trained_extractors import list_public_data, refuse_as_learned_from
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import (
     refuse_as_private,
@@ -20,6 +23,7 @@ from utils.ledger.public_sets import (
 )
 from utils.ledger.remembered import remember_run
 from utils.methods.stand_in import load_stand_in
+from utils.metrics.synthetic_accuracy.classifiers import CLASSIFIERS
 
 REFUSED = "called public and lose that epsilon"
 
@@ -81,6 +85,7 @@ MADE = {
     "its shards": ("set", "set/data"),
     "the samples of an adapter": ("adapter", "adapter/samples"),
     "a folder that holds a set": ("run/set", "run"),
+    "a folder deep in which a set lies": ("all/runs/first/set", "all"),
 }
 
 
@@ -88,7 +93,7 @@ MADE = {
 def test_images_made_of_private_ones_are_neither_public_nor_private_anew(images, carrier, named):
     """As private ones of a run, they would lose what they cost."""
     (images / carrier).mkdir(parents=True)
-    (images / named).mkdir(exist_ok=True)
+    (images / named).mkdir(exist_ok=True, parents=True)
     (images / carrier / "sampling.json").write_text("{}")
     name, statement = str(images / named), images / carrier / "privacy.json"
     for refuse in (partial(refuse_as_public, "--stand_in"), refuse_as_private):
@@ -145,7 +150,7 @@ def test_a_stage_does_not_take_its_private_images_as_public(
 ):
     public = {
         "train_dp_lora.py": ["--warm_start", images, "--warm_start_is_public"],
-        "relabel.py": ["--synthetic", tmp_path, "--extractor", "classifier"]
+        "relabel.py": ["--synthetic", tmp_path / "set", "--extractor", "classifier"]
         + ["--public_data", images, "--classifier_weights", tmp_path / "x.safetensors"],
         "rehearse.py": ["--stand_in", images],
     }
@@ -154,3 +159,87 @@ def test_a_stage_does_not_take_its_private_images_as_public(
     base = ["--pretrained_model_name_or_path", tiny_base]
     run = run_script(script, *public[script], *base, *data, *budget)
     assert run.returncode == 2 and "what is public must lie elsewhere" in run.stderr
+
+
+@pytest.mark.parametrize("script", ["curate.py", "relabel.py"])
+def test_nor_a_network_that_learned_from_them(script, images, run_script, tmp_path):
+    """Its features are a function of everybody, without noise."""
+    weights = tmp_path / "weights.safetensors"
+    network = CLASSIFIERS["cnn"](2).state_dict()
+    data = ["--train_data_dir", images, "--label_column", "label", "--output_dir", tmp_path / "run"]
+    budget = ["--target_epsilon", 8, "--target_delta", 1e-3, "--synthetic", tmp_path / "set"]
+    extractor = ["--extractor", "classifier", "--classifier_weights", weights]
+    for learned_from, refused in (([str(images.resolve())], True), (["elsewhere"], False)):
+        save_file(network, weights, {"network": "cnn", "public_data": json.dumps(learned_from)})
+        run = run_script(script, *data, *budget, *extractor)
+        assert run.returncode == 2
+        assert ("what is public must lie elsewhere" in run.stderr) == refused
+    (images / "privacy.json").write_text("{}")
+    save_file(network, weights, {"public_data": json.dumps([str(images)])})
+    with pytest.raises(UsageError, match=f"learned from .*{REFUSED}"):
+        list_public_data(ExtractorArguments("classifier", classifier_weights=str(weights)))
+
+
+def test_a_network_tells_what_it_learned_from(images, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (images / name).mkdir()
+        Image.new("L", (32, 32)).save(images / name / "x.png")
+    weights = tmp_path / "weights.safetensors"
+    monkeypatch.chdir(tmp_path)
+    made = ExtractorArguments("classifier", public_data=["images"], public_steps=1)
+    made.classifier_weights = str(weights)
+    extractor = build_extractor(made, torch.device("cpu"))
+    again = ExtractorArguments("classifier", classifier_weights=str(weights))
+    assert list_public_data(again) == [str(images)]
+    assert build_extractor(again, torch.device("cpu")).weights == extractor.weights
+    for content in (b"not weights", b""):
+        weights.write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read"):
+            list_public_data(again)
+    save_file({"other": torch.zeros(1)}, weights)
+    with pytest.raises(UsageError, match="is not what --public_data makes"):
+        build_extractor(again, torch.device("cpu"))
+
+
+def test_evaluation_does_not_learn_from_the_images_to_protect(images, tmp_path):
+    extractor = ExtractorArguments("classifier", public_data=[str(images)])
+    own, elsewhere = {"test_data_dir": str(images)}, {"test_data_dir": str(tmp_path / "elsewhere")}
+    private = elsewhere | {"private_data_dir": str(images)}
+    for sets in (own, private, private | {"test_is_public": True}):
+        with pytest.raises(UsageError, match="what is public must lie elsewhere"):
+            refuse_as_learned_from(EvaluateArguments(synthetic="set", **sets), extractor)
+    for sets in (elsewhere, own | {"test_is_public": True}):
+        refuse_as_learned_from(EvaluateArguments(synthetic="set", **sets), extractor)
+
+
+@pytest.mark.parametrize(
+    "script",
+    "train_dp_lora.py release_means.py select_saliency.py curate.py relabel.py rehearse.py".split()
+    + ["audit_privacy.py"],
+)
+def test_results_do_not_lie_among_the_images(script, images, run_script, tmp_path, tiny_base):
+    """The sheet of what training sees would be a row of the next run, of dozens of units."""
+    Image.new("L", (32, 32)).save(images / "x.png")
+    inside, budget = images / "runs" / "first", ["--target_epsilon", 8]
+    data = ["--train_data_dir", images, "--output_dir", inside, *budget]
+    more = {
+        "curate.py": ["--synthetic", tmp_path / "set"],
+        "relabel.py": ["--synthetic", tmp_path / "set"],
+        "audit_privacy.py": [],
+        "release_means.py": ["--target_delta", 1e-3],
+    }
+    base = ["--pretrained_model_name_or_path", tiny_base, "--target_delta", 1e-3]
+    run = run_script(script, *data, *more.get(script, base))
+    assert run.returncode == 2 and "name a folder elsewhere" in run.stderr, run.stderr
+    assert [path.name for path in images.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("script", ["curate.py", "relabel.py"])
+def test_nor_among_the_synthetic_images(script, images, run_script, tmp_path):
+    """Its digest would be another from then on."""
+    (tmp_path / "set").mkdir()
+    more = ["--train_data_dir", images, "--synthetic", tmp_path / "set"]
+    for own in ([], ["--labeller", tmp_path]) if script == "relabel.py" else ([],):
+        run = run_script(script, *more, *own, "--output_dir", tmp_path / "set" / "kept")
+        assert run.returncode == 2 and "name a folder elsewhere" in run.stderr, run.stderr
+        assert not list((tmp_path / "set").iterdir())

@@ -12,6 +12,7 @@ from tests.methods.conftest import draw
 from tests.methods.test_relabelling import EXTRACTOR, relabel
 from utils.arguments.relabelling import RelabellingArguments
 from utils.files import hash_file
+from utils.ledger.statement import STOPPED, UNKNOWN_BASE
 from utils.methods import naming, relabelling
 from utils.methods.election import Candidates
 from utils.sampling.paid_sets import find_set_ledger
@@ -62,6 +63,17 @@ def test_more_images_are_named_and_nothing_is_spent(labeller, drawn, later, tmp_
     assert results["epsilon"]["value"] == statement["epsilon"]["add_or_remove_one"] <= 9
     with Image.open(tmp_path / "named" / "relabelled.png") as sheet:
         assert sheet.width > sheet.height / 2
+
+
+def test_what_is_doubted_about_the_images_is_told_beside_them(labeller, later, tmp_path):
+    doubtful, own = shutil.copytree(later, tmp_path / "set"), read_json(labeller / "privacy.json")
+    told = read_json(later / "privacy.json")
+    told["not_covered"] += [STOPPED, UNKNOWN_BASE]
+    (doubtful / "privacy.json").write_text(json.dumps(told))
+    name(labeller, doubtful, tmp_path / "named")
+    statement = read_json(tmp_path / "named" / "set" / "privacy.json")
+    assert set(statement["not_covered"]) - set(own["not_covered"]) == {STOPPED, UNKNOWN_BASE}
+    assert {**statement, "not_covered": None} == {**own, "not_covered": None}
 
 
 def test_it_names_as_it_did(labeller, drawn, tmp_path):

@@ -13,7 +13,7 @@ from utils.errors import UsageError
 from utils.files import STATEMENT
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
-from utils.ledger.statement import UNKNOWN_BASE, add_base, quote_total
+from utils.ledger.statement import STOPPED, UNKNOWN_BASE, add_base, quote_total
 from utils.methods import private_run
 from utils.methods.election import Election
 from utils.models.own_weights import save_denoiser
@@ -235,9 +235,23 @@ def test_training_on_a_private_base_adds_what_was_spent_on_it(
     assert "cannot be added up" in train_here(again)
 
 
-def test_a_doubt_about_the_base_is_passed_on_to_what_is_made_of_its_images():
-    for doubts in ([UNKNOWN_BASE], []):
+@pytest.mark.parametrize("doubt", [UNKNOWN_BASE, STOPPED])
+def test_what_is_doubted_about_a_base_is_doubted_about_what_is_made_on_it(doubt):
+    base, own = state(), state(steps=2)
+    doubtful = base | {"not_covered": [*base["not_covered"], doubt]}
+    assert doubt not in add_base(own, base)["not_covered"]
+    for statement in (
+        add_base(own, doubtful),
+        cover_both(own, doubtful),
+        cover_both(add_base(own, base), doubtful),  # by a statement from before that was told
+    ):
+        assert statement["not_covered"].count(doubt) == 1 and check_statement(statement) == []
+
+
+def test_a_doubt_is_passed_on_to_what_is_made_of_the_images():
+    for doubts in ([UNKNOWN_BASE], [STOPPED], []):
         paid = PaidSet((), state() | {"not_covered": doubts}, {}, "digest")
         about = Election(paid, (), (), None, None, None, None)
         about = about.describe_circumstances(SecretRandomness())
-        assert about.is_base_known == (not doubts)
+        assert about.is_base_known == (UNKNOWN_BASE not in doubts)
+        assert about.is_stopped == (STOPPED in doubts)

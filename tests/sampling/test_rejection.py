@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import read_json, train_arguments, train_here
+from utils.ledger.statement import STOPPED
 from utils.sampling import rejection
 from utils.sampling.paid_sets import read_sampling
 from utils.sampling.rejection import keep_typical
@@ -112,7 +113,12 @@ def test_a_judge_that_cost_privacy_must_be_covered(tiny_base, image_folder, tmp_
     assert "saved" in train_here([*arguments, "--warm_start_steps", 1])
     judge = ["--reject", 0.3, "--reject_by", tmp_path / "run" / "means" / "set"]
     adapter = ["--adapter", tmp_path / "run"]
+    statement = tmp_path / "run" / "means" / "set" / "privacy.json"
+    told = read_json(statement)
+    statement.write_text(json.dumps(told | {"not_covered": [*told["not_covered"], STOPPED]}))
     assert "10 images" in draw(tiny_base, tmp_path / "good", *judge, *adapter)
+    own, drawn = (read_json(tmp_path / name / "privacy.json") for name in ("run", "good"))
+    assert drawn == own | {"not_covered": [*own["not_covered"], STOPPED]}
     assert "does not cover" in draw(tiny_base, tmp_path / "bad", *judge)
     private = ["--reject", 0.3, "--reject_by", image_folder]
     assert "has no privacy.json" in draw(tiny_base, tmp_path / "bad", *private, *adapter)

@@ -210,7 +210,8 @@ def read_labels(rows: Dataset, label_column: str, option: str = "--label_column"
     feature = getattr(feature, "feature", feature)  # of a list, that of its items
 
     def name(value) -> str:
-        if value is None or value == -1 or value == [] or value != value:
+        blank = isinstance(value, str) and not value.strip()
+        if value is None or value == -1 or value == [] or value != value or blank:
             raise UsageError(f"{option} {label_column}: a row has no label; fill it in")
         if isinstance(value, list):
             return ", ".join(map(name, value))

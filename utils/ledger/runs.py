@@ -37,9 +37,9 @@ from utils.ledger.charges import (
     count_charged_steps,
     find_smallest_delta,
     is_live,
+    is_stopped_short,
     list_charged_events,
     list_made_with,
-    select_run,
 )
 from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
 from utils.ledger.ledger import Branch, Ledger, find_branch
@@ -235,8 +235,8 @@ class Run:
         runs = [*plan.builds_on, self.branch.run]
         own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
         about, run_events = recall(self.about, own, every), list_charged_events(records, runs)
-        planned = [r for r in select_run(records, runs[-1]) if r["kind"] == "reserve"][-1]["event"]
-        about = replace(about, is_stopped=plan.steps < planned["steps"])
+        stopped = about.is_stopped or any(is_stopped_short(records, run) for run in runs)
+        about = replace(about, is_stopped=stopped)
         everything = list_charged_events(records)
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         ledger = {"run": self.branch.run, "entry": entry["hash"]}

@@ -15,6 +15,7 @@ SCHEMA_VERSION = 2
 UNKNOWN_BASE = "the base model, of which nobody could tell offline whether it is a private result"
 BASE_CHECKSUM = "base_model_checksum"
 STOPPED = "the choice of the step to stop at, if that was made by looking at what the run had shown"
+DOUBTS = (UNKNOWN_BASE, STOPPED)  # what is made of a result inherits them
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def build_statement(
             "prv": {"version": version("opacus"), "epsilon": spent.prv},
         },
         "not_covered": [
-            "pretraining data",
+            "pretraining data, of the base model and of networks that images are compared by",
             "choices made by looking at other private results",
             "the number of units, N",
             "prompts, class names and caption templates, which are published as they were given",
@@ -131,18 +132,26 @@ def add_base(statement: dict, base: dict) -> dict:
 
     Its `base` has the events of the base model, and what all events come to together, at the
     smaller delta: an upper bound also if both are about the same people. The power of membership
-    inference is that against both, too.
+    inference is that against both, too. What is doubted about the base is doubted about it.
     """
     behind = summarise_base(base)
     delta = min(statement["delta"], behind["delta"])
     together = [*behind["events"], *statement["events"]]
     total = behind | {"delta": delta, "epsilon": pld_both_relations(together, delta)}
-    return statement | {"base": total, "membership_inference": membership_power(together)}
+    power = membership_power(together)
+    return add_doubts(statement, list_doubts(base)) | {"base": total, "membership_inference": power}
 
 
-def add_doubt(statement: dict) -> dict:
-    """The statement of a result of which nobody could tell whether its base model is private."""
-    not_covered = dict.fromkeys([*statement.get("not_covered", []), UNKNOWN_BASE])
+def list_doubts(statement: dict | None) -> list[str]:
+    """Which of `DOUBTS` a statement has under `not_covered`; none without a statement."""
+    return [doubt for doubt in DOUBTS if doubt in (statement or {}).get("not_covered", ())]
+
+
+def add_doubts(statement: dict, doubts: list[str]) -> dict:
+    """`statement`, whose guarantee has these conditions, too."""
+    if not doubts:
+        return statement
+    not_covered = dict.fromkeys([*statement.get("not_covered", []), *doubts])
     return statement | {"not_covered": list(not_covered)}
 
 

@@ -28,6 +28,7 @@ from utils.arguments.training import (
 from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor
+from utils.evaluation.trained_extractors import list_public_data
 from utils.files import VOTES
 from utils.ledger.runs import Run
 from utils.methods.classes import number_rows, read_units
@@ -67,11 +68,12 @@ def run_curation(
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, data.train_data_dir, data.dataset_name, args.synthetic)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     privacy = join_ledger(privacy, args.synthetic)
     data = adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training, public=extracting.public_data)
+    public = on_main_process(lambda: list_public_data(extracting))
+    found = load_private_rows(accelerator, data, training, public=public)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
     check_keeping(args, election)
     vary = build_vary(election, args) if args.rounds > 1 else None

@@ -25,13 +25,19 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import BATCH, Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
-from utils.ledger.statement import UNKNOWN_BASE, Circumstances, describe_cost
+from utils.ledger.statement import (
+    STOPPED,
+    UNKNOWN_BASE,
+    Circumstances,
+    describe_cost,
+    list_doubts,
+)
 from utils.methods.classes import Classes, Nearest, build_nearest
 from utils.methods.planning import PrivateRows
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import SecretRandomness
 from utils.sampling.generation import ADAPTER_FILES, load_drawing
-from utils.sampling.paid_sets import PaidSet, find_paid_set, find_set_ledger
+from utils.sampling.paid_sets import PaidSet, check_judge, find_paid_set, find_set_ledger
 from utils.sampling.sources import find_source
 from utils.sampling.variations import make_varying, read_drawing, vary
 
@@ -98,9 +104,13 @@ class Election:
 
     def describe_circumstances(self, randomness: SecretRandomness) -> Circumstances:
         """What the statement says beside the mechanisms."""
-        unknown = UNKNOWN_BASE in (self.paid.statement or {}).get("not_covered", ())
+        doubts = list_doubts(self.paid.statement)
         return Circumstances(
-            randomness.is_private, randomness.source, base=self._base, is_base_known=not unknown
+            randomness.is_private,
+            randomness.source,
+            base=self._base,
+            is_base_known=UNKNOWN_BASE not in doubts,
+            is_stopped=STOPPED in doubts,
         )
 
     def describe_cost(self, plan: PrivacyPlan, recharged: int) -> str:
@@ -170,7 +180,7 @@ def build_vary(election: Election, args: CurationArguments) -> Vary:
     """
     paid = election.paid
     drawing = read_drawing(paid.settings, f"--synthetic {args.synthetic}")
-    source = find_source(*drawing)
+    source = check_judge(drawing[1].reject_by, find_source(*drawing))
     pipeline, settings, files = load_drawing(*drawing, source, PartialState())
     if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
         raise UsageError(f"the adapter that drew {args.synthetic} has changed since")

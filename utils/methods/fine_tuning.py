@@ -94,7 +94,7 @@ def run_method(
     """
     if training.validation_prompt is None:
         training = replace(training, validation_prompt=[data.caption or ""])
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
     check_repository(hub, privacy, training)
     privacy = join_ledger(privacy, method.stages)
 

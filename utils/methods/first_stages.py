@@ -80,7 +80,7 @@ def check_adapter(
     Raises:
         UsageError: see `load_stage`, `add_lora` and `leave_out_unused`.
     """
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
     stage = load_stage(accelerator, model, data, privacy, training)
     add_lora(stage.pipeline, lora)
     leave_out_unused(stage.pipeline, stage.resolution, silently=True)  # training says what

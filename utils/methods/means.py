@@ -77,7 +77,7 @@ def run_release(
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     kind, seed = build_release(args, training.seed or 0), training.seed or 0
     about = Circumstances(randomness.is_private, randomness.source)

@@ -23,11 +23,12 @@ from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
-from utils.files import LABELLER, LEDGER, STATEMENT, explain_disk_errors, private_folder
+from utils.files import LABELLER, LEDGER, explain_disk_errors, private_folder
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.reservations import find_ledger
 from utils.ledger.runs import find_earlier_branch
+from utils.ledger.statement import add_doubts, list_doubts
 from utils.ledger.verification import find_problems, read_source
 from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
 from utils.methods.kept_sets import plan_files, prepare_repository, show_set
@@ -95,7 +96,8 @@ def name_more(
     hub: PublishSetArguments,
 ) -> None:
     """Name a set by `args.labeller`, and leave what is kept in `training.output_dir`/set, under the
-    classifier's own statement. Nothing private is read, and nothing is spent.
+    classifier's own statement, with what is doubted about the set. Nothing private is read, and
+    nothing is spent.
 
     Raises:
         UsageError: bad input of any kind; or the classifier's statement does not hold, or does not
@@ -106,7 +108,7 @@ def name_more(
         raise UsageError("--labeller: there is nothing to resume; name a new --output_dir")
     if find_earlier_branch(output_dir) is not None:  # even if it has released nothing
         raise UsageError(f"--output_dir {output_dir} already holds files; name a new folder")
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, args.synthetic)
     labeller = on_main_process(lambda: read_labeller(Path(args.labeller), privacy))
     paid = on_main_process(lambda: find_its_set(args.synthetic, labeller))
     candidates = number_classes(read_candidates(args.synthetic), labeller, args.synthetic)
@@ -134,8 +136,8 @@ def name_more(
         with explain_disk_errors(output_dir):
             find_ledger(output_dir, shared, link=True)
             save_changes(candidates, named, len(labeller.names), output_dir)
-        files, statement = plan_files(kept), labeller.folder / STATEMENT
-        write_files(folder, statement, settings=about, **files)
+        statement = add_doubts(labeller.statement, list_doubts(paid.statement))
+        write_files(folder, statement, settings=about, **plan_files(kept))
 
     on_main_process(write)
     show_set(folder, kept, paid, hub)

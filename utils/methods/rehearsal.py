@@ -24,7 +24,7 @@ from utils.arguments.training import (
 from utils.data.latents import encode_units
 from utils.data.rows import fill_template
 from utils.errors import UsageError
-from utils.files import make_private, private_folder, write_durably
+from utils.files import make_private, private_folder, refuse_among_images, write_durably
 from utils.methods.outlook import collect_facts
 from utils.methods.planning import load_private_rows, plan_training
 from utils.methods.plots import plot_rehearsal
@@ -112,6 +112,7 @@ def run_rehearsal(
     Raises:
         UsageError: bad input of any kind; nothing private is read or spent.
     """
+    refuse_among_images(training.output_dir, data.train_data_dir, data.dataset_name, args.stand_in)
     output_dir = claim_folder(Path(training.output_dir))
     avoid_devices_without_fp64()
     accelerator = Accelerator(mixed_precision=training.mixed_precision)

@@ -24,6 +24,7 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.errors import UsageError, on_main_process
+from utils.evaluation.trained_extractors import list_public_data
 from utils.files import LABELLER
 from utils.ledger.runs import Run
 from utils.methods.classes import number_rows
@@ -62,22 +63,22 @@ def run_relabelling(
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, data.train_data_dir, data.dataset_name, args.synthetic)
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     privacy = join_ledger(privacy, args.synthetic)
     data = adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training, public=extracting.public_data)
+    public = on_main_process(lambda: list_public_data(extracting))
+    found = load_private_rows(accelerator, data, training, public=public)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
     extractor = see_rendered(election.extractor, args.autoencoder, accelerator.device)
     election = replace(election, extractor=extractor)
     names, candidates = election.classes.names, election.candidates
     prompts = find_prompts(candidates, names, args)
+    side, told = election.extractor.resolution, election.describe_circumstances(randomness)
 
     def plan_for(num_units: int) -> PrivacyPlan:
         return plan_classifier(num_units, args, privacy, data.privacy_unit_column, election)
 
-    side = election.extractor.resolution
-    told = election.describe_circumstances(randomness)
     if training.dry_run:
         plan, _ = preview(found, privacy, training, side, told, plan_for)
         print_plan(accelerator, plan)

@@ -66,7 +66,7 @@ def run_selection(
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
-    accelerator, _lock = start(training)
+    accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
     stage = load_stage(accelerator, model, data, privacy, training)
     candidates, side = find_used_candidates(stage, args.scope), stage.resolution
     scoring = build_scoring(list(candidates), args)

@@ -24,7 +24,13 @@ from utils.arguments.training import (
 from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
-from utils.files import LOGS, check_takes_files, private_folder, resolve_if_there
+from utils.files import (
+    LOGS,
+    check_takes_files,
+    private_folder,
+    refuse_among_images,
+    resolve_if_there,
+)
 from utils.ledger.bases import read_base_statement
 from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances
@@ -100,16 +106,20 @@ class Stage:
         )
 
 
-def start(training: TrainingArguments) -> tuple[Accelerator, list[FileLock]]:
+def start(training: TrainingArguments, *sets: str | None) -> tuple[Accelerator, list[FileLock]]:
     """Claim the output folder, seed what is not private, and set up the devices.
 
     Nobody else can claim the folder while what is returned lives.
 
+    Args:
+        sets: folders of images that are to be read.
+
     Raises:
-        UsageError: see `claim_output_dir` and `check_products`; or there is no such tracker; or
-            `--latents_dir` cannot be written; or a run was told how many units there are; or it was
-            launched with DeepSpeed, FSDP or Megatron.
+        UsageError: see `refuse_among_images`, `claim_output_dir` and `check_products`; or there is
+            no such tracker; or `--latents_dir` cannot be written; or a run was told how many units
+            there are; or it was launched with DeepSpeed, FSDP or Megatron.
     """
+    refuse_among_images(training.output_dir, *sets)
     if training.num_units is not None and not training.dry_run:
         raise UsageError("--num_units is for --dry_run: a run counts the units itself")
     sharing = [name for variable, name in SHARDS_WEIGHTS.items() if parse_flag_from_env(variable)]

@@ -6,16 +6,17 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.errors import UsageError
+from utils.errors import UsageError, on_main_process
 from utils.files import LEDGER, SAMPLING_SETTINGS, private_folder
 from utils.ledger.charges import select_run
 from utils.ledger.checks import check_entry, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import IS_PUBLIC
-from utils.ledger.statement import begins_with, list_all_events
+from utils.ledger.statement import add_doubts, begins_with, list_all_events, list_doubts
 from utils.ledger.verification import Source, fetch_statement, find_problems, read_source
 from utils.sampling.generation import ADAPTER_FILES, SET_DIGEST
 from utils.sampling.shards import SET, hash_set
+from utils.sampling.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -170,17 +171,25 @@ def list_runs_behind(records: list[dict], run: str) -> tuple[str, ...]:
     return (*terms[-1]["builds_on"], run) if terms else ()
 
 
-def check_judge(folder: str | None, statement: dict | None) -> None:
-    """Whether a set may choose among images that `statement` covers (`--reject_by`).
+def check_judge(folder: str | None, source: ImageSource) -> ImageSource:
+    """`source`, among whose images a set is to choose (`--reject_by`), if its statement covers the
+    set, too; with what is doubted about that.
 
     Raises:
         UsageError: see `find_covered_set`.
     """
-    if folder is not None:
-        otherwise = "draw one with release_means.py"
-        instead = "train with --warm_start from it, or leave --reject_by out"
-        ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
-        find_covered_set(folder, ledger, statement, "--reject_by", otherwise, instead)
+    if folder is None:
+        return source
+    otherwise = "draw one with release_means.py"
+    instead = "train with --warm_start from it, or leave --reject_by out"
+    ledger = Ledger(find_set_ledger(folder) or private_folder(Path(folder).parent) / LEDGER)
+    judge = on_main_process(
+        lambda: find_covered_set(
+            folder, ledger, source.statement, "--reject_by", otherwise, instead
+        )
+    )
+    doubts = list_doubts(judge.statement)
+    return replace(source, statement=add_doubts(source.statement, doubts)) if doubts else source
 
 
 def find_covered_set(

@@ -14,10 +14,12 @@ from utils.files import STATEMENT
 from utils.ledger.bases import read_base_statement
 from utils.ledger.statement import (
     BASE_CHECKSUM,
+    UNKNOWN_BASE,
     add_base,
-    add_doubt,
+    add_doubts,
     list_all_events,
     list_base_entries,
+    list_doubts,
 )
 from utils.ledger.verification import find_problems, read_source
 from utils.models.adapters import fetch_adapter
@@ -71,7 +73,7 @@ def find_source(model: ModelArguments, sampling: SamplingArguments) -> ImageSour
             if problems:
                 raise UsageError(f"--adapter {sampling.adapter}: {'; '.join(problems)}")
         covered = cover_both(statement, base)
-        return (covered if is_known else add_doubt(covered)), False
+        return (covered if is_known else add_doubts(covered, [UNKNOWN_BASE])), False
 
     statement, is_public = on_main_process(verify)
     return ImageSource(adapter, statement, is_public)
@@ -95,7 +97,7 @@ def cover_both(statement: dict, base: dict | None) -> dict:
                 "the adapter was trained on another private base model than this one, or on an "
                 "earlier state of it: no statement covers the images of both; draw with that one"
             )
-        return statement
+        return add_doubts(statement, list_doubts(base))
     if base["privacy_unit"] != statement["privacy_unit"]:
         raise UsageError(
             f"the base model protects '{base['privacy_unit']}', the adapter "

@@ -28,8 +28,8 @@ from utils.hub.upload import make_repo, upload
 from utils.ledger.checks import check_statement
 from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.runs import Run
-from utils.ledger.statement import quote_total
-from utils.ledger.verification import fetch_statement
+from utils.ledger.statement import quote_total, write_statement
+from utils.ledger.verification import fetch_statement, read_json
 from utils.sampling.generation import (
     ADAPTER_FILES,
     SET_DIGEST,
@@ -59,13 +59,14 @@ def write_set(
     """
     folder = run.output_dir / SET
     run.branch.release(step, SET)
-    digest = write_files(folder, run.output_dir / STATEMENT, entries, images, settings, columns)
+    statement = read_json(run.output_dir / STATEMENT)
+    digest = write_files(folder, statement, entries, images, settings, columns)
     run.branch.wrote(step, SET, {SET: digest})
 
 
 def write_files(
     folder: Path,
-    statement: Path,
+    statement: dict,
     entries: list[dict],
     images: Iterable[tuple[int, bytes]],
     settings: dict,
@@ -81,7 +82,7 @@ def write_files(
     with explain_disk_errors(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / STATEMENT).write_bytes(statement.read_bytes())
+        write_statement(statement, folder)
         for number, png in images:
             write_piece(folder, pieces[number], [png], entries)
         write_metadata(folder, entries)
