@@ -172,6 +172,29 @@ def test_which_ledger_a_run_is_charged_to(tmp_path, capsys):
         find_ledger(folder, privacy(privacy_ledger=str(tmp_path / "other.jsonl")))
 
 
+def test_a_shared_ledger_that_is_gone_is_not_taken_for_an_empty_one(tmp_path):
+    """As of a share that is not mounted: what was spent would count no more, and a checkpoint that
+    it paid for would be cleared away."""
+    folder, shared = tmp_path / "run", tmp_path / "share" / "ledger.jsonl"
+    shared.parent.mkdir()
+    start(folder, privacy_ledger=str(shared)).save(2, dict, limit=2)
+    shared.parent.rename(tmp_path / "moved")
+    for asked in (privacy(), privacy(total_epsilon=9.0)):
+        with pytest.raises(UsageError, match=f"{shared}, is not there: bring it back"):
+            find_ledger(folder, asked)
+    with pytest.raises(UsageError, match="its folder does not exist"):
+        find_ledger(folder, privacy(privacy_ledger=str(shared)))
+    shared.parent.mkdir()  # where it would be mounted
+    with pytest.raises(UsageError, match="is not there, so nothing that was spent before"):
+        find_ledger(folder, privacy(privacy_ledger=str(shared), total_epsilon=9.0))
+    with pytest.raises(UsageError, match="already holds files"):
+        claim_output_dir(training(folder))
+    moved = str(tmp_path / "moved" / "ledger.jsonl")
+    asked, about = privacy(privacy_ledger=moved), Circumstances()
+    resumed = open_run(training(folder, "latest"), asked, PLAN, {"model": "m"}, about)
+    assert str(resumed.branch.ledger.path) == moved and find_ledger(folder, privacy()).path
+
+
 def test_room_for_two_stages_is_measured_at_the_smallest_delta(tmp_path):
     folder, shared = tmp_path / "run", tmp_path / "shared.jsonl"
     Ledger(shared).reserve(build_plan(steps=2, delta=1e-6).terms(True))

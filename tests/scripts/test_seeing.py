@@ -11,6 +11,7 @@ from tests.conftest import read_json, train_arguments, train_here
 from utils.hub.upload import list_files_to_publish
 from utils.ledger.charges import summarise_runs
 from utils.ledger.ledger import Ledger
+from utils.ledger.remembered import locate_memory
 from utils.ledger.statement import STOPPED
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import private_run
@@ -64,6 +65,16 @@ def test_an_interrupted_run_is_published_at_what_it_spent(stopped, tiny_base):
     (run,) = summarise_runs(Ledger(output / "private" / "ledger.jsonl").records())
     assert (run["released"], run["planned"], run["state"]) == (2, 6, "finished")
     assert not find_problems(read_source(str(output), None))
+
+
+def test_a_ledger_that_is_resumed_from_is_remembered(stopped, tmp_path, monkeypatch):
+    """The folder may be a copy, whose ledger no run was begun in."""
+    output, resume = stopped
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for _ in range(2):
+        train_here([*resume, "--publish_now"])
+        ((entry,),) = read_json(locate_memory()).values()
+        assert entry["ledger"] == str(output / "private" / "ledger.jsonl")
 
 
 def test_what_was_published_early_can_still_be_finished(stopped):

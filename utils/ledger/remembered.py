@@ -27,7 +27,7 @@ def locate_memory() -> Path:
 
 
 def remember_run(source: str, ledger: Ledger, run: str, epsilon: float, delta: float) -> None:
-    """Note that `source`, a folder or Hub id, is charged to `ledger` for `run`.
+    """Note that `source`, a folder or Hub id, is charged to `ledger` for `run`, unless it is known.
 
     Args:
         epsilon: what the run plans to spend, add or remove one, at `delta`.
@@ -39,8 +39,10 @@ def remember_run(source: str, ledger: Ledger, run: str, epsilon: float, delta: f
         make_private(path.parent)
         with FileLock(path.with_name(f"{path.name}.lock")):
             known = _read(path)
-            known.setdefault(source, []).append(entry)
-            write_durably(path, json.dumps(known, indent=2) + "\n")
+            entries = known.setdefault(source, [])
+            if not any(e["ledger"] == entry["ledger"] and e["run"] == run for e in entries):
+                entries.append(entry)
+                write_durably(path, json.dumps(known, indent=2) + "\n")
     except OSError as error:
         print(f"warning: later runs cannot be warned of this ledger: {error}", file=sys.stderr)
 

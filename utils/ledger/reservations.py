@@ -203,10 +203,17 @@ def find_ledger(output_dir: Path, privacy: PrivacyArguments, link: bool = False)
 
     Raises:
         UsageError: the folder's run is in another ledger; or the shared one is not there, though a
-            cap is to be measured on what it holds, nor is its folder.
+            cap is to be measured on what it holds, nor is its folder; or nobody names it, and what
+            is linked to is not there.
     """
     here, shared = private_folder(output_dir) / LEDGER, privacy.privacy_ledger
-    if shared is None or here.resolve() == Path(shared).resolve():
+    is_gone = here.is_symlink() and not here.exists()
+    if shared is None and is_gone:
+        raise UsageError(
+            f"the ledger of {output_dir}, {here.resolve()}, is not there: bring it back, or say "
+            "with --privacy_ledger where it is now"
+        )
+    if shared is None or (here.resolve() == Path(shared).resolve() and not is_gone):
         return Ledger(here)
     if not Path(shared).resolve().parent.is_dir():
         raise UsageError(f"--privacy_ledger {shared}: its folder does not exist")

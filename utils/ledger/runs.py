@@ -41,7 +41,13 @@ from utils.ledger.charges import (
     list_charged_events,
     list_made_with,
 )
-from utils.ledger.checkpoints import announce_checkpoint, read_state, rotate, save_checkpoint
+from utils.ledger.checkpoints import (
+    announce_checkpoint,
+    list_steps,
+    read_state,
+    rotate,
+    save_checkpoint,
+)
 from utils.ledger.ledger import Branch, Ledger, find_branch
 from utils.ledger.statement import (
     Circumstances,
@@ -111,7 +117,9 @@ def is_free(path: Path) -> bool:
     private = private_folder(path)
     if private.is_dir() and {entry.name for entry in private.iterdir()} - ours:
         return False
-    return find_earlier_branch(path) is None or find_abandoned(path) is not None
+    if find_earlier_branch(path) is None:  # or its ledger is gone: a checkpoint was paid for
+        return not any(list_steps(private / CHECKPOINTS))
+    return find_abandoned(path) is not None
 
 
 def find_earlier_branch(output_dir: Path) -> Branch | None:

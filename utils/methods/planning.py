@@ -215,7 +215,7 @@ def reserve(
         run = open_run(training, privacy, plan, agreed, about)
         source, branch = name_source(found.data), run.branch
         warn_of_other_ledgers(source, branch.ledger)
-        if run.checkpoint is None and about.is_private:
+        if about.is_private:  # also when it resumes: the folder may be a copy, with its own ledger
             epsilon = spent.add_or_remove_one
             remember_run(source, branch.ledger, branch.run, epsilon, plan.delta)
         return run
