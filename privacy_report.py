@@ -244,6 +244,7 @@ def give_up(args: GiveUpArguments) -> None:
     print(f"run {args.run} is charged for the {released} steps that it released, and no more")
 
 
+PICTURES = (".png", ".pdf", ".svg")
 WORK = {
     ShowArguments: show,
     VerifyArguments: verify,
@@ -258,8 +259,13 @@ def main():
     commands = {work.__name__: kind for kind, work in WORK.items()}
     args = parse_command(commands, description=__doc__)
     for name in {"plot", "output_file"} & set(vars(args)):
-        if not Path(getattr(args, name)).resolve().parent.is_dir():
-            raise UsageError(f"--{name} {getattr(args, name)}: there is no such folder")
+        path = Path(getattr(args, name))
+        if not path.resolve().parent.is_dir():
+            raise UsageError(f"--{name} {path}: there is no such folder")
+        if path.is_dir():
+            raise UsageError(f"--{name} {path} is a folder: name a file in it")
+        if name == "plot" and path.suffix.lower() not in PICTURES:
+            raise UsageError(f"--plot {path} must end in one of {', '.join(PICTURES)}")
     WORK[type(args)](args)
 
 

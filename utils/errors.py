@@ -122,9 +122,12 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"interrupted{where}; what was saved is safe", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        if error.filename is None or error.errno not in BAD_PATHS:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # found while writing: no name then
+        if error.errno not in BAD_PATHS or (error.filename is None and not is_full):
             raise
-        print(f"error{where}: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = "" if error.filename is None else f"{error.filename}: "
+        then = "; make room, and give the command again" if is_full else ""
+        print(f"error{where}: {place}{error.strerror}{then}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if _ran_out_of_memory(error):

@@ -179,6 +179,13 @@ def test_it_is_warned_of_repeated_pictures_and_how_many_stays_private(tmp_path, 
     assert not any(b"several_units" in path.read_bytes() for path in public)
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+def test_a_blank_label_is_none(blank):
+    """As a cell of a table that nobody filled in: it would be a class of its own."""
+    with pytest.raises(UsageError, match="a row has no label"):
+        list(read_labels(Dataset.from_dict({"label": ["0", blank]}), "label"))
+
+
 def test_whole_numbers_that_pandas_wrote_as_floats_name_their_classes():
     rows = Dataset.from_dict({"label": [0.0, 1.0, 12.0]})
     assert list(read_labels(rows, "label")) == ["0", "1", "12"]

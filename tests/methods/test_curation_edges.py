@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
@@ -13,10 +14,12 @@ from tests.methods.test_curation import EXTRACTOR, curate
 from tests.sampling.conftest import state
 from tests.scripts.test_many_processes import together
 from utils.arguments.means import LaterModelArguments
+from utils.arguments.training import DataArguments
 from utils.errors import UsageError
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation as story
 from utils.methods.classes import build_nearest
+from utils.methods.election import match_classes
 
 
 @pytest.mark.slow
@@ -95,6 +98,22 @@ def test_two_processes_count_the_votes_that_one_does(public, image_folder, tmp_p
     assert "12 images" in train_here([*arguments, "--output_dir", tmp_path / "one"], "curate")
     one, two = (load_file(tmp_path / n / "votes.safetensors")["votes"] for n in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def test_classes_of_one_side_alone_are_told_of_before_anything_is_spent(capsys):
+    rows = Dataset.from_dict({"label": [0, 1, 0]})
+    rows = rows.cast_column("label", ClassLabel(names=["cat", "x_y"]))
+    unnamed = Dataset.from_dict({"label": ["cat", "rare"]})  # which there are is not public
+
+    def match(rows: Dataset, *drawn: str) -> str:
+        entries = [{"text": f"a {name}", "label": name} for name in drawn]
+        match_classes(entries, rows, DataArguments(label_column="label"), LaterModelArguments())
+        return capsys.readouterr().err
+
+    said = match(rows, "cat", "x y")
+    assert "only the private images have the classes x_y" in said
+    assert "only --synthetic have the classes x y" in said
+    assert match(rows, "x_y", "cat") == "" == match(unnamed, "cat", "dog")
 
 
 @pytest.mark.parametrize("strength", [0.07, 0.3, 1.0])

@@ -293,6 +293,8 @@ def test_without_a_statement_there_is_nothing_to_sign(published, report):
 
 
 @pytest.mark.parametrize("command, option", [("officer", "output_file"), ("show", "plot")])
-def test_a_file_in_no_folder_is_a_sentence(published, report, command, option):
-    code, shown = report(command, published, f"--{option}", "nowhere/it")
-    assert code == 2 and "no such folder" in shown and "Traceback" not in shown
+@pytest.mark.parametrize("place, said", [("no/it", "no such folder"), (".", "is a folder")])
+def test_a_file_in_no_folder_is_a_sentence(report, command, option, place, said):
+    code, shown = report(command, ".", f"--{option}", place)
+    assert code == 2 and f"--{option} {place}" in shown and said in shown
+    assert "must end in one of .png" in report("show", ".", "--plot", "it.txt")[1]

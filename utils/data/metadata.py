@@ -77,7 +77,7 @@ def _read_csv(table: Path) -> list[dict]:
 
 def _read_jsonl(table: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(read_text(table).splitlines(), 1):
+    for number, line in enumerate(read_text(table).split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:

@@ -13,6 +13,7 @@ from utils.arguments.publishing import HubArguments, MetricsArguments, Repositor
 from utils.errors import UsageError
 from utils.files import (
     CARD,
+    GRID,
     PRIVATE,
     SAMPLE,
     SAMPLE_DIGESTS,
@@ -75,9 +76,14 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     The weights that the statement accounts for, the statement, the card, and the samples.
 
     Raises:
-        UsageError: the run is not finished, a file is missing or leads elsewhere, or
+        UsageError: it is a set; the run is not finished, a file is missing or leads elsewhere, or
             sampling.json says something else than how to draw.
     """
+    if (output_dir / GRID).is_file():
+        raise UsageError(
+            f"{output_dir} is a synthetic set, and no model: the command that made it, with "
+            "--push_to_hub, publishes it"
+        )
     statement = output_dir / STATEMENT
     if not statement.is_file():
         raise UsageError(f"{output_dir} holds no privacy.json: there is nothing to publish")

@@ -79,9 +79,10 @@ def claim_output_dir(training: TrainingArguments) -> FileLock:
     if resumes and not private.is_dir():
         raise UsageError(f"--output_dir {path} holds no run to resume")
     if not resumes and not is_free(path):
+        resume = ", or resume the run that it holds: --resume_from_checkpoint latest"
         raise UsageError(
-            f"--output_dir {path} already holds files; name a new folder for this run, or resume "
-            "the run that it holds: --resume_from_checkpoint latest"
+            f"--output_dir {path} already holds files; name a new folder for this run"
+            + (resume if (private / NOTE).exists() else "")
         )
     try:
         make_private(private)

@@ -1,5 +1,6 @@
 """What a vote, or a relabelling, needs first: candidates, what they cost, their classes."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from utils.evaluation.features import BATCH, Extractor, build_extractor
 from utils.ledger.charges import list_prior
 from utils.ledger.reservations import find_ledger
 from utils.ledger.statement import (
+    BASE_CHECKSUM,
     STOPPED,
     UNKNOWN_BASE,
     Circumstances,
@@ -181,9 +183,9 @@ def build_vary(election: Election, args: CurationArguments) -> Vary:
     paid = election.paid
     drawing = read_drawing(paid.settings, f"--synthetic {args.synthetic}")
     source = check_judge(drawing[1].reject_by, find_source(*drawing))
-    pipeline, settings, files = load_drawing(*drawing, source, PartialState())
-    if files != {k: v for k, v in paid.settings.items() if k == ADAPTER_FILES}:
-        raise UsageError(f"the adapter that drew {args.synthetic} has changed since")
+    pipeline, settings, made_by = load_drawing(*drawing, source, PartialState())
+    if made_by != {k: v for k, v in paid.settings.items() if k in (BASE_CHECKSUM, ADAPTER_FILES)}:
+        raise UsageError(f"the model or adapter that drew {args.synthetic} has changed since")
     if source.statement != paid.statement:
         raise UsageError(
             f"what drew {args.synthetic} has another privacy.json than it had then: draw it anew"
@@ -224,6 +226,23 @@ class Pictures(Sequence):
         return self.images.rows[place][self.images.column].convert("RGB")
 
 
+def _warn_of_other_classes(names: list[str], feature: object) -> None:
+    """Say which classes only one side has, as far as the private ones are public."""
+    known = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, of its items
+    if known is None:
+        return
+    for lacking, side in (
+        ([name for name in known if name not in names], "the private images"),
+        ([name for name in names if name not in known], "--synthetic"),
+    ):
+        if lacking and PartialState().is_main_process:
+            print(
+                f"warning: only {side} have the classes {', '.join(lacking)}: their images count "
+                "for nothing; if that is a name spelled in two ways, draw the set anew first",
+                file=sys.stderr,
+            )
+
+
 def match_classes(
     entries: list[dict], rows: Dataset, data: DataArguments, model: ModelArguments
 ) -> tuple[Classes, Nearest | None, np.ndarray]:
@@ -252,6 +271,8 @@ def match_classes(
             f"no class of --label_column {data.label_column} is among those of the candidates: "
             f"{', '.join(names[:5])}"
         )
+    if has_labels:
+        _warn_of_other_classes(names, rows.features[data.label_column])
     return (
         Classes(names if has_labels else [], names),
         lambda caption: numbers.get(caption, -1),

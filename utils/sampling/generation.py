@@ -1,5 +1,6 @@
 """Batched text-to-image generation, over processes, into folders that `datasets` reads."""
 
+import hashlib
 import io
 import json
 from collections import deque
@@ -27,8 +28,8 @@ from utils.files import (
     write_durably,
 )
 from utils.ledger.public_sets import IS_PUBLIC
-from utils.ledger.statement import write_statement
-from utils.ledger.verification import fetch_statement
+from utils.ledger.statement import BASE_CHECKSUM, write_statement
+from utils.ledger.verification import fetch_statement, read_json
 from utils.models.adapters import ADAPTER_CONFIG, PARTS, load_adapter
 from utils.models.drawing import (
     DrawingSettings,
@@ -37,7 +38,8 @@ from utils.models.drawing import (
     read_settings,
 )
 from utils.models.families import find_family
-from utils.models.pipelines import load_pipeline
+from utils.models.pipelines import list_parts, load_pipeline
+from utils.privacy.training import checksum
 from utils.sampling.prompts import choose_template, read_prompts
 from utils.sampling.shards import (
     Piece,
@@ -49,6 +51,7 @@ from utils.sampling.shards import (
 from utils.sampling.sources import ImageSource, warn_of_another_base
 
 ADAPTER_FILES = "adapter_files"  # in sampling.json: digests of the weights behind the images
+PROMPTS = "prompts_sha256"  # in sampling.json: of those of a file
 SET_DIGEST = "set"  # in sampling.json: `hash_set` of the images, once all are there
 AFTERWARDS = {IS_PUBLIC: None, SET_DIGEST: None}  # what sampling.json says beside the settings
 
@@ -92,9 +95,12 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
     """
     record, known = folder / SAMPLING_SETTINGS, {}
     if record.exists():
-        known = json.loads(record.read_text())
+        known = read_json(record)
         if known | AFTERWARDS != settings | AFTERWARDS:
-            raise UsageError(f"{folder} holds images of other settings; name another --output_dir")
+            raise UsageError(
+                f"{folder} holds images of other settings, prompts or weights; name another "
+                "--output_dir"
+            )
         if fetch_statement(str(folder))[0] != source.statement:
             raise UsageError(
                 f"{folder} holds images of a model or adapter that had another privacy.json; name "
@@ -104,7 +110,8 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
         raise UsageError(f"--output_dir {folder} already holds other files")
     folder.mkdir(parents=True, exist_ok=True)
     is_public = source.is_public and known.get(IS_PUBLIC, True)
-    write_durably(record, json.dumps(known | settings | {IS_PUBLIC: is_public}, indent=2))
+    told = known | settings | {IS_PUBLIC: is_public}
+    write_durably(record, json.dumps(told, indent=2) + "\n")
     if source.statement is not None:
         write_statement(source.statement, folder)
 
@@ -135,16 +142,18 @@ def prepare_generation(
 
     Raises:
         UsageError: see `read_prompts`, `load_pipeline`, `choose_settings` and `load_adapter`; or
-            the folder holds something else, or images of other settings or of an adapter that has
-            changed.
+            the folder holds something else, or images of other settings or prompts, or of a base
+            model or an adapter that has changed.
     """
     recorded = on_main_process(lambda: read_recorded(model, source))
     sampling = choose_template(sampling, recorded)
     prompts = read_prompts(sampling)
-    pipeline, drawing, files = load_drawing(model, sampling, source, state)
+    pipeline, drawing, made_by = load_drawing(model, sampling, source, state)
     find_family(pipeline).check_captions([prompt["text"] for prompt in prompts])
-    settings = asdict(sampling) | asdict(model) | asdict(drawing) | files
+    settings = asdict(sampling) | asdict(model) | asdict(drawing) | made_by
     del settings["batch_size"]  # it changes no image
+    if sampling.prompts_file is not None:  # which may be another by the time that this is resumed
+        settings[PROMPTS] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     on_main_process(lambda: claim_folder(folder, settings, source))
     return Generation(pipeline, prompts, drawing)
 
@@ -158,24 +167,26 @@ def read_recorded(model: ModelArguments, source: ImageSource) -> list[dict]:
 def load_drawing(
     model: ModelArguments, sampling: SamplingArguments, source: ImageSource, state: PartialState
 ) -> tuple[DiffusionPipeline, DrawingSettings, dict]:
-    """The pipeline, with adapter and scheduler, on its device; how it draws; and the digests of the
-    adapter's files, as sampling.json has them.
+    """The pipeline, with adapter and scheduler, on its device; how it draws; and what tells its
+    weights, as sampling.json has it: the base's checksum, and the digests of the adapter's files.
 
     Raises:
         UsageError: see `load_pipeline`, `choose_settings` and `load_adapter`; or the adapter has
             changed.
     """
-    pipeline, files = load_pipeline(*model.source), {}
+    pipeline = load_pipeline(*model.source)
+    base = checksum(p for part in list_parts(pipeline) for p in part.parameters()).item()
+    made_by = {BASE_CHECKSUM: base}
     recorded = on_main_process(lambda: read_recorded(model, source))
     drawing = choose_settings(pipeline, sampling, sampling.resolution, *recorded)
     if source.adapter is not None:
-        warn_of_another_base(source, pipeline, model.pretrained_model_name_or_path)
+        warn_of_another_base(source, base, model.pretrained_model_name_or_path)
         load_adapter(pipeline, source.adapter)
-        files = {ADAPTER_FILES: hash_adapter(source.adapter)}
-        _check_that_weights_are_those_verified(files[ADAPTER_FILES], source)
+        made_by[ADAPTER_FILES] = hash_adapter(source.adapter)
+        _check_that_weights_are_those_verified(made_by[ADAPTER_FILES], source)
     pipeline.to(state.device, torch.bfloat16 if sampling.mixed_precision == "bf16" else None)
     drawing.use_scheduler(pipeline)
-    return pipeline, drawing, files
+    return pipeline, drawing, made_by
 
 
 def _check_that_weights_are_those_verified(found: dict[str, str], source: ImageSource) -> None:
@@ -218,14 +229,14 @@ def finish_folder(
     Raises:
         UsageError: none was, and the images are not those that were drawn.
     """
+    record = folder / SAMPLING_SETTINGS
+    settings = read_json(record)
+    if not drew and SET_DIGEST in settings and settings[SET_DIGEST] != hash_set(folder):
+        raise UsageError(f"{folder} holds other images, or files, than were drawn: draw them anew")
     if pieces[0].name.endswith(".png"):
         write_metadata(folder, entries)
     save_grid(folder, pieces, min(num_prompts, 10) if num_prompts > 1 else 8)
-    record, digest = folder / SAMPLING_SETTINGS, hash_set(folder)
-    settings = json.loads(record.read_text())
-    if not drew and settings.get(SET_DIGEST, digest) != digest:
-        raise UsageError(f"{folder} holds other images, or files, than were drawn: draw them anew")
-    write_durably(record, json.dumps(settings | {SET_DIGEST: digest}, indent=2) + "\n")
+    write_durably(record, json.dumps(settings | {SET_DIGEST: hash_set(folder)}, indent=2) + "\n")
 
 
 def write_metadata(folder: Path, entries: list[dict]) -> None:

@@ -91,6 +91,11 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
     if statement is None:
         if settings.get(IS_PUBLIC) is True and settings.get(SET_DIGEST) == digest:
             return PaidSet((), None, settings, digest)  # sample.py drew it from a public model
+        if settings.get(IS_PUBLIC) is True and SET_DIGEST in settings:
+            raise UsageError(
+                f"{argument} {folder} holds other images, or files, than were drawn: remove what "
+                "was added, or draw it anew"
+            )
         raise UsageError(
             f"{argument} {folder} has no privacy.json, so nobody can tell what it gives away; "
             f"{otherwise}"

@@ -37,7 +37,7 @@ def read_prompts(args: SamplingArguments) -> list[dict]:
         path = Path(args.prompts_file)
         if not path.is_file():
             raise UsageError(f"--prompts_file {path}: there is no such file")
-        texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        texts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not texts:
         raise UsageError("there are no prompts")
     return [{"text": text} for text in texts]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
@@ -23,8 +22,6 @@ from utils.ledger.statement import (
 )
 from utils.ledger.verification import find_problems, read_source
 from utils.models.adapters import fetch_adapter
-from utils.models.pipelines import list_parts
-from utils.privacy.training import checksum
 
 
 @dataclass(frozen=True)
@@ -106,13 +103,11 @@ def cover_both(statement: dict, base: dict | None) -> dict:
     return add_base(statement, base)
 
 
-def warn_of_another_base(source: ImageSource, pipeline: DiffusionPipeline, name: str) -> None:
-    """Say so if the base model, just loaded, has not the weights that the adapter was trained on,
-    as far as its statement tells."""
+def warn_of_another_base(source: ImageSource, weights: int, name: str) -> None:
+    """Say so if the base model, whose checksum is `weights`, is not the one that the adapter was
+    trained on, as far as its statement tells."""
     trained_on = (source.statement or {}).get(BASE_CHECKSUM)
-    if trained_on is None or not PartialState().is_main_process:
-        return
-    if checksum(p for part in list_parts(pipeline) for p in part.parameters()) != trained_on:
+    if trained_on not in (None, weights) and PartialState().is_main_process:
         print(
             f"warning: {source.adapter} was trained on another base model than {name}, whose "
             "weights are others: the images may look like nothing that it learned",

@@ -126,7 +126,7 @@ def collect_shards(folder: Path, aside: Path) -> tuple[dict[str, Path | bytes], 
     if shards:
         files = {f"data/{path.name}": path for path in shards}
         return files, sum(pq.read_metadata(path).num_rows for path in shards)
-    entries = [json.loads(line) for line in (folder / METADATA).read_text().splitlines()]
+    entries = [json.loads(line) for line in (folder / METADATA).read_text().split("\n") if line]
     with Image.open(folder / entries[0]["file_name"]) as first:
         resolution = max(first.size)
     files = {}
@@ -146,7 +146,7 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
         UsageError: the statement does not hold, or is not about the weights that made the images.
     """
     known, record = {"std": None, "covered_by_epsilon": True}, Path(images) / SAMPLING_SETTINGS
-    settings = json.loads(record.read_text()) if record.is_file() else {}
+    settings = read_json(record) if record.is_file() else {}
     statement, _ = fetch_statement(images, revision, "dataset")
     if statement is None:
         public = settings.get(IS_PUBLIC, False)  # of a Hub that was not reached: not known

@@ -1,0 +1,82 @@
+"""A set that is gone on with is of the prompts, settings and weights that it was begun with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from tests.conftest import train_here
+from utils.data.metadata import _read_jsonl
+from utils.errors import UsageError
+from utils.ledger.ledger import Ledger
+from utils.sampling.paid_sets import find_paid_set
+from utils.sampling.synthetic_sets import read_privacy
+
+
+def draw(base, output, prompts) -> str:
+    arguments = ["--pretrained_model_name_or_path", base, "--prompts_file", prompts]
+    return train_here([*arguments, "--num_images", 4, "--output_dir", output], "sample")
+
+
+@pytest.fixture
+def drawn(tiny_base, tmp_path):
+    base, prompts = shutil.copytree(tiny_base, tmp_path / "base"), tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\u2028asleep\r\n\n a blue dog \n")
+    assert "4 images" in draw(base, tmp_path / "set", prompts)
+    return base, tmp_path / "set", prompts
+
+
+def read_all(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_line_is_a_prompt_whatever_else_unicode_calls_a_line(drawn):
+    base, folder, _ = drawn
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == 2 * ["a red cat\u2028asleep", "a blue dog"]
+    table = folder.parent / "metadata.jsonl"
+    table.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n")
+    assert _read_jsonl(table) == [{"text": "a\u2028b\x85c"}]
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_other_prompts_in_the_same_file_are_other_images(drawn, is_begun):
+    base, folder, prompts = drawn
+    if is_begun:  # as after an interruption
+        (folder / "000001.png").unlink()
+    before = read_all(folder)
+    prompts.write_text("a green bird\na black fox\n")
+    assert "images of other settings, prompts or weights" in draw(base, folder, prompts)
+    assert read_all(folder) == before
+
+
+def test_another_model_at_the_same_place_draws_other_images(drawn):
+    base, folder, prompts = drawn
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).mul_(1.5)
+    pipeline.save_pretrained(base)
+    (folder / "000001.png").unlink()
+    assert "images of other settings, prompts or weights" in draw(base, folder, prompts)
+    assert not (folder / "000001.png").exists()
+
+
+def test_what_was_added_to_a_set_is_not_written_over(drawn, tmp_path):
+    base, folder, prompts = drawn
+    (folder / "000002.png").write_bytes((folder / "000001.png").read_bytes())
+    (folder / "metadata.jsonl").write_text("{}")
+    before = read_all(folder)
+    assert "holds other images, or files, than were drawn" in draw(base, folder, prompts)
+    assert read_all(folder) == before
+    with pytest.raises(UsageError, match="remove what was added, or draw it anew"):
+        find_paid_set(str(folder), Ledger(tmp_path / "ledger.jsonl"), "--synthetic", "")
+
+
+def test_a_damaged_record_of_a_set_gets_a_sentence(drawn):
+    base, folder, prompts = drawn
+    (folder / "sampling.json").write_text('{"num')
+    assert "sampling.json is not valid JSON" in draw(base, folder, prompts)
+    with pytest.raises(UsageError, match="sampling.json is not valid JSON"):
+        read_privacy(str(folder), None)
