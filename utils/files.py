@@ -118,6 +118,25 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_occupied(output_dir: Path, mark: str) -> None:
+    """Refuse a folder for results of one kind that holds anything else, or cannot be written:
+    before models are loaded.
+
+    Args:
+        mark: the file that tells those of the kind.
+
+    Raises:
+        UsageError: it is such a folder, or a file.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output_dir {output_dir} is a file: name a folder")
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"--output_dir {output_dir} cannot be written: {place} is read-only")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / mark).exists():
+        raise UsageError(f"--output_dir {output_dir} already holds other files; name a new folder")
+
+
 def refuse_among_images(output_dir: str | Path, *sets: str | None) -> None:
     """Refuse a folder for results in which the next run would find them among its images.
 

@@ -74,6 +74,19 @@ def test_what_was_added_to_a_set_is_not_written_over(drawn, tmp_path):
         find_paid_set(str(folder), Ledger(tmp_path / "ledger.jsonl"), "--synthetic", "")
 
 
+def test_a_folder_that_cannot_be_taken_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat")
+    for folder, said in (
+        (prompts, "is a file: name a folder"),
+        (tmp_path, "already holds other files; name a new folder"),
+    ):
+        assert said in draw("nowhere", folder, prompts)
+    monkeypatch.setattr("os.access", lambda *_: False)  # which root always has
+    said = draw("nowhere", tmp_path / "a" / "set", prompts)
+    assert f"cannot be written: {tmp_path} is read-only" in said
+
+
 def test_a_damaged_record_of_a_set_gets_a_sentence(drawn):
     base, folder, prompts = drawn
     (folder / "sampling.json").write_text('{"num')

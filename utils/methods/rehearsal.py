@@ -23,8 +23,13 @@ from utils.arguments.training import (
 )
 from utils.data.latents import encode_units
 from utils.data.rows import fill_template
-from utils.errors import UsageError
-from utils.files import make_private, private_folder, refuse_among_images, write_durably
+from utils.files import (
+    make_private,
+    private_folder,
+    refuse_among_images,
+    refuse_occupied,
+    write_durably,
+)
 from utils.methods.outlook import collect_facts
 from utils.methods.planning import load_private_rows, plan_training
 from utils.methods.plots import plot_rehearsal
@@ -148,8 +153,7 @@ def claim_folder(output_dir: Path) -> Path:
     Raises:
         UsageError: it holds something else.
     """
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARK).exists():
-        raise UsageError(f"--output_dir {output_dir} already holds other files; name a new folder")
+    refuse_occupied(output_dir, MARK)
     make_private(private_folder(output_dir))
     (output_dir / MARK).touch()
     return output_dir

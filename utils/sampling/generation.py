@@ -25,6 +25,7 @@ from utils.files import (
     SAMPLING_SETTINGS,
     STATEMENT,
     hash_file,
+    refuse_occupied,
     write_durably,
 )
 from utils.ledger.public_sets import IS_PUBLIC
@@ -91,7 +92,7 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
     """Start or resume a folder of images; it gets the statement that covers them.
 
     Raises:
-        UsageError: it holds something else, or images made with other settings.
+        UsageError: it holds images made with other settings.
     """
     record, known = folder / SAMPLING_SETTINGS, {}
     if record.exists():
@@ -106,8 +107,6 @@ def claim_folder(folder: Path, settings: dict, source: ImageSource) -> None:
                 f"{folder} holds images of a model or adapter that had another privacy.json; name "
                 "another --output_dir"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"--output_dir {folder} already holds other files")
     folder.mkdir(parents=True, exist_ok=True)
     is_public = source.is_public and known.get(IS_PUBLIC, True)
     told = known | settings | {IS_PUBLIC: is_public}
@@ -145,6 +144,7 @@ def prepare_generation(
             the folder holds something else, or images of other settings or prompts, or of a base
             model or an adapter that has changed.
     """
+    on_main_process(lambda: refuse_occupied(folder, SAMPLING_SETTINGS))
     recorded = on_main_process(lambda: read_recorded(model, source))
     sampling = choose_template(sampling, recorded)
     prompts = read_prompts(sampling)
