@@ -30,6 +30,7 @@ RUNS = ROOT / "runs" / "ablations"
 SHIPPED = ROOT / "examples" / "digits" / "base"
 DIGITS, IMAGES = list("0123456789"), 1000
 PUBLIC = "public model"
+SHOWN = 45, 70  # accuracies, in %, of all panels that they are enough for
 FIRST = ("--release_means", "--grey")
 
 
@@ -175,7 +176,7 @@ def show(rows: list[dict]) -> None:
     known = [100 * row["accuracy"] for row in rows if row["point"] == PUBLIC]
     print("| what is changed | to: accuracy, % |\n| --- | --- |")
     print(f"| nothing is trained | {', '.join(f'{v:.1f}' for v in known)} |")
-    figure, axes = plt.subplots(3, 3, figsize=(11, 8), sharey=True)
+    figure, axes = plt.subplots(3, 3, figsize=(11, 8))
     for panel, axis in zip(axes.flat, AXES, strict=True):
         found = collect(rows, axis)
         told = [f"{n}: {', '.join(f'{v:.1f}' for v in values)}" for n, values in found.items()]
@@ -186,6 +187,8 @@ def show(rows: list[dict]) -> None:
             panel.plot([name] * len(values), values, "o", color=colour, markersize=4)
         for value in known:
             panel.axhline(value, color="#888888", linewidth=0.8, linestyle="--")
+        if all(SHOWN[0] < value < SHOWN[1] for values in found.values() for value in values):
+            panel.set_ylim(*SHOWN)
         panel.set_title(axis, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
