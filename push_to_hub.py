@@ -25,7 +25,7 @@ class PushArguments:
     """What to publish."""
 
     output_dir: str = option("folder of a finished run")
-    dry_run: bool = option("print the names of the files, and stop", False)
+    dry_run: bool = option("verify them, print their names, and stop", False)
 
 
 def main():
@@ -38,11 +38,11 @@ def main():
             "README.md of --output_dir"
         )
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
-    from utils.hub.upload import list_files_to_publish, publish_model
+    from utils.hub.upload import prepare_model, publish_model
 
     folder = Path(push.output_dir)
     if push.dry_run:
-        print("\n".join(list_files_to_publish(folder)))
+        print("\n".join(prepare_model(folder, metrics)[0]))
     else:
         print(f"published {publish_model(folder, hub, metrics)}")
 

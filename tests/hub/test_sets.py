@@ -126,3 +126,16 @@ def test_a_curated_set_is_published_with_all_that_it_cost(
     epsilon = read_json(tmp_path / "curated" / "privacy.json")["epsilon"]["add_or_remove_one"]
     assert f"{epsilon:.3f}" in card and "Every unit voted" in card and "noisy mean" in card
     assert "8 synthetic images" in card and "a small generator" in card
+
+
+def test_a_dry_run_finds_what_an_upload_would_refuse(on_hub, finished, tmp_path):
+    dry = ["push_to_hub.py", "--output_dir", finished, "--dry_run"]
+    shown = on_hub(*dry)
+    assert shown.returncode == 0 and "pytorch_lora_weights.safetensors" in shown.stdout
+    run = on_hub(*dry, "--metrics_file", tmp_path / "none.json")
+    assert run.returncode == 2 and "none.json" in run.stderr
+    card = finished / "README.md"
+    card.write_text(card.read_text().replace("epsilon = ", "epsilon = 0."))
+    assert "README.md says epsilon 0.7" in on_hub(*dry).stderr
+    (finished / "grid.png").touch()
+    assert "is a synthetic set, and no model" in on_hub(*dry).stderr

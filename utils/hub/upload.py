@@ -123,31 +123,43 @@ def _list_samples(output_dir: Path) -> list[str]:
     return names
 
 
-def publish_model(
-    output_dir: Path, args: HubArguments, metrics: MetricsArguments | None = None
-) -> str:
-    """Verify a finished run, and upload what it publishes; returns the address of the commit.
+def prepare_model(
+    output_dir: Path, metrics: MetricsArguments
+) -> tuple[dict[str, Path | bytes], dict]:
+    """Verify a finished run; what it publishes, its card with the evaluation, and its statement.
 
     Raises:
-        UsageError: it does not verify, or see `list_files_to_publish`,
-            `build_evaluation_section`, `make_repo` and `upload`.
+        UsageError: it does not verify, or see `list_files_to_publish` and
+            `build_evaluation_section`.
     """
     files = list_files_to_publish(output_dir)
     source = read_source(str(output_dir), None)
     problems = find_problems(source)
     if problems:
         raise UsageError(f"{output_dir} is not published: {'; '.join(problems)}")
-    section = build_evaluation_section(metrics or MetricsArguments(), source.statement)
-    card = insert_section(files[CARD].read_text(encoding="utf-8"), section)
+    section = build_evaluation_section(metrics, source.statement)
+    files[CARD] = insert_section(files[CARD].read_text(encoding="utf-8"), section).encode()
+    return files, source.statement
+
+
+def publish_model(
+    output_dir: Path, args: HubArguments, metrics: MetricsArguments | None = None
+) -> str:
+    """Upload what a finished run publishes; returns the address of the commit.
+
+    Raises:
+        UsageError: see `prepare_model`, `make_repo` and `upload`.
+    """
+    files, statement = prepare_model(output_dir, metrics or MetricsArguments())
     repo_id = make_repo(args.hub_model_id, args)
-    files[CARD] = card.replace(PLACEHOLDER, repo_id).encode()
+    files[CARD] = files[CARD].replace(PLACEHOLDER.encode(), repo_id.encode())
     command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
     if args.hub_collection is not None:
         command += ["--hub_collection", args.hub_collection]
     finish = shlex.join(map(str, command))
     address = upload(repo_id, files, args, "model", finish)
     if args.hub_collection is not None:
-        join_collection(repo_id, "model", source.statement, args, finish)
+        join_collection(repo_id, "model", statement, args, finish)
     return address
 
 

@@ -255,7 +255,8 @@ def check_card(statement: dict | None, folder: Path) -> list[str]:
         return [f"the front matter of README.md cannot be read: {error}"]
     own, (total, _) = statement["epsilon"]["add_or_remove_one"], quote_total(statement)
     shown = [(r.metric_value, total) for r in results if r.metric_type == "epsilon"]
-    shown += [(float(said), own) for said in re.findall(r"\*\*epsilon = ([\d.]+\d)", loaded.text)]
+    said = re.findall(r"\*\*epsilon = (\d+(?:\.\d+)?)", loaded.text)
+    shown += [(float(number), own) for number in said]
     return [
         f"README.md says epsilon {value}, the statement {stated:.4f}"
         for value, stated in shown
