@@ -198,9 +198,14 @@ def _choose_first(column: str, value: object) -> str:
     return str(value)
 
 
-def read_labels(rows: Dataset, label_column: str, option: str = "--label_column") -> Column:
+def read_labels(
+    rows: Dataset, label_column: str, option: str = "--label_column", may_be_blank: bool = False
+) -> Column:
     """The class name of every row (its number, as text, where the dataset names no classes); of
     several labels, the names with commas between.
+
+    Args:
+        may_be_blank: whether an empty text is a name, too: of an image without a finding.
 
     Raises:
         UsageError: there is no such column, a row has no label, or one that is no number or name.
@@ -210,8 +215,8 @@ def read_labels(rows: Dataset, label_column: str, option: str = "--label_column"
     feature = getattr(feature, "feature", feature)  # of a list, that of its items
 
     def name(value) -> str:
-        blank = isinstance(value, str) and not value.strip()
-        if value is None or value == -1 or value == [] or value != value or blank:
+        is_blank = isinstance(value, str) and not (value.strip() or may_be_blank)
+        if value is None or value == -1 or value == [] or value != value or is_blank:
             raise UsageError(f"{option} {label_column}: a row has no label; fill it in")
         if isinstance(value, list):
             return ", ".join(map(name, value))
@@ -238,7 +243,7 @@ def read_label_sets(rows: Dataset, label_column: str, separator: str) -> list[fr
     Raises:
         UsageError: there is no such column, or it holds neither numbers nor names.
     """
-    labels = read_labels(rows, label_column)
+    labels = read_labels(rows, label_column, may_be_blank=True)
 
     def split(value) -> frozenset[str]:
         if value is None or value == []:

@@ -247,7 +247,7 @@ def measure_classes(
     for name in ("synthetic", "real"):
         images, label_column = sets[name]
         rows.append(features[name].features)
-        labels.append(list(read_labels(images.rows, label_column)))
+        labels.append(list(read_labels(images.rows, label_column, may_be_blank=True)))
     return frechet_distance_by_class(*rows, *labels)
 
 
@@ -270,7 +270,7 @@ def measure_utility(
             continue
         if separator is None:
             option = f"--{'test' if name == 'real' else name}_label_column"
-            own = list(read_labels(found.rows, labels, option))
+            own = list(read_labels(found.rows, labels, option, may_be_blank=True))
         else:
             own = read_label_sets(found.rows, labels, separator)
         images[name] = LabelledImages(pixels[name], own)

@@ -144,7 +144,7 @@ def tile_sample(
     rows, chosen = images.rows, np.arange(min(count, len(images)))
     columns = min(10, len(chosen))
     if in_columns and label_column in rows.column_names:
-        labels = np.array(list(read_labels(rows, label_column)))
+        labels = np.array(list(read_labels(rows, label_column, may_be_blank=True)))
         classes = [np.flatnonzero(labels == name) for name in np.unique(labels)[:11]]
         if len(classes) <= 10:
             height = min(6, *map(len, classes))
