@@ -19,10 +19,10 @@ help:  ## show this list
 demo: .venv/.installed  ## a private adapter for real handwritten digits, from nothing (about six minutes)
 	$(BIN)/python examples/digits/demo.py
 
-test: .venv/.installed  ## run the tests but the slowest (twelve minutes)
+test: .venv/.installed  ## run the tests but the slowest (12 to 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal -m "not slow"
 
-test-all: .venv/.installed  ## run all tests (about half an hour)
+test-all: .venv/.installed  ## run all tests (half an hour or more)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
 test-latest:  ## make test with the newest of everything but torch: which pins can move?

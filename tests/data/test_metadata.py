@@ -81,6 +81,12 @@ def test_tables_that_are_something_else_get_a_sentence(tmp_path, name, content, 
         load(tmp_path)
 
 
+def test_a_caption_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path):
+    lines = [{"file_name": f"{i}.png", "text": f"a\u2028{i}\x85"} for i in range(3)]
+    write(tmp_path, "metadata.jsonl", "\n".join(json.dumps(r, ensure_ascii=False) for r in lines))
+    assert load(tmp_path)["text"] == [line["text"] for line in lines]
+
+
 def test_two_tables_that_name_the_same_images_are_refused(tmp_path):
     """Else every picture would count twice."""
     write(tmp_path, "metadata.csv", "file_name,text\n" + ROWS)

@@ -201,7 +201,10 @@ def test_a_network_tells_what_it_learned_from(images, tmp_path, monkeypatch):
         build_extractor(again, torch.device("cpu"))
 
 
-def test_evaluation_does_not_learn_from_the_images_to_protect(images, tmp_path):
+def test_evaluation_does_not_learn_from_the_images_to_protect(images, tmp_path, run_script):
+    words = ["--synthetic", tmp_path, "--extractor", "classifier", "--public_data", images]
+    run = run_script("evaluate.py", *words, "--test_data_dir", images)
+    assert run.returncode == 2 and "or the test images be --test_is_public" in run.stderr
     extractor = ExtractorArguments("classifier", public_data=[str(images)])
     own, elsewhere = {"test_data_dir": str(images)}, {"test_data_dir": str(tmp_path / "elsewhere")}
     private = elsewhere | {"private_data_dir": str(images)}

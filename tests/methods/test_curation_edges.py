@@ -111,8 +111,8 @@ def test_classes_of_one_side_alone_are_told_of_before_anything_is_spent(capsys):
         return capsys.readouterr().err
 
     said = match(rows, "cat", "x y")
-    assert "only the private images have the classes x_y" in said
-    assert "only --synthetic have the classes x y" in said
+    assert "only the private images have the classes x_y," in said
+    assert "only the images of --synthetic have the classes x y," in said
     assert match(rows, "x_y", "cat") == "" == match(unnamed, "cat", "dog")
 
 

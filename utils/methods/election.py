@@ -34,7 +34,7 @@ from utils.ledger.statement import (
     describe_cost,
     list_doubts,
 )
-from utils.methods.classes import Classes, Nearest, build_nearest
+from utils.methods.classes import SHOWN, Classes, Nearest, build_nearest
 from utils.methods.planning import PrivateRows
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import SecretRandomness
@@ -233,12 +233,14 @@ def _warn_of_other_classes(names: list[str], feature: object) -> None:
         return
     for lacking, side in (
         ([name for name in known if name not in names], "the private images"),
-        ([name for name in names if name not in known], "--synthetic"),
+        ([name for name in names if name not in known], "the images of --synthetic"),
     ):
         if lacking and PartialState().is_main_process:
+            more = [f"{len(lacking) - SHOWN} more"] if len(lacking) > SHOWN else []
             print(
-                f"warning: only {side} have the classes {', '.join(lacking)}: their images count "
-                "for nothing; if that is a name spelled in two ways, draw the set anew first",
+                f"warning: only {side} have the classes {', '.join(lacking[:SHOWN] + more)}, which "
+                "nothing on the other side matches; if that is a name spelled in two ways, draw "
+                "the set anew first",
                 file=sys.stderr,
             )
 
