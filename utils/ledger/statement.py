@@ -30,9 +30,9 @@ class Circumstances:
         base: the verified statement of the base model, if that is a private result itself.
         base_checksum: of the base model's weights (`training.checksum`); None without a model.
         is_base_known: whether anyone could tell that (`fetch_statement`).
-        is_stopped: whether it, or what it builds on, was to take more steps: that would have been paid for whatever was
-            looked at, and fewer are only if nobody chose how many by looking (Rogers et al. 2016:
-            an odometer is no filter).
+        is_stopped: whether it, or what it builds on, was to take more steps: that would have been
+            paid for whatever was looked at, and fewer are only if nobody chose how many by looking
+            (Rogers et al. 2016: an odometer is no filter).
     """
 
     is_private: bool = True
