@@ -41,6 +41,10 @@ CAPTION = ["--label_column", "label", "--caption_template", "the digit {label}"]
 BUDGET = ["--target_epsilon", "8", "--target_delta", "1e-3"]
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what was imported is never garbage, and no test need look through it
+
+
 def few_fast(cases, fast: int = 1) -> list:
     """`cases` of a test, all but the first of which `make test` leaves to `make test-all`."""
     cases, marks = [c if isinstance(c, tuple) else (c,) for c in cases], pytest.mark.slow

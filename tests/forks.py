@@ -9,6 +9,7 @@ Code that must do without this repository needs a process of its own.
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from utils.privacy.accounting import account, calibrate_noise_multiplier, membership_power
 from utils.privacy.plan import make_plan
@@ -64,6 +66,8 @@ def main():
     for library in LIBRARIES:
         importlib.import_module(library)
     remember_costs({"target_epsilon": 8.0})
+    Image.init()
+    gc.freeze()  # what was imported is never garbage, and no fork need look through it
     for line in sys.stdin:
         command, cwd, environment, streams = json.loads(line)
         child = os.fork()
