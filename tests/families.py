@@ -32,15 +32,14 @@ from transformers import (
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizerFast,
     Qwen3ForCausalLM,
     Qwen3Model,
 )
 
 from tests.family_parts import (
-    LETTERS,
     WORDS,
     build_clip,
+    build_gemma_tokenizer,
     build_qwen_tokenizer,
     build_sd_vae,
     build_t5,
@@ -168,10 +167,7 @@ def build_z_image() -> ZImagePipeline:
 
 def build_sana() -> SanaPipeline:
     """Its sampler is DPM-Solver++ on a flow, and its text encoder Gemma 2."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "▁": 5}
-    vocabulary |= {letter: len(vocabulary) + i for i, letter in enumerate(LETTERS)}
-    vocabulary |= {f"<0x{i:02X}>": len(vocabulary) + i for i in range(256)}
-    tokenizer = GemmaTokenizerFast(vocab=vocabulary, merges=[])
+    tokenizer = build_gemma_tokenizer()
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

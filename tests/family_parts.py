@@ -1,10 +1,14 @@
 """What pipelines of several families have: text encoders, tokenizers and an autoencoder, tiny."""
 
-from diffusers import AutoencoderKL
-from tokenizers import pre_tokenizers
+import inspect
+import json
+
+from diffusers import AutoencoderKL, SanaPipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    GemmaTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
     T5Config,
@@ -57,6 +61,25 @@ def build_sd_vae(**config) -> AutoencoderKL:
         use_post_quant_conv=False,
         **config,
     )
+
+
+def build_gemma_tokenizer() -> GemmaTokenizerFast:
+    """It knows the words of the instruction that Sana puts before a prompt, which is about as many
+    tokens as by its makers', not a thousand letters."""
+    told = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
+        initial_alphabet=[*LETTERS, "▁"],
+        show_progress=False,
+    )
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    learned.train_from_iterator(told, trainer)
+    model = json.loads(learned.to_str())["model"]
+    vocabulary = model["vocab"]
+    vocabulary |= {f"<0x{i:02X}>": len(vocabulary) + i for i in range(256)}
+    return GemmaTokenizerFast(vocab=vocabulary, merges=[tuple(pair) for pair in model["merges"]])
 
 
 def build_qwen_tokenizer() -> Qwen2Tokenizer:

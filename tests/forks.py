@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,12 @@ LIBRARIES = [
 ]
 
 
-def run_in_fork(command: list, cwd: Path, environment: dict) -> subprocess.CompletedProcess:
+def run_in_fork(
+    command: list, cwd: Path, environment: dict, processes: int | None = None
+) -> subprocess.CompletedProcess:
     """As `subprocess.run([sys.executable, *command], ..., capture_output=True, text=True)`, of a
-    script or, after `-m`, a module."""
+    script or, after `-m`, a module; on several processes as torchrun would start them, which end
+    together only if they notice by themselves."""
     command = list(map(str, command))
     # Libraries read these while they are imported; the token, whenever they need it.
     read = {key: value for key, value in environment.items() if key.startswith("HF_")}
@@ -44,10 +48,23 @@ def run_in_fork(command: list, cwd: Path, environment: dict) -> subprocess.Compl
     server = _start(tuple(sorted(read.items())))
     with tempfile.TemporaryDirectory() as folder:
         streams = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        print(json.dumps([command, str(cwd), environment, streams]), file=server.stdin, flush=True)
+        ranks = list_ranks(processes) if processes else [{}]
+        work = [command, str(cwd), [environment | rank for rank in ranks], streams]
+        print(json.dumps(work), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
         shown = [Path(stream).read_text() for stream in streams]
     return subprocess.CompletedProcess(command, code, *shown)
+
+
+def list_ranks(processes: int) -> list[dict]:
+    """What torchrun tells each process of one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return [{name: str(value) for name, value in rank.items()} for rank in each]
 
 
 @functools.lru_cache(maxsize=2)  # the process ends with its pipes
@@ -69,11 +86,14 @@ def main():
     Image.init()
     gc.freeze()  # what was imported is never garbage, and no fork need look through it
     for line in sys.stdin:
-        command, cwd, environment, streams = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            return run(command, cwd, environment, streams)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
+        command, cwd, environments, streams = json.loads(line)
+        children = []
+        for environment in environments:
+            children.append(os.fork())
+            if children[-1] == 0:
+                return run(command, cwd, environment, streams)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next(filter(None, codes), 0), file=replies, flush=True)
 
 
 def remember_costs(changes: dict):

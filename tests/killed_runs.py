@@ -1,5 +1,6 @@
-"""Kill training with SIGKILL, at chosen and at random moments, resume it, and look at the books.
+"""Kill training with SIGKILL, at chosen or at random moments, resume it, and look at the books.
 
+    python -m tests.killed_runs BASE IMAGES FOLDER
     python -m tests.killed_runs BASE IMAGES FOLDER --random 20
 
 After each kill the run is resumed until it is published. Then ledger, checkpoints, privacy.json
@@ -193,7 +194,7 @@ def main():
     parser = argparse.ArgumentParser()
     for name in ("base", "images", "folder"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--random", type=int, default=20)
+    parser.add_argument("--random", type=int, default=0, help="so many kills, instead of chosen")
     parser.add_argument("--late_release", action="store_true", help="the loop, broken on purpose")
     args = parser.parse_args()
     arguments = train_arguments(args.base, args.images, args.folder / "reference")[:-2]
@@ -215,7 +216,8 @@ def main():
     outcomes = []
     if args.late_release:
         trial(arguments, args.folder / "late", planned, release_after_the_checkpoint)
-    for number, (where, prepare) in enumerate(POINTS.items()):
+    chosen = {} if args.random else POINTS
+    for number, (where, prepare) in enumerate(chosen.items()):
         print(where, flush=True)
         outcomes.append(trial(arguments, args.folder / f"point-{number}", planned, prepare))
         assert outcomes[-1]["killed"], f"never got to the point: {where}"

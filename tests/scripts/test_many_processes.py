@@ -19,6 +19,7 @@ from tests.conftest import (
     train_arguments,
     train_here,
 )
+from tests.forks import run_in_fork
 from utils.ledger.checkpoints import list_steps
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
@@ -91,22 +92,25 @@ if accelerator.is_main_process:
 def launch(processes: int, tmp_path, mutant: str = "none") -> dict:
     script, output = tmp_path / "worker.py", tmp_path / f"{processes}.pt"
     script.write_text(WORKER)
-    run = together(processes, script, output, mutant).communicate()
-    assert output.exists(), run[1]
+    run = forked(processes, script, output, mutant)
+    assert output.exists(), run.stderr
     return torch.load(output)
 
 
+def forked(processes: int, script: Path, *arguments) -> subprocess.CompletedProcess:
+    """Run a script on several processes of this machine (gloo), without torchrun, in seconds."""
+    environment = quiet_environment() | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return run_in_fork([script, *arguments], ROOT, environment, processes)
+
+
 def together(processes: int, script: Path, *arguments) -> subprocess.Popen:
-    """Start a script on several processes of this machine (gloo)."""
+    """Start a script on several processes of this machine (gloo), under torchrun."""
     # Not `accelerate launch --cpu`, which starts one process whatever it is told.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", processes, script, *arguments]
-    environment = quiet_environment() | {"PYTHONPATH": str(ROOT)}
-    if Path(script).parent != ROOT:  # the repository's scripts see to it themselves
-        environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
-        list(map(str, command)), env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        list(map(str, command)), env=quiet_environment() | {"PYTHONPATH": str(ROOT)}, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -132,8 +136,9 @@ def test_two_and_three_processes_do_what_one_does(tmp_path):
 
 
 def test_noise_on_every_process_is_caught(tmp_path):
+    noise = launch(2, tmp_path, "noise_on_every_process")["noise"]
     with pytest.raises(AssertionError):
-        assert_noise_once(launch(2, tmp_path, "noise_on_every_process")["noise"])
+        assert_noise_once(noise)
 
 
 def test_noise_on_the_wrong_process_is_caught(tmp_path):
@@ -158,7 +163,7 @@ def test_accelerate_seed_reaches_no_secret_on_any_process(tmp_path):
     )
     runs = []
     for name in ("a.pt", "b.pt"):
-        together(2, script, tmp_path / name).communicate()
+        forked(2, script, tmp_path / name)
         runs.append(torch.load(tmp_path / name))
     (first, plain), (second, again) = runs
     assert torch.equal(plain[0], plain[1]) and torch.equal(plain, again)
