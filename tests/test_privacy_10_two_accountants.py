@@ -18,6 +18,7 @@ from utils.privacy.accounting import (
     REPLACE_ONE,
     account,
     calibrate_noise_multiplier,
+    epsilon_curve,
     pld_epsilon,
     prv_epsilon,
 )
@@ -52,6 +53,17 @@ def test_whole_batches_equal_the_exact_gaussian_epsilon(sigma, steps):
     exact = gaussian_epsilon(1e-5, sigma / math.sqrt(steps))
     ours = pld_epsilon([event(sigma, steps=steps)], 1e-5)
     assert exact - 1e-9 <= ours <= exact + 0.02 + 0.001 * exact
+
+
+def test_what_was_asked_before_with_the_same_beginning_changes_nothing():
+    first, others = 2.0, (1.0, 3.0, 1.5)
+    for relation, sensitivity in ((ADD_OR_REMOVE_ONE, 1), (REPLACE_ONE, 2)):
+        for other in others:
+            exact = gaussian_epsilon(1e-5, (first**-2 + other**-2) ** -0.5 / sensitivity)
+            ours = pld_epsilon([event(first), event(other)], 1e-5, relation)
+            assert exact - 1e-9 <= ours <= exact + 0.02
+        alone = epsilon_curve([event(first)], [1e-5], relation)
+        assert alone == [pytest.approx(gaussian_epsilon(1e-5, first / sensitivity), abs=0.02)]
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
