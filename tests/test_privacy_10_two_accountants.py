@@ -66,6 +66,12 @@ def test_what_was_asked_before_with_the_same_beginning_changes_nothing():
         assert alone == [pytest.approx(gaussian_epsilon(1e-5, first / sensitivity), abs=0.02)]
 
 
+def test_a_ledger_of_a_thousand_events_is_accounted_for():
+    events = [event(50 + i / 10) for i in range(1200)]
+    exact = gaussian_epsilon(1e-5, sum(e["noise_multiplier"] ** -2 for e in events) ** -0.5)
+    assert exact - 1e-9 <= pld_epsilon(events, 1e-5) <= exact + 1.2  # each rounds up by 1e-3
+
+
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
 def test_replacing_one_is_twice_the_sensitivity(sigma):
     exact = gaussian_epsilon(1e-5, sigma / 2)

@@ -41,9 +41,13 @@ def _list_numbers(events: list[dict]) -> Numbers:
     return tuple((e["noise_multiplier"], e["sampling_rate"], e["steps"]) for e in events)
 
 
-def _dp_event(sigma: float, rate: float, steps: int) -> dp_accounting.DpEvent:
-    sampled = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
-    return dp_accounting.SelfComposedDpEvent(sampled, steps)
+def _dp_event(numbers: Numbers) -> dp_accounting.DpEvent:
+    composed = []
+    for sigma, rate, steps in numbers:
+        gaussian = dp_accounting.GaussianDpEvent(sigma)
+        sampled = dp_accounting.PoissonSampledDpEvent(rate, gaussian)
+        composed.append(dp_accounting.SelfComposedDpEvent(sampled, steps))
+    return dp_accounting.ComposedDpEvent(composed)
 
 
 def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
@@ -59,10 +63,13 @@ def _pld_epsilon(numbers: Numbers, delta: float, relation) -> float:
 
 @functools.lru_cache(maxsize=16)  # each is megabytes where epsilon is in the hundreds
 def _compose(numbers: Numbers, relation) -> PLDAccountant:
-    if not numbers:
-        return PLDAccountant(relation, PLD_INTERVAL)
-    # What came before the last event is asked for again and again, with other noise after it.
-    return copy.deepcopy(_compose(numbers[:-1], relation)).compose(_dp_event(*numbers[-1]))
+    before = copy.deepcopy(_compose_prior(numbers[:-1], relation))
+    return before.compose(_dp_event(numbers[-1:]))
+
+
+@functools.lru_cache(maxsize=4)  # a search for the noise of the last event asks for it each time
+def _compose_prior(numbers: Numbers, relation) -> PLDAccountant:
+    return PLDAccountant(relation, PLD_INTERVAL).compose(_dp_event(numbers))
 
 
 def pld_both_relations(events: list[dict], delta: float) -> dict[str, float]:
