@@ -48,7 +48,7 @@ def run_in_fork(
     server = _start(tuple(sorted(read.items())))
     with tempfile.TemporaryDirectory() as folder:
         streams = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        ranks = list_ranks(processes) if processes else [{}]
+        ranks = _list_ranks(processes) if processes else [{}]
         work = [command, str(cwd), [environment | rank for rank in ranks], streams]
         print(json.dumps(work), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
@@ -56,7 +56,7 @@ def run_in_fork(
     return subprocess.CompletedProcess(command, code, *shown)
 
 
-def list_ranks(processes: int) -> list[dict]:
+def _list_ranks(processes: int) -> list[dict]:
     """What torchrun tells each process of one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

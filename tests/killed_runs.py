@@ -139,6 +139,7 @@ def release_after_the_checkpoint():
 
 def in_a_child(arguments: list, prepare=None, seconds: float | None = None, script=train_dp_lora):
     """Run a script in a fork, killed after `seconds`; returns its wait status."""
+    gc.freeze()  # what was imported is never garbage, and no fork need look through it
     child = os.fork()
     if child == 0:
         try:
@@ -204,7 +205,6 @@ def main():
     arguments[at : at + 2] = ["--noise_multiplier", SIGMA]
 
     remember_costs({"noise_multiplier": SIGMA, "steps": STEPS})
-    gc.freeze()  # what was imported is never garbage, and no fork need look through it
     start = time.time()
     assert in_a_child([*arguments, "--output_dir", args.folder / "reference"]) == 0
     whole = time.time() - start
