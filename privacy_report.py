@@ -143,7 +143,7 @@ def rehearse_run(args: PlanArguments, config: dict) -> dict:
     for stage in ("release_means", "select_saliency"):
         if config.get(stage) is not None:
             words += [f"--{stage}", "false"]
-            print(f"planned as if there were no --{stage}, which takes a share of the budget")
+            print(f"planned as if there were no --{stage}: {script}.py --dry_run plans all")
     before, shown = sys.argv, io.StringIO()
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(shown):
         sys.argv = [f"{script}.py", "--config", args.config, "--dry_run", *words]

@@ -50,14 +50,11 @@ def main():
     from utils.methods.saliency_file import read_saliency
     from utils.models.lora import add_lora, describe_lora, save_lora
 
+    common, to_come = (model, data, privacy, training, hub), ()
     if stages.release_means or stages.select_saliency:
         from utils.methods.first_stages import do_first_stages
 
-        stages = do_first_stages(
-            stages, (model, data, privacy, training, hub), lora, saliency, means
-        )
-        if stages is None:
-            return  # a dry run: the plans of all stages were printed
+        stages, lora, to_come = do_first_stages(stages, common, lora, saliency, means)
     if stages.saliency_file is not None:
         lora = replace(lora, target_modules=read_saliency(stages.saliency_file).selected)
     method = Method(
@@ -67,8 +64,9 @@ def main():
         describe_lora,
         lora,
         stages,
+        to_come=to_come,
     )
-    run_method(method, model, data, privacy, training, hub)
+    run_method(method, *common)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,29 @@ import json
 
 import pytest
 
-from tests.conftest import BUDGET, read_json, train_arguments, train_here
+from tests.conftest import BUDGET, CAPTION, read_json, train_arguments, train_here
 from tests.families import build_family
 from utils.errors import UsageError
 from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.verification import find_problems, read_source
+from utils.methods.saliency_file import read_saliency
 from utils.sampling.shards import hash_set
 
 SMALL = ["--generator_steps", 2, "--num_synthetic_images", 40, "--num_frequencies", 50]
 PICK = ["--select_saliency"]
 STAGES = ["--release_means", "--select_saliency", "--warm_start_steps", 2, "--top_ratio", "0.5"]
+
+
+def read_plans(shown: str) -> list[dict]:
+    """Every JSON document of what a dry run printed."""
+    decoder, plans = json.JSONDecoder(), []
+    while "{" in shown:
+        plan, end = decoder.raw_decode(shown := shown[shown.index("{") :])
+        plans.append(plan)
+        shown = shown[end:]
+    return plans
 
 
 def charged(run):
@@ -144,12 +155,45 @@ def test_three_stages_fit_into_a_cap_that_is_their_target(tiny_base, image_folde
     """What was released before a selection is paid for: it is not counted twice."""
     words = [*SMALL, *STAGES, "--total_epsilon", 8]
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *words)
-    shown = train_here([*arguments, "--dry_run"]).split("training, after it: ")[1]
-    told = json.JSONDecoder().raw_decode(shown)[0]
+    plans = read_plans(train_here([*arguments, "--dry_run"]))
+    assert [plan["purpose"] for plan in plans] == ["means", "selection", "training"]
+    assert charged(tmp_path / "run") == []
     assert "saved the weights" in train_here(arguments)
     events = charged(tmp_path / "run")
     assert [e["purpose"] for e in events] == ["means", "selection", "training"]
-    assert told["noise_multiplier"] == pytest.approx(events[-1]["noise_multiplier"], rel=1e-3)
+    assert plans[-1]["prior"] == events[:-1]
+    assert plans[-1]["noise_multiplier"] == events[-1]["noise_multiplier"]
+
+
+def test_a_dry_run_judges_the_training_after_means(tiny_base, image_folder, tmp_path, capsys):
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", image_folder]
+    arguments += [*CAPTION, *BUDGET, "--output_dir", tmp_path / "run", *SMALL, "--dry_run"]
+    alone = read_plans(train_here(arguments))[-1]
+    assert "a warm start: --release_means" in capsys.readouterr().err
+    means, after = read_plans(train_here([*arguments, "--release_means"]))
+    said = capsys.readouterr().err
+    assert "verdict: " in said and "a warm start" not in said.split("verdict: ")[1]
+    assert "less after a warm start" in said
+    assert after["epsilon"]["add_or_remove_one"] > means["epsilon"]["add_or_remove_one"]
+    assert after["verdict"]["in_all"] > alone["verdict"]["in_all"]  # of what the means leave
+    assert after["trainable_parameters"] == alone["trainable_parameters"]
+    assert len(list((tmp_path / "run").rglob("ledger.jsonl"))) == 0
+
+
+def test_a_dry_run_judges_as_many_matrices_as_will_be_selected(
+    tiny_base, image_folder, tmp_path, capsys
+):
+    more = [*PICK, "--top_count", 2]
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL, *more)
+    planned = read_plans(train_here([*arguments, "--dry_run"]))[-1]
+    said = capsys.readouterr().err
+    assert "would select 2 of " in said and "as many at random" in said
+    assert "saved the weights" in train_here(arguments)
+    assert len(read_saliency(tmp_path / "run" / "selection" / "saliency.json").selected) == 2
+    assert planned["noise_multiplier"] == charged(tmp_path / "run")[-1]["noise_multiplier"]
+    arguments[-1] = 9
+    more = read_plans(train_here([*arguments, "--output_dir", tmp_path / "other", "--dry_run"]))[-1]
+    assert planned["trainable_parameters"] < more["trainable_parameters"]
 
 
 def test_a_selection_after_a_warm_start_shares_its_ledger(tiny_base, image_folder, tmp_path):

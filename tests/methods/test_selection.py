@@ -171,11 +171,9 @@ def test_nothing_is_selected_where_training_could_not_follow(tiny_base, image_fo
 
 
 def test_a_dry_run_shows_both_plans_and_spends_nothing(tiny_base, image_folder, tmp_path):
-    arguments = train_arguments(
-        tiny_base, image_folder, tmp_path / "run", "--select_saliency", "--dry_run"
-    )
-    said = train_here(arguments)
-    assert '"purpose": "selection"' in said and "training, after it" in said, said
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--dry_run")
+    plan = json.loads(train_here(arguments, "select_saliency"))
+    assert (plan["purpose"], plan["training_after_it"]["purpose"]) == ("selection", "training")
     assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()
 
 

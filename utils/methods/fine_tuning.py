@@ -68,6 +68,7 @@ class Method:
         settings: the method's arguments; a run that is resumed must have the same.
         stages: what it builds on: a selection, a warm start.
         rate: see `PublicFacts`.
+        to_come: events of first stages that a dry run planned, and that nothing was paid for yet.
     """
 
     name: str
@@ -77,6 +78,12 @@ class Method:
     settings: object
     stages: StageArguments
     rate: float = ADAPTER_RATE
+    to_come: tuple[dict, ...] = ()
+
+    def has_warm_start(self) -> bool:
+        """Also one that is only planned."""
+        planned = any(event["purpose"] == "means" for event in self.to_come)
+        return planned or bool(self.stages.warm_start)
 
 
 def run_method(
@@ -103,7 +110,7 @@ def run_method(
     method.adapt(stage.pipeline)
     modules, data = leave_out_unused(stage.pipeline, stage.resolution), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training, stage.pipeline, method.stages.warm_start)
-    facts = collect_facts(modules, found.num_units, method.rate, method.stages.warm_start)
+    facts = collect_facts(modules, found.num_units, method.rate, method.has_warm_start())
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
@@ -158,6 +165,7 @@ def make_plan_for(
         lambda: find_earlier_stages(method.stages, output_dir, privacy, base, stage.base_statement)
     )
     terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
+    prior += method.to_come
     return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)
 
 

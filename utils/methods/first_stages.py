@@ -23,7 +23,7 @@ from utils.methods.means import read_means, run_release
 from utils.methods.planning import ALONE, OtherStages, check_later_training
 from utils.methods.public_passes import leave_out_unused
 from utils.methods.publishing import check_repository
-from utils.methods.saliency_file import read_saliency
+from utils.methods.saliency_file import Saliency, read_saliency
 from utils.methods.selection import plan_selection, run_selection
 from utils.methods.stages import find_base_statement, load_stage, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger
@@ -41,9 +41,12 @@ def do_first_stages(
     lora: LoraArguments,
     saliency: SaliencyArguments,
     means: MeansArguments,
-) -> BothStagesArguments | None:
+) -> tuple[BothStagesArguments, LoraArguments, tuple[dict, ...]]:
     """Do what `--release_means` and `--select_saliency` ask for, unless an earlier attempt at this
-    run has paid for it; returns the stages to build on, or None after a dry run.
+    run has paid for it. Returns the stages to build on, `lora`, and nothing.
+
+    After a dry run the stages lack what was not made, `lora` adapts as many matrices as will be
+    selected, at random, and the events of what was planned are returned, too.
 
     Raises:
         UsageError: see `run_release` and `run_selection`; or an earlier attempt had other settings.
@@ -52,20 +55,24 @@ def do_first_stages(
     check_repository(hub, privacy, training)
     check_adapter(model, data, privacy, training, lora)
     privacy = _share(join_ledger(privacy, stages), training)
-    made, others = [], ALONE
+    others, to_come = ALONE, []
     if stages.release_means:
         later = saliency if stages.select_saliency else None
         found, plan = release_first(model, data, privacy, training, means, later)
-        made.append(found)
-        stages = replace(stages, release_means=False, warm_start=[str(found)])
-        others = OtherStages(to_come=(plan.event(),)) if plan is not None else ALONE
+        to_come = [plan.event()] if plan is not None and training.dry_run else []
+        stages = replace(stages, release_means=False, warm_start=None if to_come else [str(found)])
+        others = OtherStages(to_come=tuple(to_come))
     if stages.select_saliency:
-        if stages.warm_start is not None and all(path.exists() for path in made):
+        if stages.warm_start is not None:
             others = OtherStages(spent=list_spent(stages, model, data, privacy, training))
-        found = select_first(model, data, privacy, training, lora, saliency, others)
-        made.append(found)
-        stages = replace(stages, select_saliency=False, saliency_file=str(found))
-    return stages if all(path.exists() for path in made) else None
+        found, planned = select_first(model, data, privacy, training, lora, saliency, others)
+        stages = replace(stages, select_saliency=False)
+        if planned is None:
+            stages = replace(stages, saliency_file=str(found))
+        else:
+            lora = replace(lora, target_modules=planned.selected)
+            to_come += [] if planned.event is None else [planned.event]
+    return stages, lora, tuple(to_come)
 
 
 def check_adapter(
@@ -94,8 +101,9 @@ def select_first(
     lora: LoraArguments,
     args: SaliencyArguments,
     others: OtherStages,
-) -> Path:
-    """Select into OUTPUT_DIR/selection; returns the saliency file, which a dry run does not make.
+) -> tuple[Path, Saliency | None]:
+    """Select into OUTPUT_DIR/selection; returns the saliency file, or what stands for it in a dry
+    run, which does not make it.
 
     Args:
         others: that the training builds on, too.
@@ -107,10 +115,9 @@ def select_first(
     found = folder / SALIENCY
     if found.exists():
         _refuse_changes(found, read_saliency(found).settings, asdict(args))
-        return found
+        return found, None
     within = _make_room(training, folder, "selection")
-    run_selection(model, data, privacy, within, lora, args, others)
-    return found
+    return found, run_selection(model, data, privacy, within, lora, args, others)
 
 
 def release_first(

@@ -23,12 +23,12 @@ from utils.privacy.verdict import judge
 
 
 def collect_facts(
-    modules: nn.Module, num_units: int, rate: float, warm_start: list[str] | None = None
+    modules: nn.Module, num_units: int, rate: float, has_warm_start: bool = False
 ) -> PublicFacts:
     """What the choice of a plan depends on; all is public.
 
     Args:
-        modules: they hold what trains. warm_start: the sets to start from, if any.
+        modules: they hold what trains. rate, has_warm_start: see `PublicFacts`.
 
     Raises:
         UsageError: nothing trains.
@@ -37,7 +37,7 @@ def collect_facts(
     if not trained:
         raise UsageError("no parameter is trainable, so there is nothing to train privately")
     num_parameters = sum(shape.numel() for shape in trained)
-    return PublicFacts(num_units, num_parameters, median_width(trained), rate, bool(warm_start))
+    return PublicFacts(num_units, num_parameters, median_width(trained), rate, has_warm_start)
 
 
 class JudgedPlans:

@@ -1,6 +1,6 @@
 """The story of a selection: score, release with noise, keep, publish (DP-SAPF's first stage)."""
 
-import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -59,9 +59,9 @@ def run_selection(
     lora: LoraArguments,
     args: SaliencyArguments,
     others: OtherStages = ALONE,
-) -> None:
+) -> Saliency | None:
     """Rank matrices by the private images, and publish the selection in `training.output_dir`.
-    The training will build on `others`, too.
+    The training will build on `others`, too. Returns as many matrices at random in a dry run.
 
     Raises:
         UsageError: bad input of any kind, before an image is read where that is possible.
@@ -72,8 +72,7 @@ def run_selection(
     scoring = build_scoring(list(candidates), args)
     keep = build_keep(candidates, scoring, lora)
     if args.mechanism == "random":  # reads nothing, costs nothing
-        choose_at_random(stage, scoring, keep, args, training)
-        return
+        return select_at_random(stage, scoring, keep, args, training)
 
     # Plan the one release, and reserve it.
     data = adopt_template(data, model)
@@ -89,11 +88,11 @@ def run_selection(
     plan_for = make_plan_for(data, privacy, training, args, scoring, others, told)
     if training.dry_run:
         plan, left_out = preview(found, privacy, training, side, told, plan_for)
-        accelerator.print(describe(plan, engine, unit_bytes, training, left_out))
         later = plan_later(plan)
-        if later is not None:
-            accelerator.print("training, after it:", json.dumps(later.event(), indent=2))
-        return
+        more = {"training_after_it": None if later is None else later.event()}
+        accelerator.print(describe(plan, engine, unit_bytes, training, left_out, **more))
+        stand_in = select_at_random(stage, scoring, replace(keep, plan=later), args, training)
+        return replace(stand_in, event=plan.event())
     agreed = collect_settings("selection", args, data, training)
     agreed["base_model_checksum"] = stage.base_checksum
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
@@ -120,19 +119,26 @@ def find_used_candidates(stage: Stage, scope: str) -> dict[str, nn.Module]:
     return {name: module for name, module in candidates.items() if module.weight.requires_grad}
 
 
-def choose_at_random(
+def select_at_random(
     stage: Stage,
     scoring: Scoring,
     keep: Keep,
     args: SaliencyArguments,
     training: TrainingArguments,
-) -> None:
-    """Select without looking at the private images."""
-    scores = np.random.default_rng(training.seed).random(len(scoring.candidates))
-    saliency = conclude(scores, scoring, keep, args, stage.base_checksum)
-    if not training.dry_run:
-        on_main_process(lambda: export(saliency, Path(training.output_dir)))
-    stage.accelerator.print(describe_selection(saliency, training))
+) -> Saliency | None:
+    """Select without looking at the private images, by scores that add up to the most that a unit
+    gives; return that in a dry run, and else publish it."""
+    seed = training.seed or 0 if training.dry_run else training.seed  # a plan is everywhere alike
+    scores = np.random.default_rng(seed).random(len(scoring.names))
+    saliency = conclude(scores / scores.sum(), scoring, keep, args, stage.base_checksum)
+    sentence = describe_selection(saliency, training)
+    if training.dry_run:
+        if stage.accelerator.is_main_process:
+            print(f"{sentence}; as many at random stand for them here", file=sys.stderr)
+        return saliency
+    on_main_process(lambda: export(saliency, Path(training.output_dir)))
+    stage.accelerator.print(sentence)
+    return None
 
 
 def announce(stage: Stage, plan: PrivacyPlan, run: Run, num_candidates: int) -> str:
