@@ -1,5 +1,6 @@
 """Clauses 2, 3 and 4 hold however many processes share the work (gloo, on the CPU)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -207,6 +208,15 @@ def test_a_mistake_that_one_process_sees_ends_all(tiny_base, image_folder, tmp_p
     process = together(2, ROOT / "train_dp_lora.py", *arguments)
     said = process.communicate(timeout=60)[1]
     assert process.returncode != 0 and "already holds files" in said
+
+
+def test_a_dry_run_of_two_processes_says_what_it_takes(tiny_base, image_folder, tmp_path):
+    output = tmp_path / "run"
+    arguments = train_arguments(tiny_base, image_folder, output, "--dry_run")
+    run = forked(2, ROOT / "train_dp_lora.py", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["forecast"]["hours"] > 0
+    assert list((output / "private" / "latents").iterdir()) == []
 
 
 def list_children(parent: int) -> list[int]:

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from utils.data.encoded_files import (
 from utils.data.images import PERCENT, read_pixel_batches, scale_to_unit_range
 from utils.data.private_set import PrivateSet
 from utils.errors import UsageError, on_main_process
-from utils.files import CACHE, DATA_SHEET, LATENTS, private_folder
+from utils.files import CACHE, DATA_SHEET, LATENTS, explain_disk_errors, private_folder
 from utils.ledger.runs import FIRST_MEANS, SELECTION
 from utils.models.families import find_family
 from utils.models.pipelines import trains_text
@@ -230,6 +231,30 @@ def choose_latents_folder(training: TrainingArguments) -> Path:
     if training.latents_dir is not None:
         return Path(training.latents_dir)
     return private_folder(training.output_dir) / LATENTS
+
+
+@contextmanager
+def encode_aside(training: TrainingArguments) -> Iterator[TrainingArguments]:
+    """The arguments with a folder of latents of its own, where those of the run would be, on a disk
+    that all processes share; it is deleted afterwards.
+
+    Raises:
+        UsageError: the disk does not take it.
+    """
+    beside = choose_latents_folder(training)
+
+    def make() -> str:
+        with explain_disk_errors(beside):
+            beside.mkdir(parents=True, exist_ok=True)
+            return mkdtemp(dir=beside)
+
+    folder = on_main_process(make)
+    try:
+        yield replace(training, latents_dir=folder)
+        PartialState().wait_for_everyone()
+    finally:
+        if PartialState().is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard_copies(output_dir: Path, encoded_dir: Path | None) -> None:

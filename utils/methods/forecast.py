@@ -5,13 +5,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from tempfile import TemporaryDirectory
 
 import torch
 
 from utils.arguments.training import TrainingArguments
 from utils.audit.replay import make_noise_units
-from utils.data.latent_files import TEXT_LIMIT, images_at_once
+from utils.data.latent_files import TEXT_LIMIT, encode_aside, images_at_once
 from utils.data.latents import prepare_losses
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import Memory, measure_memory
@@ -90,8 +89,7 @@ def foresee(
     captions = find_family(stage.pipeline).public_captions
     blanks = make_noise_units(min(size, FEW_IMAGES), captions, stage.resolution, many_rows=False)
     indices = torch.arange(size) % len(blanks.captions)
-    with TemporaryDirectory() as folder:
-        within = replace(training, latents_dir=folder)
+    with encode_aside(training) as within:
         with measure_memory(device) as encoding:
             compute_losses, _ = prepare_losses(
                 stage.pipeline,
