@@ -157,6 +157,21 @@ def test_a_public_warm_start_costs_nothing(tiny_base, image_folder, tmp_path):
     assert [e["purpose"] for e in statement["events"]] == ["training"]
 
 
+@pytest.mark.parametrize("script, more", [("train_dp_ldm", []), ("train_dp_loda", ["--rank", 2])])
+def test_what_other_methods_train_starts_from_a_set_too(
+    released, tiny_base, image_folder, tmp_path, run_script, script, more
+):
+    """In a process of its own, which a norm whose input asks for no gradient would end."""
+    copy = tmp_path / "means"
+    shutil.copytree(released, copy)
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
+    arguments += ["--warm_start", copy / "set", "--warm_start_steps", 3]
+    run = run_script(f"{script}.py", *arguments)
+    assert run.returncode == 0 and "saved the weights" in run.stdout, run.stderr
+    events = read_json(tmp_path / "run" / "privacy.json")["events"]
+    assert [e["purpose"] for e in events] == ["means", "training"]
+
+
 def test_one_command_splits_the_budget(tiny_base, image_folder, tmp_path):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL)
     arguments += ["--release_means", "--warm_start_steps", 2, "--release_share", 0.25]

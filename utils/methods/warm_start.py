@@ -107,6 +107,9 @@ def warm_up(
         noise = torch.randn(latents[rows].shape, generator=draws)
         batch = (t.to(accelerator.device) for t in (latents[rows], noise, quantiles))
         clean, noise, quantiles = batch
+        # On a CPU, PyTorch 2.13 crashes in the backward pass of a GroupNorm that trains and whose
+        # input, in channels_last, asks for no gradient.
+        clean.requires_grad_()
         with accelerator.autocast():
             if text is None:
                 shown = family.encode_text([captions[row] for row in rows.tolist()], side)
