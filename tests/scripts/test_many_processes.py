@@ -219,6 +219,13 @@ def test_a_dry_run_of_two_processes_says_what_it_takes(tiny_base, image_folder, 
     assert list((output / "private" / "latents").iterdir()) == []
 
 
+def test_an_audit_is_of_one_process(tiny_base, tmp_path):
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "audit"]
+    run = forked(2, ROOT / "audit_privacy.py", *arguments)
+    assert run.returncode == 2 and "an audit needs one process" in run.stderr
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+
+
 def list_children(parent: int) -> list[int]:
     found = subprocess.run(
         ["ps", "--ppid", str(parent), "-o", "pid="], capture_output=True, text=True

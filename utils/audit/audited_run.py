@@ -23,6 +23,7 @@ from utils.audit.replay import SetUp, replay
 from utils.data.latents import Objective
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source
+from utils.errors import UsageError
 from utils.files import CACHE, LATENTS, make_private, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
@@ -145,9 +146,14 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
     """Train once, through the real loop, and measure. Returns the finding, scores included.
 
     On private images, that is recorded in a ledger.
+
+    Raises:
+        UsageError: several processes were started: each would draw other canaries.
     """
     avoid_devices_without_fp64()
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UsageError("an audit needs one process: start it with python")
     canaries = build_canaries(args, data, accelerator.device)
     plan = make_audit_plan(args, epsilon, canaries.num_units, data.privacy_unit_column)
     if names_images(data) and not args.data_is_public:
