@@ -38,7 +38,7 @@ from utils.arguments.methods import (
 )
 from utils.arguments.parsing import parse
 from utils.arguments.rehearsal import RehearsalArguments
-from utils.errors import run_script
+from utils.errors import need_one_process, run_script
 
 # What each training script takes, the arguments of its method first.
 TAKES = {
@@ -78,6 +78,7 @@ def find_method(words: list[str]) -> str:
 def main():
     taken = TAKES[find_method(sys.argv[1:])]
     args, *parsed = parse(RehearsalArguments, *SHARED, *taken, description=__doc__)
+    need_one_process("a rehearsal, whose trials run side by side (--workers),")
     model, data, privacy, training, _, settings, _, *more = parsed
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.rehearsal import run_rehearsal

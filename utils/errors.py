@@ -177,6 +177,12 @@ def _lost_a_process(error: BaseException) -> bool:
     return _world_size() > 1 and from_network
 
 
+def need_one_process(what: str) -> None:
+    """Raises: UsageError if several processes were started for `what`, which is the work of one."""
+    if _world_size() > 1:
+        raise UsageError(f"{what} needs one process: start it with python")
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

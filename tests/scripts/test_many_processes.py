@@ -201,6 +201,20 @@ def test_a_run_of_two_processes_publishes_and_one_process_resumes_it(
 
 
 @pytest.mark.slow
+def test_first_stages_share_two_processes(tiny_base, image_folder, tmp_path):
+    output = tmp_path / "run"
+    more = ["--release_means", "--generator_steps", 2, "--num_synthetic_images", 40]
+    more += ["--num_frequencies", 50, "--warm_start_steps", 2, "--select_saliency"]
+    run = forked(
+        2, ROOT / "train_dp_lora.py", *train_arguments(tiny_base, image_folder, output, *more)
+    )
+    assert run.returncode == 0 and run.stdout.count("saved the weights") == 1, run.stderr
+    assert not find_problems(read_source(str(output), None))
+    events = read_json(output / "privacy.json")["events"]
+    assert [e["purpose"] for e in events] == ["means", "selection", "training"]
+
+
+@pytest.mark.slow
 def test_a_mistake_that_one_process_sees_ends_all(tiny_base, image_folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "other.txt").write_text("somebody else's")
@@ -219,10 +233,21 @@ def test_a_dry_run_of_two_processes_says_what_it_takes(tiny_base, image_folder, 
     assert list((output / "private" / "latents").iterdir()) == []
 
 
-def test_an_audit_is_of_one_process(tiny_base, tmp_path):
-    arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "audit"]
-    run = forked(2, ROOT / "audit_privacy.py", *arguments)
-    assert run.returncode == 2 and "an audit needs one process" in run.stderr
+@pytest.mark.parametrize(
+    "script, more, what",
+    [
+        ("audit_privacy.py", [], "an audit"),
+        ("train_dp_lora.py", ["--replay_audit"], "a replay"),
+        ("rehearse.py", [], "a rehearsal"),
+    ],
+)
+def test_what_is_of_one_process_says_so(tiny_base, image_folder, tmp_path, script, more, what):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
+    if what == "an audit":
+        arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "run"]
+    run = forked(2, ROOT / script, *arguments)
+    assert run.returncode == 2 and f"error: {what}" in run.stderr, run.stderr
+    assert "needs one process: start it with python" in run.stderr
     assert not list(tmp_path.rglob("ledger.jsonl"))
 
 

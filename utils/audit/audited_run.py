@@ -23,7 +23,7 @@ from utils.audit.replay import SetUp, replay
 from utils.data.latents import Objective
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source
-from utils.errors import UsageError
+from utils.errors import need_one_process
 from utils.files import CACHE, LATENTS, make_private, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
@@ -150,10 +150,9 @@ def audit(args: AuditArguments, data: DataArguments, epsilon: float, mutant: str
     Raises:
         UsageError: several processes were started: each would draw other canaries.
     """
+    need_one_process("an audit")
     avoid_devices_without_fp64()
     accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UsageError("an audit needs one process: start it with python")
     canaries = build_canaries(args, data, accelerator.device)
     plan = make_audit_plan(args, epsilon, canaries.num_units, data.privacy_unit_column)
     if names_images(data) and not args.data_is_public:

@@ -26,7 +26,7 @@ from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
-from utils.errors import UsageError
+from utils.errors import need_one_process
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.families import find_family
 from utils.privacy import training as loop
@@ -194,8 +194,7 @@ def replay(
         UsageError: several processes were started.
     """
     accelerator, engine, resolution = setup.accelerator, setup.engine, setup.resolution
-    if accelerator.num_processes > 1:
-        raise UsageError("a replay needs one process: add --dry_run, and start it with python")
+    need_one_process("a replay, for which --dry_run is enough,")
     plan = PrivacyPlan(
         num_units=NUM_UNITS,
         expected_batch_size=NUM_UNITS / 2,
