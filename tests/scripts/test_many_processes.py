@@ -205,9 +205,8 @@ def test_first_stages_share_two_processes(tiny_base, image_folder, tmp_path):
     output = tmp_path / "run"
     more = ["--release_means", "--generator_steps", 2, "--num_synthetic_images", 40]
     more += ["--num_frequencies", 50, "--warm_start_steps", 2, "--select_saliency"]
-    run = forked(
-        2, ROOT / "train_dp_lora.py", *train_arguments(tiny_base, image_folder, output, *more)
-    )
+    arguments = train_arguments(tiny_base, image_folder, output, *more)
+    run = forked(2, ROOT / "train_dp_lora.py", *arguments)
     assert run.returncode == 0 and run.stdout.count("saved the weights") == 1, run.stderr
     assert not find_problems(read_source(str(output), None))
     events = read_json(output / "privacy.json")["events"]
