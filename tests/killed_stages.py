@@ -1,9 +1,9 @@
 """Kill every stage with SIGKILL, go on, and look at the books.
 
-    python -m tests.killed_stages BASE IMAGES FOLDER
+    python -m tests.killed_stages BASE IMAGES FOLDER STAGES
 
-One command releases means, selects and trains; curate.py or relabel.py does the last stage, in the
-same ledger.
+One command releases means, selects and trains (STAGES first); curate.py or relabel.py does the last
+stage (STAGES last), in the same ledger.
 After each kill the same command is run again. Then all must verify, no stage may be charged twice
 or with other noise. The last line is a summary in JSON.
 """
@@ -90,10 +90,53 @@ def go_on(arguments: list, output: Path, script, point=None) -> int:
     return kills
 
 
+def kill_first_stages(command: list, folder: Path, expected: list[dict]) -> int:
+    """Returns the kills, of as many POINTS."""
+    import train_dp_lora
+
+    kills = 0
+    for number, (where, point) in enumerate(POINTS.items()):
+        print(where, flush=True)
+        output = folder / f"run-{number}"
+        kills += go_on(command, output, train_dp_lora, point)
+        charged = read_charges(output / "private" / "ledger.jsonl")
+        assert charged == expected, f"{where}: charged {charged}"
+    return kills
+
+
+def kill_last_stages(base: Path, images: Path, folder: Path, expected: list[dict]) -> int:
+    """Returns the kills, of as many points of VOTING and NAMING. `folder` has the run `whole`."""
+    import sample
+
+    whole, candidates, kills = folder / "whole", folder / "candidates", 0
+    draw = ["--pretrained_model_name_or_path", base, "--adapter", whole, "--num_images", 8]
+    draw += ["--class_names", *"0123", "--caption_template", "the digit {label}"]
+    assert in_a_child([*draw, "--output_dir", candidates], script=sample) == 0
+    assert generation.SET_DIGEST in json.loads((candidates / "sampling.json").read_text())
+    weights = ROOT / "examples" / "digits" / "extractor.safetensors"
+    last = ["--synthetic", candidates, "--train_data_dir", images, "--target_delta", DELTA]
+    last += ["--label_column", "label", "--caption_template", "the digit {label}"]
+    last += ["--extractor", "classifier", "--classifier_weights", weights]
+    vote = [*last, "--rounds", ROUNDS, "--curation_epsilon", 2]
+    name = [*last, "--relabel_steps", STEPS, "--relabel_epsilon", 2, "--checkpointing_steps", 2]
+    stages = [(curate, vote, VOTING, ROUNDS), (relabel, name, NAMING, STEPS)]
+    for script, options, points, steps in stages:
+        for number, (where, point) in enumerate({"undisturbed": None, **points}.items()):
+            print(where, flush=True)
+            output = folder / f"{script.__name__}-{number}"
+            ledger = output.with_suffix(".jsonl")
+            shutil.copy(whole / "private" / "ledger.jsonl", ledger)
+            kills += go_on([*options, "--privacy_ledger", ledger], output, script, point)
+            *before, event = read_charges(ledger)
+            assert before == expected and event["steps"] == steps, f"{where}: charged {event}"
+    return kills
+
+
 def main():
     parser = argparse.ArgumentParser()
     for name in ("base", "images", "folder"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("stages", choices=["first", "last"])
     args = parser.parse_args()
     import train_dp_lora
 
@@ -109,7 +152,6 @@ def main():
     go_on(command, whole, train_dp_lora)
     expected = read_charges(whole / "private" / "ledger.jsonl")
     assert [e["purpose"] for e in expected] == ["means", "selection", "training"], expected
-    kills = 0
     for number in range(3):  # what the forks would compute again, each for seconds
         spent = account(expected[: number + 1], DELTA)
         membership_power(expected[: number + 1])
@@ -117,37 +159,12 @@ def main():
     everyone = (1.0, trained["steps"], tuple(prior))  # in every step: what a verdict asks
     calibrate_noise_multiplier(spent.add_or_remove_one, DELTA, *everyone)
     command += ["--total_epsilon", 1e-6 + spent.add_or_remove_one]  # nothing is counted twice
-    for number, (where, point) in enumerate(POINTS.items()):
-        print(where, flush=True)
-        output = args.folder / f"run-{number}"
-        kills += go_on(command, output, train_dp_lora, point)
-        charged = read_charges(output / "private" / "ledger.jsonl")
-        assert charged == expected, f"{where}: charged {charged}"
-
-    draw = ["--pretrained_model_name_or_path", args.base, "--adapter", whole, "--num_images", 8]
-    draw += ["--class_names", *"0123", "--caption_template", "the digit {label}"]
-    import sample
-
-    candidates = args.folder / "candidates"
-    assert in_a_child([*draw, "--output_dir", candidates], script=sample) == 0
-    assert generation.SET_DIGEST in json.loads((candidates / "sampling.json").read_text())
-    weights = ROOT / "examples" / "digits" / "extractor.safetensors"
-    last = ["--synthetic", candidates, "--train_data_dir", args.images, "--target_delta", DELTA]
-    last += ["--label_column", "label", "--caption_template", "the digit {label}"]
-    last += ["--extractor", "classifier", "--classifier_weights", weights]
-    vote = [*last, "--rounds", ROUNDS, "--curation_epsilon", 2]
-    name = [*last, "--relabel_steps", STEPS, "--relabel_epsilon", 2, "--checkpointing_steps", 2]
-    stages = [(curate, vote, VOTING, ROUNDS), (relabel, name, NAMING, STEPS)]
-    for script, options, points, steps in stages:
-        for number, (where, point) in enumerate({"undisturbed": None, **points}.items()):
-            print(where, flush=True)
-            output = args.folder / f"{script.__name__}-{number}"
-            ledger = output.with_suffix(".jsonl")
-            shutil.copy(whole / "private" / "ledger.jsonl", ledger)
-            kills += go_on([*options, "--privacy_ledger", ledger], output, script, point)
-            *before, event = read_charges(ledger)
-            assert before == expected and event["steps"] == steps, f"{where}: charged {event}"
-    print(json.dumps({"points": len(POINTS) + len(VOTING) + len(NAMING), "killed": kills}))
+    if args.stages == "first":
+        points, kills = len(POINTS), kill_first_stages(command, args.folder, expected)
+    else:
+        points = len(VOTING) + len(NAMING)
+        kills = kill_last_stages(args.base, args.images, args.folder, expected)
+    print(json.dumps({"points": points, "killed": kills}))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from utils.privacy.accounting import pld_epsilon
 FEW = ["--rank", 2, "--checkpointing_steps", 1, "--num_validation_images", 1]
 
 
-def kill_runs(base, images, folder, *more):
-    command = [sys.executable, "-m", "tests.killed_runs", base, images, folder, *more]
+def kill(module, *arguments):
+    """Run `tests/killed_runs.py` or `tests/killed_stages.py`."""
+    command = [sys.executable, "-m", f"tests.{module}", *arguments]
     return subprocess.run(
         list(map(str, command)), cwd=ROOT, env=quiet_environment(), capture_output=True, text=True
     )
@@ -36,7 +37,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(
     tiny_base, image_folder, tmp_path, random
 ):
     """At 19 chosen moments, or at 20 random ones; see `tests/killed_runs.py`."""
-    run = kill_runs(tiny_base, image_folder, tmp_path, "--random", random)
+    run = kill("killed_runs", tiny_base, image_folder, tmp_path, "--random", random)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.splitlines()[-1]
     print(summary)
@@ -46,7 +47,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(
 
 
 def test_a_checkpoint_before_its_release_is_caught(tiny_base, image_folder, tmp_path):
-    run = kill_runs(tiny_base, image_folder, tmp_path, "--random", 0, "--late_release")
+    run = kill("killed_runs", tiny_base, image_folder, tmp_path, "--random", 0, "--late_release")
     assert run.returncode != 0 and "that the ledger does not know" in run.stderr
 
 
@@ -218,12 +219,13 @@ def test_a_process_whose_run_went_on_elsewhere_releases_nothing_more(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_in_every_stage_loses_nothing_and_charges_once(tiny_base, image_folder, tmp_path):
-    """At 28 chosen moments of means, selection, warm start, training, curation and relabelling."""
-    command = [sys.executable, "-m", "tests.killed_stages", tiny_base, image_folder, tmp_path]
-    run = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=quiet_environment(), capture_output=True, text=True
-    )
+@pytest.mark.parametrize("stages, points", [("first", 16), ("last", 12)])
+def test_kill_9_in_every_stage_loses_nothing_and_charges_once(
+    tiny_base, image_folder, tmp_path, stages, points
+):
+    """At chosen moments of means, selection, warm start and training; or of curation and
+    relabelling."""
+    run = kill("killed_stages", tiny_base, image_folder, tmp_path, stages)
     assert run.returncode == 0, run.stdout + run.stderr
     counts = json.loads(run.stdout.splitlines()[-1])
-    assert counts["killed"] == counts["points"] == 28
+    assert counts["killed"] == counts["points"] == points
