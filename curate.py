@@ -19,25 +19,26 @@ the votes cost joins the ledger and the new set's statement; --target_epsilon is
 
 In --output_dir: votes.safetensors, the noisy counts, with their statement privacy.json; votes.png,
 the most and the least voted for; and set/, as sample.py leaves one. With --resume_from_checkpoint
-latest an interrupted curation goes on. --config may be that of train_dp_lora.py.
+latest an interrupted curation goes on. --config may be that of a training script, whose other
+options are ignored.
 """
 
 from utils.arguments.curation import CurationArguments
 from utils.arguments.evaluation import ExtractorArguments
-from utils.arguments.means import LaterModelArguments, MeansArguments
-from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.means import LaterModelArguments
+from utils.arguments.methods import OF_TRAINING, SHARED
 from utils.arguments.parsing import parse
 from utils.arguments.publishing import PublishSetArguments
 from utils.errors import UsageError, run_script
 
 
 def main():
-    args, extractor, model, data, privacy, training, hub, *_ = parse(
+    args, extractor, model, data, privacy, training, hub = parse(
         *(CurationArguments, ExtractorArguments, LaterModelArguments),
         *SHARED[1:4],
         PublishSetArguments,
-        *(BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
         description=__doc__,
+        others=OF_TRAINING,
     )
     if training.num_units is not None:
         raise UsageError("--num_units: a vote needs the images, whose classes decide who votes")

@@ -20,12 +20,12 @@ of the classifier, and relabelled.png, and what else is said of private images i
 In --output_dir: labeller.safetensors, the classifier, with its statement privacy.json;
 relabelled.png, images that changed their class, a column for each that they came to; and set/, as
 sample.py leaves one. With --resume_from_checkpoint latest an interrupted run goes on. --config may
-be that of train_dp_lora.py.
+be that of a training script, whose other options are ignored.
 """
 
 from utils.arguments.evaluation import ExtractorArguments
-from utils.arguments.means import LaterModelArguments, MeansArguments
-from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.means import LaterModelArguments
+from utils.arguments.methods import OF_TRAINING, SHARED
 from utils.arguments.parsing import parse
 from utils.arguments.publishing import PublishSetArguments
 from utils.arguments.relabelling import RelabellingArguments
@@ -33,12 +33,12 @@ from utils.errors import UsageError, run_script
 
 
 def main():
-    args, extractor, model, data, privacy, training, hub, *_ = parse(
+    args, extractor, model, data, privacy, training, hub = parse(
         *(RelabellingArguments, ExtractorArguments, LaterModelArguments),
         *SHARED[1:4],
         PublishSetArguments,
-        *(BothStagesArguments, LoraArguments, SaliencyArguments, MeansArguments),
         description=__doc__,
+        others=OF_TRAINING,
     )
     # Imported late, since it takes seconds: a mistake on the command line should not wait for it.
     if args.labeller is not None:

@@ -13,24 +13,21 @@ A small generator, or mixtures of Gaussians, are then fitted to what was release
 private images again. In --output_dir: means.safetensors, the noisy
 means, with their statement privacy.json; and set/, images with prompts and labels, as sample.py
 leaves them. With --resume_from_checkpoint latest an interrupted release goes on: what is paid for
-is not paid for twice. --config may be that of train_dp_lora.py, whose other options are ignored.
+is not paid for twice. --config may be that of a training script, whose other options are
+ignored.
 """
 
 from utils.arguments.means import LaterModelArguments, MeansArguments
-from utils.arguments.methods import SHARED, BothStagesArguments, LoraArguments, SaliencyArguments
+from utils.arguments.methods import OF_TRAINING, SHARED
 from utils.arguments.parsing import parse
 from utils.errors import UsageError, run_script
 
 
 def main():
-    model, data, privacy, training, hub, *_, args = parse(
-        LaterModelArguments,
-        *SHARED[1:],
-        BothStagesArguments,
-        LoraArguments,
-        SaliencyArguments,
-        MeansArguments,
+    model, data, privacy, training, hub, args = parse(
+        *(LaterModelArguments, *SHARED[1:], MeansArguments),
         description=__doc__,
+        others=OF_TRAINING,
     )
     if hub.push_to_hub:
         raise UsageError("--push_to_hub: means are not published; sample.py publishes a set")

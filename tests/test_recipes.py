@@ -46,9 +46,8 @@ class Parsed(Exception):
     """The arguments were read; nothing else is to happen."""
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_its_script_understands_it(recipe, monkeypatch):
-    script = {"base": "pretrain_ldm"}.get(recipe.stem, f"train_{recipe.stem}")
+def read_arguments(script: str, monkeypatch, *words) -> dict:
+    """What a script makes of its command line."""
     module = importlib.import_module(script)
 
     def parse(*groups, **more):
@@ -58,13 +57,28 @@ def test_its_script_understands_it(recipe, monkeypatch):
     whole = module.parse
     monkeypatch.setattr(module, "parse", parse)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--config", str(recipe)])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
     with pytest.raises(Parsed) as found:
         module.main()
-    arguments = found.value.args[0]
+    return found.value.args[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_its_script_understands_it(recipe, monkeypatch):
+    script = {"base": "pretrain_ldm"}.get(recipe.stem, f"train_{recipe.stem}")
+    arguments = read_arguments(script, monkeypatch, "--config", recipe)
     assert arguments["output_dir"].startswith(("runs/", "/shared/"))
     if script != "pretrain_ldm":
         assert arguments["label_column"] or arguments["caption_column"]
+
+
+@pytest.mark.parametrize("script", ["curate", "relabel", "release_means"])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("dp_")], ids=str)
+def test_the_stages_beside_training_understand_it(script, recipe, monkeypatch):
+    words = ["--config", recipe, *([] if script == "release_means" else ["--synthetic", "set"])]
+    arguments = read_arguments(script, monkeypatch, *words)
+    assert arguments["output_dir"] == read_yaml(ROOT / recipe)["output_dir"]
+    assert not {"rank", "trainable", "select_saliency"} & set(arguments)
 
 
 @pytest.mark.usefixtures("no_device_yet")  # recipes differ in precision

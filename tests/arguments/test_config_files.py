@@ -132,3 +132,28 @@ def test_a_home_folder_is_found_where_no_shell_looks(monkeypatch, tmp_path):
     assert read_here("rank: 1", "--needed=~/b").needed == "/home/me/b"
     assert read_here("rank: 1", "--needed", "~/b").needed == "/home/me/b"
     assert read_here("rank: 1", "--needed", "about ~/b").needed == "about ~/b"
+
+
+@dataclass
+class OfOthers:
+    """What another script takes."""
+
+    rank: int = option("both take it", 1)
+    depth: int = option("only that takes it", 1)
+
+
+def test_a_file_may_have_the_options_of_others(monkeypatch, tmp_path, capsys):
+    """They are ignored there; on the command line they are mistakes, as is what nobody takes."""
+    path = tmp_path / "run.yaml"
+    words = ["script.py", "--config", str(path), "--needed", "x"]
+    path.write_text("rank: 5\ndepth: any\n")
+    monkeypatch.setattr(sys, "argv", words)
+    (found,) = parse(Options, description="a script", others=[OfOthers])
+    assert found.rank == 5 and not hasattr(found, "depth")
+    monkeypatch.setattr(sys, "argv", [*words, "--depth", "2"])
+    with pytest.raises(SystemExit):
+        parse(Options, description="a script", others=[OfOthers])
+    assert "unrecognized arguments: --depth 2" in capsys.readouterr().err
+    path.write_text("rank: 5\nwidth: 2\n")
+    with pytest.raises(UsageError, match="unknown argument width"):
+        parse(Options, description="a script", others=[OfOthers])

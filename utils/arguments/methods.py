@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from utils.arguments.means import WarmStartArguments
+from utils.arguments.means import MeansArguments, WarmStartArguments
 from utils.arguments.parsing import option
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import (
@@ -177,3 +177,10 @@ class SaliencyArguments:
                 good = False
             if not good:
                 raise UsageError(f"--top_ratio {self.top_ratio} must be auto or in (0, 1]")
+
+
+# What one training script or another takes beside SHARED.
+OF_TRAINING = (
+    *(LoraArguments, LoDAArguments, LdmArguments),
+    *(BothStagesArguments, SaliencyArguments, MeansArguments),
+)

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
@@ -28,8 +29,12 @@ def option(help: str, default=MISSING, choices: list | None = None, positional: 
     return field(default=default, metadata=metadata)
 
 
-def parse(*dataclasses: type, description: str) -> tuple:
+def parse(*dataclasses: type, description: str, others: Sequence[type] = ()) -> tuple:
     """Parse the command line into one object a dataclass; `--config FILE.yaml` gives defaults.
+
+    Args:
+        others: dataclasses of other scripts, whose options the file may have, too: it may be
+            theirs. They are ignored.
 
     Raises:
         UsageError: the YAML file is missing, is no mapping, or names an unknown argument.
@@ -47,7 +52,8 @@ def parse(*dataclasses: type, description: str) -> tuple:
     sys.argv[1:] = map(_expand_home, sys.argv[1:])
     config = _find_config(sys.argv[1:])
     if config is not None:
-        _apply_yaml(parser, Path(config))
+        ignored = {field.name for kind in others for field in fields(kind)}
+        _apply_yaml(parser, Path(config), ignored)
     parser.parse_args()  # ends with a sentence where the next line would raise a ValueError
     *parsed, _ = parser.parse_args_into_dataclasses(args_file_flag=None, look_for_args_file=False)
     _hide_token()
@@ -171,10 +177,11 @@ def read_yaml(path: str | Path) -> dict:
     return values
 
 
-def _apply_yaml(parser: HfArgumentParser, path: Path) -> None:
+def _apply_yaml(parser: HfArgumentParser, path: Path, ignored: set[str]) -> None:
     """Make the values of a file the defaults, as strictly read as the command line's."""
     values = read_yaml(path)
     actions = {action.dest: action for action in parser._actions if action.option_strings}
+    values = {name: value for name, value in values.items() if name not in ignored - set(actions)}
     unknown = [str(name) for name in values if name not in actions or name in ("help", "config")]
     if unknown:
         raise UsageError(f"--config {path}: unknown argument {', '.join(sorted(unknown))}")
