@@ -196,6 +196,13 @@ def test_a_dry_run_judges_as_many_matrices_as_will_be_selected(
     assert planned["trainable_parameters"] < more["trainable_parameters"]
 
 
+def test_first_stages_are_planned_without_images(tiny_base, tmp_path):
+    arguments = train_arguments(tiny_base, tmp_path / "nowhere", tmp_path / "run", *SMALL, *STAGES)
+    plans = read_plans(train_here([*arguments, "--dry_run", "--num_units", 500]))
+    assert [plan["purpose"] for plan in plans] == ["means", "selection", "training"]
+    assert [plan["num_units"] for plan in plans] == [500] * 3
+
+
 def test_a_selection_after_a_warm_start_shares_its_ledger(tiny_base, image_folder, tmp_path):
     """Or is refused before it is paid for, if both leave nothing to train with."""
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "first", *SMALL)
