@@ -236,7 +236,7 @@ def test_a_dry_run_of_two_processes_says_what_it_takes(tiny_base, image_folder, 
     "script, more, what",
     [
         ("audit_privacy.py", [], "an audit"),
-        ("train_dp_lora.py", ["--replay_audit"], "a replay"),
+        ("train_dp_lora.py", ["--replay_audit", "--select_saliency"], "a replay"),
         ("rehearse.py", [], "a rehearsal"),
     ],
 )

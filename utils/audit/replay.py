@@ -35,6 +35,7 @@ from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState, private_steps
 
 NUM_UNITS, STEPS, MICRO_BATCH = 12, 6, 4
+REPLAY = "a replay, for which --dry_run is enough,"
 LOUD = 1e6  # times the loss of the added unit
 # Standard deviations: a tail of 3e-12.
 DEVIATIONS = 7.0
@@ -194,7 +195,7 @@ def replay(
         UsageError: several processes were started.
     """
     accelerator, engine, resolution = setup.accelerator, setup.engine, setup.resolution
-    need_one_process("a replay, for which --dry_run is enough,")
+    need_one_process(REPLAY)
     plan = PrivacyPlan(
         num_units=NUM_UNITS,
         expected_batch_size=NUM_UNITS / 2,

@@ -12,8 +12,9 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
+from utils.audit.replay import REPLAY
 from utils.data.latent_files import choose_latents_folder
-from utils.errors import UsageError, on_main_process
+from utils.errors import UsageError, need_one_process, on_main_process
 from utils.files import CHECKPOINTS, LEDGER, MEANS, SALIENCY, private_folder
 from utils.ledger.checkpoints import list_differences, list_steps
 from utils.ledger.ledger import Ledger
@@ -53,6 +54,8 @@ def do_first_stages(
     """
     model, data, privacy, training, hub = common
     check_repository(hub, privacy, training)
+    if privacy.replay_audit:  # which comes when they are paid for
+        need_one_process(REPLAY)
     check_adapter(model, data, privacy, training, lora)
     privacy = _share(join_ledger(privacy, stages), training)
     others, to_come = ALONE, []
