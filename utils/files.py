@@ -7,8 +7,9 @@ OUTPUT_DIR/private/ledger.jsonl  checkpoints/  latents/  cache/     mode 0700, n
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -53,6 +54,14 @@ def make_private(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder
+
+
+def drop_private(folder: Path) -> None:
+    """Remove a folder that holds only what is private, and the one it is in if that is left empty:
+    neither need be there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

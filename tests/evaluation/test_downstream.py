@@ -1,5 +1,8 @@
 """Classifiers that learn from synthetic images, and what is counted of them."""
 
+import stat
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,12 @@ from accelerate import PartialState
 
 from tests.conftest import few_fast
 from utils.errors import UsageError
+from utils.evaluation import downstream
 from utils.evaluation.downstream import (
     Classifiers,
     LabelledImages,
     measure_downstream_accuracy,
+    measure_downstream_auroc,
 )
 from utils.metrics.synthetic_accuracy.classifiers import (
     CLASSIFIERS,
@@ -62,3 +67,42 @@ def test_confusion_and_per_class_accuracy_are_counted_right():
     with pytest.raises(UsageError, match="no class in common"):
         other = LabelledImages(images, ["bird"] * 9)
         measure_downstream_accuracy(other, real, Classifiers({"cnn": 2}, 1), PartialState())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_was_cut_short_goes_on_where_it_was(monkeypatch, tmp_path, several):
+    """To the same figures; what is kept counts for the same images, labels and recipe only."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (40, 3, 16, 16), generator=generator).byte()
+    names = [{"cat"} if i % 2 else ({"dog", "small"} if i % 3 else {"dog"}) for i in range(40)]
+    labels = [frozenset(own) if several else min(own) for own in names]
+    images = LabelledImages(pixels, labels)
+    measure = measure_downstream_auroc if several else measure_downstream_accuracy
+    trained, stop_at = [], 2
+
+    def train(images, labels, recipe, device):
+        if len(trained) == stop_at:
+            raise KeyboardInterrupt
+        trained.append(recipe.seed)
+        return train_classifier(images, labels, recipe, device)
+
+    monkeypatch.setattr(downstream, "train_classifier", train)
+    classifiers = Classifiers({"cnn": 3}, 3, kept=tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        measure(images, images, classifiers, PartialState())
+    assert trained == [0, 1] and stat.S_IMODE(classifiers.kept.stat().st_mode) == 0o700
+    stop_at = None
+    found = measure(images, images, classifiers, PartialState())
+    assert trained == [0, 1, 2]
+    assert found == measure(images, images, Classifiers({"cnn": 3}, 3), PartialState())
+    others = [
+        (LabelledImages(pixels.flip(0), labels), images, classifiers),
+        (LabelledImages(pixels, labels[::-1]), images, classifiers),
+        (images, LabelledImages(pixels, labels[::-1]), classifiers),
+        (images, images, replace(classifiers, networks={"cnn": 4})),
+        (images, images, replace(classifiers, networks={"wide-cnn": 3})),
+    ]
+    for other in others:
+        trained.clear()
+        measure(*other, PartialState())
+        assert trained == [0, 1, 2]

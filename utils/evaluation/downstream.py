@@ -1,9 +1,12 @@
 """How useful synthetic images are: classifiers trained on them, tested on real ones."""
 
+import hashlib
+import json
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean, pstdev
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -11,15 +14,15 @@ from accelerate.utils import gather_object
 from torch import nn
 from torchmetrics.functional.classification import multilabel_auroc
 
-from utils.errors import UsageError
+from utils.errors import UsageError, on_main_process
+from utils.files import make_private, write_durably
 from utils.metrics.synthetic_accuracy.classifiers import (
     Recipe,
     compute_logits,
     predict_classes,
     train_classifier,
 )
-
-T = TypeVar("T")
+from utils.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """The SHA-256 of all pixels and labels."""
+        labels = [own if isinstance(own, str) else sorted(own) for own in self.labels]
+        digest = hashlib.sha256(json.dumps([list(self.pixels.shape), labels]).encode())
+        digest.update(self.pixels.contiguous().numpy())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Classifiers:
@@ -39,10 +49,13 @@ class Classifiers:
 
     Attributes:
         networks: the optimizer steps of each. seeds: how many of each.
+        kept: a folder, mode 0700, for what each network was found to do, by which an evaluation
+            that was cut short goes on; None: it begins anew.
     """
 
     networks: dict[str, int]
     seeds: int
+    kept: Path | None = None
 
     def about(self) -> dict:
         return {"classifier_steps": self.networks, "classifier_seeds": self.seeds}
@@ -73,7 +86,7 @@ def measure_downstream_accuracy(
         pairs = torch.bincount(wanted * len(names) + predicted, minlength=len(names) ** 2)
         return pairs.view(len(names), -1)
 
-    results = _train_all(trained_on.pixels, labels, len(names), classifiers, state, judge)
+    results = _train_all(trained_on, tested_on, labels, len(names), classifiers, judge, state)
     confusion = sum(table for _, table in results)
     counts = confusion.sum(1)
     return {
@@ -119,7 +132,7 @@ def measure_downstream_auroc(
         logits = compute_logits(model, tested_on.pixels, state.device)
         return multilabel_auroc(logits, wanted, len(names), average="none")
 
-    results = _train_all(trained_on.pixels, labels, len(names), classifiers, state, judge)
+    results = _train_all(trained_on, tested_on, labels, len(names), classifiers, judge, state)
     by_label = torch.stack([areas for _, areas in results]).mean(0)
     return {
         **_summarise([(network, areas.mean().item()) for network, areas in results]),
@@ -131,20 +144,46 @@ def measure_downstream_auroc(
 
 
 def _train_all(
-    pixels: torch.Tensor,
+    trained_on: LabelledImages,
+    tested_on: LabelledImages,
     labels: torch.Tensor,
     num_classes: int,
     classifiers: Classifiers,
+    judge: Callable[[nn.Module], torch.Tensor],
     state: PartialState,
-    judge: Callable[[nn.Module], T],
-) -> list[tuple[str, T]]:
-    """The name of each network, and what `judge` makes of it; each process trains its share."""
-    jobs = [(name, seed) for name in classifiers.networks for seed in range(classifiers.seeds)]
-    results = []
-    for name, seed in jobs[state.process_index :: state.num_processes]:
-        recipe = Recipe(name, num_classes, classifiers.networks[name], seed)
-        results.append((name, judge(train_classifier(pixels, labels, recipe, state.device))))
-    return gather_object(results)
+) -> list[tuple[str, torch.Tensor]]:
+    """The name of each network, and what `judge` makes of it; each process trains its share of
+    those of which nothing is kept."""
+    recipes = [
+        Recipe(name, num_classes, steps, seed)
+        for name, steps in classifiers.networks.items()
+        for seed in range(classifiers.seeds)
+    ]
+    files = []
+    if classifiers.kept is not None:
+        files = _name_files(recipes, [trained_on.digest(), tested_on.digest()], classifiers.kept)
+    results = on_main_process(
+        lambda: {i: json.loads(f.read_text()) for i, f in enumerate(files) if f.exists()}
+    )
+    if results and state.is_main_process:
+        kept = f"{len(results)} of {len(recipes)} classifiers are not trained again"
+        print(f"{kept}: they were judged before this evaluation was cut short", file=sys.stderr)
+    left, mine = [i for i in range(len(recipes)) if i not in results], {}
+    for i in left[state.process_index :: state.num_processes]:
+        model = train_classifier(trained_on.pixels, labels, recipes[i], state.device)
+        mine[i] = judge(model).tolist()
+        if files:
+            make_private(classifiers.kept)
+            write_durably(files[i], json.dumps(mine[i]))
+    for part in gather_object([mine]):
+        results |= part
+    return [(recipe.network, torch.tensor(results[i])) for i, recipe in enumerate(recipes)]
+
+
+def _name_files(recipes: list[Recipe], sets: list[str], folder: Path) -> list[Path]:
+    """A name for each recipe, which another recipe, another set or another version has not."""
+    about = [json.dumps([VERSION, *sets, asdict(recipe)]) for recipe in recipes]
+    return [folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json" for text in about]
 
 
 def _accuracy(confusion: torch.Tensor) -> float:

@@ -48,6 +48,8 @@ from utils.files import (
     REPORT,
     SAMPLING_SETTINGS,
     check_takes_files,
+    drop_private,
+    private_folder,
     write_durably,
 )
 from utils.metrics.frechet_distance.frechet_distance import frechet_distance_by_class
@@ -83,6 +85,7 @@ def evaluate_set(
     if output.is_dir():
         raise UsageError(f"--output_file {output} is a folder: name a file in it")
     on_main_process(lambda: check_takes_files(output.parent, "--output_file: the folder"))
+    kept = private_folder(output.parent) / f"judged-{output.stem}"
     known = results.get("epsilon", {}).get("value") is not None
     with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
         sets = load_sets(args, cache)
@@ -91,7 +94,7 @@ def evaluate_set(
         features, pixels = extract_sets(sets, metrics, args, extractor, state)
         if "utility" in metrics:
             covered = known and args.test_is_public
-            results |= measure_utility(sets, pixels, args, separator, covered, state)
+            results |= measure_utility(sets, pixels, args, separator, covered, kept, state)
         if not state.is_main_process:
             return
         if "fidelity" in metrics:
@@ -107,6 +110,7 @@ def evaluate_set(
         visible = (["synthetic"] if known else []) + (["real"] if args.test_is_public else [])
         sheets = {name: tile_sample(*sets[name], in_columns=separator is None) for name in visible}
     write_durably(output, json.dumps(results, indent=2) + "\n")
+    drop_private(kept)
     page = Page(folder.name, results, statement, sheets, spaces, runs)
     report = output.with_name(REPORT if output.name == METRICS else f"{output.stem}.html")
     write_report(page, report)
@@ -257,10 +261,12 @@ def measure_utility(
     args: EvaluateArguments,
     separator: str | None,
     covered: bool,
+    kept: Path,
     state: PartialState,
 ) -> dict[str, dict]:
     """What classifiers learn from the synthetic, and perhaps from the private, images: their
-    accuracy, or, where an image has any number of labels, the area under the ROC curve."""
+    accuracy, or, where an image has any number of labels, the area under the ROC curve. In `kept`
+    is what each was found to do, until all is written down."""
     metric, measure = "accuracy", measure_downstream_accuracy
     if separator is not None:
         metric, measure = "auroc", measure_downstream_auroc
@@ -274,7 +280,7 @@ def measure_utility(
         else:
             own = read_label_sets(found.rows, labels, separator)
         images[name] = LabelledImages(pixels[name], own)
-    classifiers = Classifiers(args.steps_of_networks, args.classifier_seeds)
+    classifiers = Classifiers(args.steps_of_networks, args.classifier_seeds, kept)
     entries = {}
     for name, entry in (("synthetic", metric), ("private", f"{metric}_of_real")):
         if name in images:
