@@ -173,7 +173,7 @@ def test_a_dry_run_judges_the_training_after_means(tiny_base, image_folder, tmp_
     means, after = read_plans(train_here([*arguments, "--release_means"]))
     said = capsys.readouterr().err
     assert "verdict: " in said and "a warm start" not in said.split("verdict: ")[1]
-    assert "less after a warm start" in said
+    assert "less after a warm start" in said and "of them for the warm start" in said
     assert after["epsilon"]["add_or_remove_one"] > means["epsilon"]["add_or_remove_one"]
     assert after["verdict"]["in_all"] > alone["verdict"]["in_all"]  # of what the means leave
     assert after["trainable_parameters"] == alone["trainable_parameters"]

@@ -18,7 +18,9 @@ from utils.models.text import AT_ONCE
 
 
 def read_plan(said: str) -> dict:
-    return json.loads(said[said.index("{") :])
+    """The last JSON document of what a dry run printed: the plan of training."""
+    lines = "\n" + said
+    return json.loads(lines[lines.rindex("\n{") :])
 
 
 def test_a_stranger_gets_a_plan_with_its_reasons(tiny_base, image_folder, tmp_path, capsys):
@@ -106,6 +108,11 @@ def test_hours_are_those_of_the_work_that_is_repeated(monkeypatch, tiny_base, tm
     once = 500 * (image + (caption if limit > 10 else 0))
     assert found["hours"] * 3600 == pytest.approx(steps * per_step + once)
     assert found["keeps_text"] == (limit > 10)
+    warm = ["--release_means", "--warm_start_steps", 3, "--warm_start_batch_size", 8]
+    later = read_plan(train_here([*arguments, *more, "--train_batch_size", 4, *warm]))["forecast"]
+    each = 2 / 4 / plan["noise_multiplicity"]  # seconds of an image
+    assert later["warm_start_hours"] * 3600 == pytest.approx(3 * 8 * each)
+    assert later["hours"] - found["hours"] == pytest.approx(later["warm_start_hours"])
     latents = 500 * 4 * 4 * 8 * 8  # fp32
     assert found["cache"] > latents if limit > 10 else found["cache"] == latents
 

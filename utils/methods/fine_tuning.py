@@ -24,6 +24,7 @@ from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
 from utils.ledger.statement import describe_cost
+from utils.methods.forecast import Sizes
 from utils.methods.outlook import JudgedPlans, collect_facts, replay_if_asked, show_plan
 from utils.methods.planning import (
     PlanFor,
@@ -85,6 +86,11 @@ class Method:
         planned = any(event["purpose"] == "means" for event in self.to_come)
         return planned or bool(self.stages.warm_start)
 
+    def measure(self, num_rows: int, unit_bytes: int) -> Sizes:
+        """How large a run is, of private rows whose gradients take so much memory a unit."""
+        steps = self.stages.warm_start_steps if self.has_warm_start() else 0
+        return Sizes(num_rows, unit_bytes, steps * self.stages.warm_start_batch_size)
+
 
 def run_method(
     method: Method,
@@ -124,12 +130,12 @@ def run_method(
     adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     if training.dry_run:
         previewed = preview(found, privacy, training, side, told, plan_for)
-        show_plan(stage, engine, unit_bytes, training, found, previewed, plan_for.report)
-        return
+        sizes = method.measure(len(found), unit_bytes)
+        return show_plan(stage, engine, training, previewed, sizes, plan_for)
     settings = collect_settings(method.name, method.settings, data, training)
     agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
-        warm_up(stage, engine, method.stages, training.seed)
+        warm_up(stage, engine, method.stages, training)
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(stage, plan, run, engine, private_set.left_out))
 

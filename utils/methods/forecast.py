@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from utils.data.latents import prepare_losses
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.memory import Memory, measure_memory
 from utils.methods.stages import Stage
-from utils.models.drawing import DrawingSettings
+from utils.models.drawing import choose_settings
 from utils.models.families import find_family
 from utils.models.pipelines import list_parts
 from utils.models.placement import ready_to_draw
@@ -31,13 +32,27 @@ OPTIMIZER_BYTES = 28  # of each weight: two moments, the gradient, its sum and n
 GIB = 2**30
 
 
+class Sizes(NamedTuple):
+    """How large a run is.
+
+    Attributes:
+        rows: of the private set. unit_bytes: memory of the gradients of one unit.
+        warm_rows: images that pass the model in the warm start; 0 without one.
+    """
+
+    rows: int
+    unit_bytes: int
+    warm_rows: int
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run will take, on this device.
 
     Attributes:
         passes: forward and backward through the model, of one row each, over all processes.
-        seconds_per_step: of training. hours: of training, encoding and samples.
+        seconds_per_step: of training. hours: of training, encoding and samples, and a warm start.
+        warm_start_hours: of these, those of its steps.
         memory: bytes at the most, by part, and `peak`; None where they cannot be measured.
         cache: bytes of encoded images and captions on disk, if no two captions are alike.
         keeps_text: whether such captions fit there; else each is embedded whenever it is sampled.
@@ -46,14 +61,16 @@ class Forecast:
     passes: int
     seconds_per_step: float
     hours: float
+    warm_start_hours: float
     memory: dict[str, int] | None
     cache: int
     keeps_text: bool
 
     def __str__(self) -> str:
-        took = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.0f} minutes"
+        warm = f", {_spell(self.warm_start_hours)} of them for the warm start"
         text = (
-            f"about {took} on this device: {self.passes:,} passes through the model, "
+            f"about {_spell(self.hours)} on this device{warm if self.warm_start_hours else ''}: "
+            f"{self.passes:,} passes through the model, "
             f"{self.seconds_per_step:.3g} s a step; at most {_show(self.cache)} of encoded images "
             f"{'and captions ' if self.keeps_text else ''}on disk"
         )
@@ -65,6 +82,10 @@ class Forecast:
         return f"{text}\nabout {_show(self.memory['peak'])} of memory: {', '.join(parts)}"
 
 
+def _spell(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+
+
 def _show(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
@@ -74,15 +95,11 @@ def foresee(
     engine: PerUnitGradients,
     plan: PrivacyPlan,
     training: TrainingArguments,
-    drawing: DrawingSettings,
-    num_rows: int,
-    unit_bytes: int,
+    sizes: Sizes,
 ) -> Forecast:
     """Time one micro-batch of blank units as training will run it, one encoding and one image, as
-    if no two captions were alike.
-
-    Args:
-        num_rows: of the private set. unit_bytes: memory of the gradients of one unit.
+    if no two captions were alike; and a warm start as if its steps were private, too, though they
+    are somewhat faster.
     """
     num_processes, device = stage.accelerator.num_processes, engine.device
     size = min(training.train_batch_size, largest_share(plan, num_processes))
@@ -108,24 +125,27 @@ def foresee(
 
         with measure_memory(device) as step:
             micro_batch = _time(run_micro_batch)
+        per_pass = micro_batch / size / plan.noise_multiplicity
         image, caption = compute_losses.units.row_bytes()
-    keeps_text = num_rows * caption <= TEXT_LIMIT
+    keeps_text = sizes.rows * caption <= TEXT_LIMIT
     of_image, of_caption = _time_encoding(stage, training.random_flip, caption > 0)
     if not keeps_text:
         micro_batch += size * of_caption
     with measure_memory(device) as drawn:
-        draw = _time_image(stage, drawing) if training.num_validation_images else 0.0
+        draw = _time_image(stage, training) if training.num_validation_images else 0.0
     share = math.ceil(plan.expected_batch_size / num_processes / size)
     per_step = share * micro_batch + _time(lambda: stage.randomness.noise((engine.num_parameters,)))
     encode = of_image + of_caption * keeps_text
-    rest = num_rows * encode / num_processes + training.num_validation_images * draw
+    rest = sizes.rows * encode / num_processes + training.num_validation_images * draw
+    warm_start = sizes.warm_rows * per_pass / num_processes
     images = min(training.num_validation_images, DRAWN_AT_ONCE)
     return Forecast(
         passes=round(plan.steps * plan.expected_batch_size * plan.noise_multiplicity),
         seconds_per_step=per_step,
-        hours=(plan.steps * per_step + rest) / 3600,
-        memory=_add_up(stage, engine, encoding, step, drawn, unit_bytes * size, images),
-        cache=num_rows * (image + caption * keeps_text),
+        hours=(plan.steps * per_step + rest + warm_start) / 3600,
+        warm_start_hours=warm_start / 3600,
+        memory=_add_up(stage, engine, encoding, step, drawn, sizes.unit_bytes * size, images),
+        cache=sizes.rows * (image + caption * keeps_text),
         keeps_text=keeps_text,
     )
 
@@ -159,9 +179,10 @@ def _time_encoding(stage: Stage, flips: bool, embeds: bool) -> tuple[float, floa
     return image * (1 + flips), _time(embed) / AT_ONCE
 
 
-def _time_image(stage: Stage, drawing: DrawingSettings) -> float:
+def _time_image(stage: Stage, training: TrainingArguments) -> float:
     """Seconds for one image of samples/, from two short drawings."""
     pipeline, before = stage.pipeline, stage.pipeline.scheduler
+    drawing = choose_settings(pipeline, training, stage.resolution, stage.base_settings)
     drawing.use_scheduler(pipeline)
     try:
 

@@ -12,10 +12,9 @@ from utils.arguments.training import DataArguments, PrivacyArguments, TrainingAr
 from utils.audit.replay import SetUp, replay
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.methods.forecast import foresee
-from utils.methods.planning import PlanFor, PrivateRows, describe
+from utils.methods.forecast import Sizes, foresee
+from utils.methods.planning import PlanFor, describe
 from utils.methods.stages import Stage
-from utils.models.drawing import choose_settings
 from utils.privacy.accounting import account
 from utils.privacy.defaults import PublicFacts, median_width
 from utils.privacy.plan import PrivacyPlan
@@ -71,21 +70,18 @@ class JudgedPlans:
 def show_plan(
     stage: Stage,
     engine: PerUnitGradients,
-    unit_bytes: int,
     training: TrainingArguments,
-    found: PrivateRows,
     previewed: tuple[PrivacyPlan, Mapping[str, int]],
-    about: dict,
+    sizes: Sizes,
+    judged: JudgedPlans,
 ) -> None:
     """What `--dry_run` shows: the plan as JSON on stdout; on stderr what it will take here."""
     plan, left_out = previewed
-    drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
-    num_rows = found.num_units if found.rows is None else len(found.rows)
-    forecast = foresee(stage, engine, plan, training, drawing, num_rows, unit_bytes)
+    forecast = foresee(stage, engine, plan, training, sizes)
     if stage.accelerator.is_main_process:
         print(forecast, file=sys.stderr)
-    about = about | {"audit": stage.audit, "forecast": asdict(forecast)}
-    stage.accelerator.print(describe(plan, engine, unit_bytes, training, left_out, **about))
+    about = judged.report | {"audit": stage.audit, "forecast": asdict(forecast)}
+    stage.accelerator.print(describe(plan, engine, sizes.unit_bytes, training, left_out, **about))
 
 
 def replay_if_asked(

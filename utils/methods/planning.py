@@ -57,6 +57,10 @@ class PrivateRows:
     rows: Dataset | None
     num_units: int
 
+    def __len__(self) -> int:
+        """How many rows; without any, as many as units."""
+        return self.num_units if self.rows is None else len(self.rows)
+
 
 def load_private_rows(
     accelerator: Accelerator,

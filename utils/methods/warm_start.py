@@ -4,24 +4,28 @@ The images cost what their ledger says, and nothing more: all here is computed f
 the public model.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from utils.arguments.means import WarmStartArguments
 from utils.arguments.methods import StageArguments
-from utils.arguments.training import PrivacyArguments
+from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.folders import TEXT
 from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
+from utils.data.latent_files import images_at_once
 from utils.data.rows import require_column
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_prior
 from utils.ledger.public_sets import refuse_as_public
 from utils.ledger.reservations import find_ledger
+from utils.methods.private_run import collect_adapter_tensors
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage
 from utils.models.denoising import denoising_loss
@@ -29,6 +33,7 @@ from utils.models.families import find_family
 from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
 from utils.models.text import embed_captions
+from utils.privacy.training import start_as_main_process
 from utils.sampling.paid_sets import find_paid_set, find_set_ledger
 
 OTHERWISE = "if its images are public, give --warm_start_is_public"
@@ -78,45 +83,34 @@ def find_earlier_stages(
 
 
 def warm_up(
-    stage: Stage, engine: PerUnitGradients, args: WarmStartArguments, seed: int | None
+    stage: Stage, engine: PerUnitGradients, args: WarmStartArguments, training: TrainingArguments
 ) -> None:
-    """Fit the trained weights to the set, by ordinary training; losses are shown.
+    """Fit the trained weights to the set, by ordinary training; losses are shown. No more images
+    pass the model at once than in a private step, and each process takes its share of a batch:
+    both change speed and memory only.
 
     Raises:
         UsageError: the set cannot be read, or has no prompts.
     """
-    pipeline, accelerator = stage.pipeline, stage.accelerator
-    family, side = find_family(pipeline), stage.resolution
-    sets = [read_set(stage, folder) for folder in args.warm_start]
-    latents = torch.cat([latents for latents, _ in sets])
-    captions = [caption for _, of_set in sets for caption in of_set]
-    distinct = sorted(set(captions))
-    text = None if trains_text(pipeline) else embed_captions(pipeline, distinct, side)
-    number = {caption: i for i, caption in enumerate(distinct)}
-    caption_of_row = torch.tensor([number[caption] for caption in captions])
-    draws = torch.Generator().manual_seed(seed or 0)
+    accelerator, examples = stage.accelerator, Examples(stage, args.warm_start)
+    start_as_main_process(collect_adapter_tensors(stage).values())
+    draws = torch.Generator().manual_seed(training.seed or 0)
     optimizer = torch.optim.AdamW(engine.parameters, args.warm_start_learning_rate)
-    steps, process = args.warm_start_steps, read_process(pipeline.scheduler)
+    steps, count = args.warm_start_steps, args.warm_start_batch_size
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps
     )
+    share = math.ceil(count / accelerator.num_processes)
+    parts = torch.arange(count).split(min(training.train_batch_size * engine.num_draws, share))
     bar = tqdm(range(steps), "warm start", disable=not accelerator.is_main_process)
     for step in bar:
-        rows = torch.randint(len(latents), (args.warm_start_batch_size,), generator=draws)
-        quantiles = torch.rand(len(rows), generator=draws)
-        noise = torch.randn(latents[rows].shape, generator=draws)
-        batch = (t.to(accelerator.device) for t in (latents[rows], noise, quantiles))
-        clean, noise, quantiles = batch
-        # On a CPU, PyTorch 2.13 crashes in the backward pass of a GroupNorm that trains and whose
-        # input, in channels_last, asks for no gradient.
-        clean.requires_grad_()
-        with accelerator.autocast():
-            if text is None:
-                shown = family.encode_text([captions[row] for row in rows.tolist()], side)
-            else:
-                shown = {name: values[caption_of_row[rows]] for name, values in text.items()}
-            losses = denoising_loss(family.predictor, process, clean, shown, noise, quantiles)
-        losses.mean().backward()
+        rows = torch.randint(len(examples.captions), (count,), generator=draws)
+        quantiles = torch.rand(count, generator=draws)
+        noise = torch.randn(count, *examples.latents.shape[1:], generator=draws)
+        for part in parts[accelerator.process_index :: accelerator.num_processes]:
+            losses = examples.losses(rows[part], noise[part], quantiles[part])
+            (losses.sum() / count).backward()
+        _add_up_gradients(accelerator, engine)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -124,12 +118,67 @@ def warm_up(
             bar.set_postfix(loss=f"{losses.mean().item():.4f}")
 
 
+class Examples:
+    """The images of synthetic sets, encoded, and their denoising losses.
+
+    Attributes:
+        latents: [N, channels, r, r]. captions: of each.
+
+    Raises:
+        UsageError: a set cannot be read, or has no prompts.
+    """
+
+    def __init__(self, stage: Stage, folders: list[str]):
+        self._stage, self._family = stage, find_family(stage.pipeline)
+        self._process = read_process(stage.pipeline.scheduler)
+        sets = [_read_set(stage, folder) for folder in folders]
+        self.latents = torch.cat([latents for latents, _ in sets])
+        self.captions = [caption for _, of_set in sets for caption in of_set]
+        distinct, self._text = sorted(set(self.captions)), None
+        if not trains_text(stage.pipeline):
+            self._text = embed_captions(stage.pipeline, distinct, stage.resolution)
+        number = {caption: i for i, caption in enumerate(distinct)}
+        self._caption_of_row = torch.tensor([number[caption] for caption in self.captions])
+
+    def losses(
+        self, rows: torch.Tensor, noise: torch.Tensor, quantiles: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the images `rows` [n], with noise [n, channels, r, r], at timesteps that are these
+        quantiles [n]: [n]."""
+        device = self._stage.accelerator.device
+        clean, noise, quantiles = (t.to(device) for t in (self.latents[rows], noise, quantiles))
+        # On a CPU, PyTorch 2.13 crashes in the backward pass of a GroupNorm that trains and whose
+        # input, in channels_last, asks for no gradient.
+        clean.requires_grad_()
+        with self._stage.accelerator.autocast():
+            if self._text is None:
+                captions = [self.captions[row] for row in rows.tolist()]
+                shown = self._family.encode_text(captions, self._stage.resolution)
+            else:
+                which = self._caption_of_row[rows]
+                shown = {name: values[which] for name, values in self._text.items()}
+            predictor = self._family.predictor
+            return denoising_loss(predictor, self._process, clean, shown, noise, quantiles)
+
+
 @torch.no_grad()
-def read_set(stage: Stage, folder: str) -> tuple[torch.Tensor, list[str]]:
+def _read_set(stage: Stage, folder: str) -> tuple[torch.Tensor, list[str]]:
     """The latents of a synthetic set [N, channels, r, r], and its prompts."""
     images = read_synthetic(folder, "--warm_start")
     require_column(images.rows, TEXT, f"--warm_start {folder}:")
-    family, found = find_family(stage.pipeline), []
-    for pixels in read_pixel_batches(images, stage.resolution, 64):
-        found.append(family.encode_images(scale_to_unit_range(pixels.to(family.device))).cpu())
+    family, found, count = find_family(stage.pipeline), [], images_at_once(stage.resolution)
+    quiet = not stage.accelerator.is_main_process
+    with tqdm(total=len(images), desc=f"encoding {folder}", leave=False, disable=quiet) as bar:
+        for pixels in read_pixel_batches(images, stage.resolution, count):
+            found.append(family.encode_images(scale_to_unit_range(pixels.to(family.device))).cpu())
+            bar.update(len(pixels))
     return torch.cat(found), [text or "" for text in images.rows[TEXT]]
+
+
+def _add_up_gradients(accelerator: Accelerator, engine: PerUnitGradients) -> None:
+    """Give every process the sum of all processes' gradients."""
+    if accelerator.num_processes == 1:
+        return
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in engine.parameters]
+    flat = torch.cat([gradient.flatten() for gradient in own])
+    engine.assign(accelerator.reduce(flat, reduction="sum"))

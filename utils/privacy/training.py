@@ -101,8 +101,7 @@ def private_steps(
         raise UsageError("fp16 is not supported: its loss scaling looks at the data; use bf16")
     engine, optimizer = state.engine, state.optimizer
     check_products(engine.device)
-    for tensor in state.adapter.values():  # every process starts where the main one does
-        tensor.data.copy_(broadcast(tensor.data, from_process=0))
+    start_as_main_process(state.adapter.values())
     progress = _Progress(accelerator, plan, state) if show_progress else None
     size = min(micro_batch_size, largest_share(plan, accelerator.num_processes))
     checked = False
@@ -128,6 +127,12 @@ def private_steps(
         yield state.step
     if progress is not None:
         progress.close()
+
+
+def start_as_main_process(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the values of the main one: an adapter starts at random."""
+    for tensor in tensors:
+        tensor.data.copy_(broadcast(tensor.data, from_process=0))
 
 
 def largest_share(plan: PrivacyPlan, num_processes: int) -> int:
