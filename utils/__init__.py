@@ -55,6 +55,7 @@
         report              report.html
         plots               the pictures of report.html
     sampling/       synthetic images
+        batches             prompts to images, a batch at a time
         generation          prompts to images, over processes, into folders
         prompts             the prompts of a set, from what the command line gives
         sources             what images are made from, and the statement that covers them

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
+PIXELS_AT_ONCE = 2**20  # of an autoencoder: four images of 512 pixels
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def images_at_once(resolution: int) -> int:
+    """How many images, of so many pixels a side, pass an autoencoder in one batch: it takes more
+    memory than the denoiser does."""
+    return max(1, min(64, PIXELS_AT_ONCE // resolution**2))
 
 
 @dataclass

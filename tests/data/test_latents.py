@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import build_tiny_pipeline, train_arguments, train_here
+from utils import memory
 from utils.data import latent_files
 from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latent_files import _add_up
@@ -213,7 +214,7 @@ def test_one_more_image_changes_nobodys_latent(pipeline, image_folder, tmp_path,
         "encode_images",
         lambda self, images: sizes.append(len(images)) or whole(self, images),
     )
-    monkeypatch.setattr(latent_files, "PIXELS_AT_ONCE", 3 * 16**2)
+    monkeypatch.setattr(memory, "PIXELS_AT_ONCE", 3 * 16**2)
     for count in (40, 38):  # in threes
         private_set = tiny_set(image_folder, tmp_path)
         part = replace(

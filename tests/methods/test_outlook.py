@@ -9,9 +9,8 @@ import torch
 
 from tests.conftest import BUDGET, CAPTION, train_arguments, train_here
 from utils import memory
-from utils.data.latent_files import images_at_once
 from utils.errors import UsageError
-from utils.memory import measure_memory
+from utils.memory import images_at_once, measure_memory
 from utils.methods import forecast
 from utils.models.shapes import build_from_configs, load_shape
 from utils.models.text import AT_ONCE

@@ -20,7 +20,7 @@ from utils.models.pipelines import list_parts, load_pipeline, prepare_pipeline
 from utils.models.placement import halve_frozen, ready_to_draw
 from utils.models.shapes import CONFIGS, build_from_configs
 from utils.models.text import embed_captions
-from utils.sampling.generation import generate
+from utils.sampling.batches import generate
 from utils.sampling.variations import make_varying, vary
 
 

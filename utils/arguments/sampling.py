@@ -57,7 +57,9 @@ class SamplingArguments(DrawingArguments):
     )
     num_images: int = option("how many images in all", 100)
     resolution: int | None = option("side in pixels; default: that of the model", None)
-    batch_size: int = option("images per batch", 32)
+    batch_size: int | None = option(
+        "images per batch; default: 64 small ones, 4 of 512 pixels, 1 of 1024", None
+    )
     mixed_precision: str | None = option(
         "precision of the whole model, no or bf16; default: that of accelerate launch, or no", None
     )
@@ -84,5 +86,5 @@ class SamplingArguments(DrawingArguments):
         check_between("reject", self.reject, 0, 1)
         if self.reject_by is not None and not self.reject:
             raise UsageError("--reject_by needs --reject, the share to leave out")
-        if min(self.num_images, self.batch_size) < 1:
+        if min(self.num_images, self.batch_size or self.num_images) < 1:
             raise UsageError("--num_images and --batch_size must be at least 1")

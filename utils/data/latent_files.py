@@ -35,12 +35,12 @@ from utils.data.private_set import PrivateSet
 from utils.errors import UsageError, on_main_process
 from utils.files import CACHE, DATA_SHEET, LATENTS, explain_disk_errors, private_folder
 from utils.ledger.runs import FIRST_MEANS, SELECTION
+from utils.memory import images_at_once
 from utils.models.families import find_family
 from utils.models.pipelines import trains_text
 from utils.models.text import AT_ONCE, embed_captions
 
 ENCODING = 5  # raise it whenever images or captions are read, resized or encoded otherwise
-PIXELS_AT_ONCE = 2**20  # that the autoencoder reads: four images of 512 pixels
 TEXT_LIMIT = 64 * 2**30  # bytes of conditioning on disk; beyond, captions are encoded when sampled
 LATENTS_FILE, TEXT_PREFIX = "latents.f32", "text-"
 RUN, INTEGERS = 4096, {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -214,11 +214,6 @@ class _Job:
                 for write, values in zip(writers, text.values(), strict=True):
                     write(values)
                 bar.update(len(rows))
-
-
-def images_at_once(resolution: int) -> int:
-    """In one pass through the autoencoder."""
-    return max(1, min(64, PIXELS_AT_ONCE // resolution**2))
 
 
 def _show_progress(count: int, what: str) -> tqdm:

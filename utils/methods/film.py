@@ -15,7 +15,7 @@ from utils.files import SAMPLES, explain_disk_errors
 from utils.models.drawing import DrawingSettings
 from utils.models.placement import ready_to_draw
 from utils.privacy.training import TrainingState
-from utils.sampling.generation import generate
+from utils.sampling.batches import generate_all
 
 SHEET = re.compile(r"step_(\d{6})\.png")
 FILM = "film.png"
@@ -55,7 +55,7 @@ def draw_sheet(
     drawing.use_scheduler(pipeline)
     try:
         with ready_to_draw(pipeline):
-            images = generate(pipeline, chosen, list(range(count)), 0, drawing)
+            images = generate_all(pipeline, chosen, 0, drawing)
     finally:
         pipeline.scheduler = before
         if state.average is not None:

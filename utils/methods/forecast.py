@@ -11,10 +11,10 @@ import torch
 
 from utils.arguments.training import TrainingArguments
 from utils.audit.replay import make_noise_units
-from utils.data.latent_files import TEXT_LIMIT, encode_aside, images_at_once
+from utils.data.latent_files import TEXT_LIMIT, encode_aside
 from utils.data.latents import prepare_losses
 from utils.gradients.per_unit_gradients import PerUnitGradients
-from utils.memory import Memory, measure_memory
+from utils.memory import Memory, images_at_once, measure_memory
 from utils.methods.stages import Stage
 from utils.models.drawing import choose_settings
 from utils.models.families import find_family
@@ -23,11 +23,10 @@ from utils.models.placement import ready_to_draw
 from utils.models.text import AT_ONCE, embed_captions
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.training import clipped_gradient_sum, largest_share
-from utils.sampling.generation import generate
+from utils.sampling.batches import generate
 
 FEW_IMAGES = 4  # that are encoded to see how long one takes
 SOON = 5.0  # seconds: a pass that takes less is repeated, since the first one of a kind is slow
-DRAWN_AT_ONCE = 16  # of samples/
 OPTIMIZER_BYTES = 28  # of each weight: two moments, the gradient, its sum and noise in fp64
 GIB = 2**30
 
@@ -138,7 +137,7 @@ def foresee(
     encode = of_image + of_caption * keeps_text
     rest = sizes.rows * encode / num_processes + training.num_validation_images * draw
     warm_start = sizes.warm_rows * per_pass / num_processes
-    images = min(training.num_validation_images, DRAWN_AT_ONCE)
+    images = min(training.num_validation_images, images_at_once(stage.resolution))
     return Forecast(
         passes=round(plan.steps * plan.expected_batch_size * plan.noise_multiplicity),
         seconds_per_step=per_step,

@@ -31,7 +31,7 @@ from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Ob
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.families.stable_diffusion import tokenize_captions
 from utils.models.public_models import build_autoencoder, build_tokenizer
-from utils.sampling.generation import generate
+from utils.sampling.batches import generate_all
 
 # What suits small images; benchmarks/RESULTS.md has what 50 steps of DDIM would gain.
 SMALL = {"num_inference_steps": 8, "guidance_scale": 2.0}
@@ -229,9 +229,7 @@ def save_grids(
         recorded |= SMALL_FLOW | {"max_sequence_length": pipeline.tokenizer_3.model_max_length}
     drawing = choose_settings(pipeline, DrawingArguments(), None, recorded)
     drawing.use_scheduler(pipeline)
-    images = generate(
-        pipeline, [p for p in prompts for _ in range(8)], range(8 * len(prompts)), seed, drawing
-    )
+    images = generate_all(pipeline, [p for p in prompts for _ in range(8)], seed, drawing)
     pipeline.scheduler = scheduler
     tile_images(images, 8).save(output_dir / "samples.png")
     write_settings(drawing, output_dir)

@@ -29,7 +29,7 @@ from utils.hub.upload import check_license, make_repo
 from utils.methods.film import list_sheets, save_film
 from utils.models.drawing import DrawingSettings
 from utils.privacy.plan import PrivacyPlan
-from utils.sampling.generation import generate
+from utils.sampling.batches import generate_all
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import read_privacy
 
@@ -109,11 +109,8 @@ def save_samples(
         path.unlink()
     prompts, count = training.validation_prompt, training.num_validation_images
     settings.use_scheduler(pipeline)
-    images = []
-    for start in range(0, count, 16):
-        indices = list(range(start, min(start + 16, count)))
-        chosen = [prompts[i % len(prompts)] for i in indices]
-        images += generate(pipeline, chosen, indices, 0, settings)
+    chosen = [prompts[i % len(prompts)] for i in range(count)]
+    images = generate_all(pipeline, chosen, 0, settings)
     for index, image in enumerate(images):
         image.save(folder / f"{index:04}.png")
     if images:

@@ -36,7 +36,7 @@ from utils.models.text import quiet
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.randomness import make_randomness
 from utils.privacy.training import TrainingState, private_steps, reduce_micro_batches
-from utils.sampling.generation import generate
+from utils.sampling.batches import generate_all
 
 MEASURED = 64  # public units whose gradients are looked at
 JUDGED_AT = 4  # noise levels an image
@@ -186,11 +186,8 @@ def measure_accuracy(stand_in: StandIn, trial: Trial | None, seed: int) -> float
     whole = (stand_in.judged_on, stand_in.trained_on)
     captions = [caption for part in whole for caption in part.captions]
     labels = [prompts[i % len(prompts)] for i in range(min(DRAWN, 2 * len(captions)))]
-    images = []
-    for start in range(0, len(labels), 32):
-        part = range(start, min(start + 32, len(labels)))
-        with quiet():  # of long class names, which are cut off
-            images += generate(pipeline, [labels[i] for i in part], list(part), seed, drawing)
+    with quiet():  # of long class names, which are cut off
+        images = generate_all(pipeline, labels, seed, drawing)
     drawn = LabelledImages(torch.stack([crop_to_pixels(image, side) for image in images]), labels)
     pixels = torch.cat([read_pixels(part, side) for part in whole])
     known = [i for i, caption in enumerate(captions) if caption in prompts]

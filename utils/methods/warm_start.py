@@ -18,13 +18,13 @@ from utils.arguments.methods import StageArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.folders import TEXT
 from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
-from utils.data.latent_files import images_at_once
 from utils.data.rows import require_column
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_prior
 from utils.ledger.public_sets import refuse_as_public
 from utils.ledger.reservations import find_ledger
+from utils.memory import images_at_once
 from utils.methods.private_run import collect_adapter_tensors
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage

@@ -31,6 +31,7 @@ from utils.files import (
 from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.statement import BASE_CHECKSUM, write_statement
 from utils.ledger.verification import fetch_statement, read_json
+from utils.memory import images_at_once
 from utils.models.adapters import ADAPTER_CONFIG, PARTS, load_adapter
 from utils.models.drawing import (
     DrawingSettings,
@@ -41,6 +42,7 @@ from utils.models.drawing import (
 from utils.models.families import find_family
 from utils.models.pipelines import list_parts, load_pipeline
 from utils.privacy.training import checksum
+from utils.sampling.batches import generate
 from utils.sampling.prompts import choose_template, read_prompts
 from utils.sampling.shards import (
     Piece,
@@ -55,27 +57,6 @@ ADAPTER_FILES = "adapter_files"  # in sampling.json: digests of the weights behi
 PROMPTS = "prompts_sha256"  # in sampling.json: of those of a file
 SET_DIGEST = "set"  # in sampling.json: `hash_set` of the images, once all are there
 AFTERWARDS = {IS_PUBLIC: None, SET_DIGEST: None}  # what sampling.json says beside the settings
-
-
-@torch.no_grad()
-def generate(
-    pipeline: DiffusionPipeline,
-    prompts: list[str],
-    indices: list[int],
-    seed: int,
-    settings: DrawingSettings,
-) -> list[Image.Image]:
-    """One image a prompt, in one batch; the image of index i starts from noise of `seed` and i. The
-    pipeline has the scheduler of `settings` already.
-
-    The same image comes out whatever the batch it is in (up to floating-point rounding).
-    """
-    family = find_family(pipeline)
-    noise = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
-    call = settings.describe_call(type(pipeline).__name__)
-    if settings.negative_prompt is not None:
-        call["negative_prompt"] = [settings.negative_prompt] * len(prompts)
-    return pipeline(**family.begin(prompts, noise, settings.resolution), **call).images
 
 
 def hash_adapter(adapter: Path) -> dict[str, str]:
@@ -272,8 +253,9 @@ def generate_pieces(
         def write(piece: Piece, waited_for: list[Future]) -> None:
             write_piece(folder, piece, [png.result() for png in waited_for], entries)
 
-        for start in range(0, len(indices), sampling.batch_size):
-            part = indices[start : start + sampling.batch_size]
+        at_once = sampling.batch_size or images_at_once(prepared.settings.resolution)
+        for start in range(0, len(indices), at_once):
+            part = indices[start : start + at_once]
             texts, pipeline = [entries[i]["text"] for i in part], prepared.pipeline
             images = generate(pipeline, texts, part, sampling.seed, prepared.settings)
             for written in writing:
