@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-PIXELS_AT_ONCE = 2**20  # of an autoencoder: four images of 512 pixels
+PIXELS_AT_ONCE = 2**20  # four images of 512 pixels, of which an autoencoder has room for few
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def images_at_once(resolution: int) -> int:
-    """How many images, of so many pixels a side, pass an autoencoder in one batch: it takes more
-    memory than the denoiser does."""
+    """How many images, of so many pixels a side, are encoded, drawn or judged in one batch."""
     return max(1, min(64, PIXELS_AT_ONCE // resolution**2))
 
 

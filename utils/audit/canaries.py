@@ -19,6 +19,7 @@ from utils.audit.auditing import log_likelihood_ratio, spread
 from utils.data.images import ImageRows, find_readable_rows
 from utils.data.latents import Objective, encode_units, unit_losses
 from utils.data.private_set import PrivateSet
+from utils.memory import images_at_once
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.processes import read_process
@@ -121,7 +122,7 @@ class ImageCanaries:
         canaries = self.num_ordinary + torch.arange(len(self.included))
         parts = [
             unit_losses(self.pipeline, self.units, part, Objective(16), randomness).cpu()
-            for part in canaries.split(64)
+            for part in canaries.split(images_at_once(self.units.resolution))
         ]
         return torch.cat(parts)
 

@@ -27,6 +27,7 @@ from utils.files import CHECKPOINTS, replace_file, write_durably
 from utils.gradients.short_attention import use_fast_attention
 from utils.ledger.checkpoints import list_differences
 from utils.ledger.public_sets import refuse_as_public
+from utils.memory import images_at_once
 from utils.methods.public_objectives import OBJECTIVES, AutoencoderObjective, Objective
 from utils.models.drawing import choose_settings, write_settings
 from utils.models.families.stable_diffusion import tokenize_captions
@@ -110,7 +111,7 @@ def save_state(state: dict, state_dir: Path) -> None:
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pixels: torch.Tensor, device) -> torch.Tensor:
     """Mean latents of uint8 images, unscaled: [N, c, r, r]."""
-    batches = pixels.split(256)
+    batches = pixels.split(images_at_once(pixels.shape[-1]))
     encoded = [
         vae.encode(scale_to_unit_range(b.to(device))).latent_dist.mean.cpu() for b in batches
     ]

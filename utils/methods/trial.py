@@ -27,6 +27,7 @@ from utils.evaluation.downstream import (
     measure_downstream_accuracy,
 )
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.memory import images_at_once
 from utils.methods.private_run import build_state
 from utils.methods.public_passes import leave_out_unused
 from utils.methods.stand_in import StandIn, list_prompts, read_pixels
@@ -228,5 +229,5 @@ def judge(pipeline: DiffusionPipeline, judges: EncodedUnits, training: TrainingA
     usual = dict.fromkeys(["snr_gamma", "weighting_scheme", *OF_SCHEMES])
     objective = choose_objective(pipeline, replace(training, **usual), JUDGED_AT)
     compute_losses = PrivateLosses(pipeline, judges, objective, make_randomness(False, 0))
-    parts = torch.arange(len(judges.count)).split(64)
+    parts = torch.arange(len(judges.count)).split(images_at_once(judges.resolution))
     return torch.cat([compute_losses(part) for part in parts]).mean().item()

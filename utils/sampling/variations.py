@@ -10,6 +10,7 @@ from tqdm import tqdm
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import ModelArguments
 from utils.errors import UsageError
+from utils.memory import images_at_once
 from utils.models.drawing import DrawingSettings
 from utils.models.families.family import list_call_arguments
 
@@ -61,7 +62,6 @@ def vary(
     strength: float,
     settings: DrawingSettings,
     seed: int,
-    batch_size: int = 32,
 ) -> list[Image.Image]:
     """One variation an image: noised to `strength` of the way, and denoised from there. Image i
     takes noise of `seed` and i, whatever its batch.
@@ -78,9 +78,9 @@ def vary(
         call["max_sequence_length"] = settings.max_sequence_length
     if "height" in list_call_arguments(type(varying)):
         call |= {"height": settings.resolution, "width": settings.resolution}
-    varied = []
-    for start in tqdm(range(0, len(images), batch_size), "variations"):
-        part = slice(start, start + batch_size)
+    varied, at_once = [], images_at_once(settings.resolution)
+    for start in tqdm(range(0, len(images), at_once), "variations"):
+        part = slice(start, start + at_once)
         count = len(images[part])
         noise = [torch.Generator().manual_seed(seed * 10_000_019 + start + i) for i in range(count)]
         if settings.negative_prompt is not None:
