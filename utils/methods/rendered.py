@@ -9,6 +9,7 @@ from utils.data.images import scale_to_unit_range
 from utils.errors import UsageError
 from utils.evaluation.features import Extractor, hash_weights
 from utils.ledger.bases import read_base_statement
+from utils.memory import images_at_once
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 
@@ -32,7 +33,8 @@ def see_rendered(extractor: Extractor, name: str | None, device: torch.device) -
     autoencoder, side = pipeline.vae.to(device), find_family(pipeline).native_resolution
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        seen = autoencoder(scale_to_unit_range(pixels)).sample  # each from its own latents' mode
+        parts = scale_to_unit_range(pixels).split(images_at_once(side))
+        seen = torch.cat([autoencoder(part).sample for part in parts])  # from the latents' mode
         if side != extractor.resolution:
             size = (extractor.resolution, extractor.resolution)
             seen = F.interpolate(seen, size, mode="bilinear", antialias=True)
