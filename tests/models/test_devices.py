@@ -2,6 +2,7 @@
 PyTorch follows shapes, types and devices, and refuses what would mix two devices."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from utils.arguments.training import TrainingArguments
 from utils.data import latents
 from utils.data.latents import EncodedUnits, Objective, PrivateLosses, group_rows_by_unit
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.methods import warm_start
 from utils.methods.public_passes import compute_public_losses
 from utils.methods.trial import adapt
 from utils.models import processes
@@ -125,6 +127,26 @@ def test_a_model_of_any_family_stays_on_its_device(monkeypatch, family):
     finally:
         processes._build.cache_clear()
     assert losses.device.type == GPU
+
+
+@pytest.mark.parametrize("trains_text", [False, True])
+def test_a_warm_start_stays_on_its_device(monkeypatch, trains_text):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(warm_start, "_read_set", lambda *_: (torch.zeros(6, 4, 8, 8), CAPTIONS))
+    pipeline = build_adapted(LdmArguments(train_text_encoder=trains_text))
+    rows, noise, quantiles = torch.arange(3), torch.zeros(3, 4, 8, 8), torch.rand(3)
+    accelerator = SimpleNamespace(device=torch.device(GPU), autocast=nullcontext)
+    stage = SimpleNamespace(pipeline=pipeline, resolution=16, accelerator=accelerator)
+    processes._build.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            move_to_gpu(pipeline)
+            losses = warm_start.Examples(stage, ["set"]).losses(rows, noise, quantiles)
+            losses.sum().backward()
+    finally:
+        processes._build.cache_clear()
+    trained = [p for p in collect_trained_modules(pipeline).parameters() if p.requires_grad]
+    assert losses.device.type == GPU and any(p.grad is not None for p in trained)
 
 
 def test_the_test_finds_a_tensor_on_the_wrong_device(monkeypatch):
