@@ -97,8 +97,7 @@ def foresee(
     sizes: Sizes,
 ) -> Forecast:
     """Time one micro-batch of blank units as training will run it, one encoding and one image, as
-    if no two captions were alike; and a warm start as if its steps were private, too, though they
-    are somewhat faster.
+    if no two captions were alike. A warm start counts as if its passes were private ones.
     """
     num_processes, device = stage.accelerator.num_processes, engine.device
     size = min(training.train_batch_size, largest_share(plan, num_processes))
