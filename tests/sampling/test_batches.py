@@ -8,7 +8,8 @@ from PIL import Image
 from tests.conftest import ROOT, build_tiny_pipeline, train_arguments, train_here
 from utils import memory
 from utils.arguments.evaluation import ExtractorArguments
-from utils.arguments.sampling import DrawingArguments
+from utils.arguments.sampling import DrawingArguments, SamplingArguments
+from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
 from utils.methods.pretraining import encode_all
 from utils.methods.rendered import see_rendered
@@ -52,6 +53,12 @@ def test_a_set_is_drawn_a_few_at_a_time_unless_told(tiny_base, tmp_path, passes,
     arguments += ["--num_images", 7, "--num_inference_steps", 2, "--output_dir", tmp_path / "set"]
     assert "7 images" in train_here([*arguments, *asked], "sample")
     assert max(passes) == largest
+
+
+@pytest.mark.parametrize("asked", [{"batch_size": 0}, {"num_images": 0}, {"batch_size": -1}])
+def test_none_at_once_is_no_batch(asked):
+    with pytest.raises(UsageError, match="must be at least 1"):
+        SamplingArguments(prompts=[""], **asked)
 
 
 def test_others_take_a_few_at_a_time(tiny_base, passes):
