@@ -134,7 +134,7 @@
         short_attention     attention to few keys on a CPU, in fp32 under autocast
     metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
     arguments/      every option of every script, a dataclass a group; `parsing` reads them
-    memory          how much of it something takes
+    memory          how much of it something takes, and how many images fit at once
     fetching        one file of a folder, or of a repository on the Hub
     files           names of what a run leaves; files whole or absent, digests, modes
     version         which version of this code made something

@@ -87,10 +87,12 @@ def test_what_was_cut_short_goes_on_where_it_was(monkeypatch, tmp_path, several)
         return train_classifier(images, labels, recipe, device)
 
     monkeypatch.setattr(downstream, "train_classifier", train)
-    classifiers = Classifiers({"cnn": 3}, 3, kept=tmp_path / "kept")
+    classifiers = Classifiers({"cnn": 3}, 3, kept=tmp_path / "private" / "kept")
     with pytest.raises(KeyboardInterrupt):
         measure(images, images, classifiers, PartialState())
-    assert trained == [0, 1] and stat.S_IMODE(classifiers.kept.stat().st_mode) == 0o700
+    assert trained == [0, 1]
+    for folder in (classifiers.kept, classifiers.kept.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     stop_at = None
     found = measure(images, images, classifiers, PartialState())
     assert trained == [0, 1, 2]

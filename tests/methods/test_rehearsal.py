@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from diffusers import UNet2DConditionModel
 
 from tests.conftest import BUDGET, CAPTION, ROOT, read_json, train_here
 from tests.worlds import build_plan
-from utils import memory
 from utils.arguments.methods import LdmArguments, LoraArguments
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.rehearsal import RehearsalArguments
@@ -21,10 +19,9 @@ from utils.arguments.training import (
     TrainingArguments,
 )
 from utils.errors import UsageError
-from utils.methods import rehearsal, stand_in, trial
+from utils.methods import rehearsal, stand_in
 from utils.methods.rehearsal import Tried, list_trials
 from utils.methods.trial import Outcome, scale_down
-from utils.models.pipelines import load_pipeline
 from utils.privacy.defaults import ADAPTER_RATE, PublicFacts
 
 
@@ -179,21 +176,6 @@ def test_a_stand_in_is_split_and_its_captions_found(tiny_base, image_folder, tmp
     assert set(found.judged_on.captions) <= {f"the digit {i}" for i in range(4)}
     both = [tuple(row) for part in (found.trained_on, found.judged_on) for row in part.digests]
     assert len(set(both)) == 40  # no image is on both sides
-
-
-def test_large_images_are_judged_a_few_at_a_time(tiny_base, image_folder, tmp_path, monkeypatch):
-    found, passed, whole = load(tiny_base, image_folder, tmp_path), [], UNet2DConditionModel.forward
-
-    def watched(self, rows, *args, **more):
-        passed.append(len(rows))
-        return whole(self, rows, *args, **more)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
-    monkeypatch.setattr(memory, "PIXELS_AT_ONCE", 3 * 16**2)
-    pipeline = load_pipeline(str(tiny_base))
-    training = TrainingArguments(output_dir=str(tmp_path))
-    assert trial.judge(pipeline, trial.encode_judges(pipeline, found), training) > 0
-    assert passed == [3 * trial.JUDGED_AT] * 5 + [trial.JUDGED_AT]
 
 
 def test_the_base_draws_a_stand_in_from_public_prompts(tiny_base, tmp_path, monkeypatch):

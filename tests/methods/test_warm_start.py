@@ -35,11 +35,11 @@ def fit(accelerator, seed):
     torch.manual_seed(seed)
     model = nn.Linear(6, 3)
     warm_start.Examples = lambda stage, folders: Examples(model, folders)
-    warm_start.collect_adapter_tensors = lambda stage: dict(model.named_parameters())
     args = WarmStartArguments(["set"], warm_start_steps=3, warm_start_batch_size=7)
     training = SimpleNamespace(seed=None, train_batch_size=2)
     stage = SimpleNamespace(accelerator=accelerator)
-    warm_start.warm_up(stage, PerUnitGradients(model), args, training)
+    adapter = dict(model.named_parameters())
+    warm_start.warm_up(stage, PerUnitGradients(model), adapter, args, training)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 found, expected = gather(fit(together, together.process_index)[None]), fit(alone, 0)

@@ -2,18 +2,23 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
 from tests.conftest import ROOT, build_tiny_pipeline, train_arguments, train_here
+from tests.methods.test_rehearsal import load
 from utils import memory
 from utils.arguments.evaluation import ExtractorArguments
 from utils.arguments.sampling import DrawingArguments, SamplingArguments
+from utils.arguments.training import TrainingArguments
+from utils.audit.canaries import ImageCanaries
 from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
+from utils.methods import trial
 from utils.methods.pretraining import encode_all
 from utils.methods.rendered import see_rendered
 from utils.models.drawing import choose_settings
+from utils.models.pipelines import load_pipeline
 from utils.sampling.batches import generate, generate_all
 from utils.sampling.variations import make_varying, vary
 
@@ -80,3 +85,22 @@ def test_others_take_a_few_at_a_time(tiny_base, passes):
     rendered = see_rendered(extractor, str(tiny_base), torch.device("cpu"))
     assert len(rendered.network(pixels)[0]) == 7
     assert max(passes) == 3 and passes.count(1) >= 4
+
+
+def test_losses_are_of_a_few_images_at_a_time(tiny_base, image_folder, tmp_path, monkeypatch):
+    """Those that judge a rehearsal, and those of an audit's canaries."""
+    found, passed, whole = load(tiny_base, image_folder, tmp_path), [], UNet2DConditionModel.forward
+
+    def watched(self, rows, *args, **more):
+        passed.append(len(rows))
+        return whole(self, rows, *args, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    monkeypatch.setattr(memory, "PIXELS_AT_ONCE", 3 * 16**2)
+    pipeline, training = load_pipeline(str(tiny_base)), TrainingArguments(output_dir=str(tmp_path))
+    assert trial.judge(pipeline, trial.encode_judges(pipeline, found), training) > 0
+    assert passed == [3 * trial.JUDGED_AT] * 5 + [trial.JUDGED_AT]
+    passed.clear()
+    included = torch.ones(7, dtype=torch.bool)
+    ImageCanaries(pipeline, found.judged_on, 16, included, tmp_path / "latents")
+    assert passed == [3 * 16, 3 * 16, 16]

@@ -49,7 +49,7 @@ class Classifiers:
 
     Attributes:
         networks: the optimizer steps of each. seeds: how many of each.
-        kept: a folder, mode 0700, for what each network was found to do, by which an evaluation
+        kept: a folder in private/ for what each network was found to do, by which an evaluation
             that was cut short goes on; None: it begins anew.
     """
 
@@ -173,7 +173,8 @@ def _train_all(
         model = train_classifier(trained_on.pixels, labels, recipes[i], state.device)
         mine[i] = judge(model).tolist()
         if files:
-            make_private(classifiers.kept)
+            for folder in (classifiers.kept.parent, classifiers.kept):
+                make_private(folder)
             write_durably(files[i], json.dumps(mine[i]))
     for part in gather_object([mine]):
         results |= part

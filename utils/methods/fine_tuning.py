@@ -135,7 +135,7 @@ def run_method(
     settings = collect_settings(method.name, method.settings, data, training)
     agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
-        warm_up(stage, engine, method.stages, training)
+        warm_up(stage, engine, adapter, method.stages, training)
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(stage, plan, run, engine, private_set.left_out))
 

@@ -25,7 +25,6 @@ from utils.ledger.charges import list_prior
 from utils.ledger.public_sets import refuse_as_public
 from utils.ledger.reservations import find_ledger
 from utils.memory import images_at_once
-from utils.methods.private_run import collect_adapter_tensors
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage
 from utils.models.denoising import denoising_loss
@@ -83,17 +82,24 @@ def find_earlier_stages(
 
 
 def warm_up(
-    stage: Stage, engine: PerUnitGradients, args: WarmStartArguments, training: TrainingArguments
+    stage: Stage,
+    engine: PerUnitGradients,
+    adapter: dict[str, torch.Tensor],
+    args: WarmStartArguments,
+    training: TrainingArguments,
 ) -> None:
     """Fit the trained weights to the set, by ordinary training; losses are shown. No more images
     pass the model at once than in a private step, and each process takes its share of a batch:
     both change speed and memory only.
 
+    Args:
+        adapter: see `collect_adapter_tensors`.
+
     Raises:
         UsageError: the set cannot be read, or has no prompts.
     """
     accelerator, examples = stage.accelerator, Examples(stage, args.warm_start)
-    start_as_main_process(collect_adapter_tensors(stage).values())
+    start_as_main_process(adapter.values())
     draws = torch.Generator().manual_seed(training.seed or 0)
     optimizer = torch.optim.AdamW(engine.parameters, args.warm_start_learning_rate)
     steps, count = args.warm_start_steps, args.warm_start_batch_size
