@@ -4,8 +4,9 @@
 
 One command releases means, selects and trains (STAGES first); curate.py or relabel.py does the last
 stage (STAGES last), in the same ledger.
-After each kill the same command is run again. Then all must verify, no stage may be charged twice
-or with other noise. The last line is a summary in JSON.
+After each kill the same command is run again, and killed at the next point, until it ends. No stage
+may ever be charged twice or with other noise, and at the end all must verify. (That a first attempt
+may be killed anywhere is what `tests/killed_runs.py` tries.) The last line is a summary in JSON.
 """
 
 import argparse
@@ -32,7 +33,8 @@ SIGMA = {"--release_epsilon": 2, "--selection_noise_multiplier": 4, "--noise_mul
 SMALL = ["--generator_steps", 1, "--num_synthetic_images", 8, "--num_frequencies", 10]
 ROUNDS, STEPS, DELTA = 2, 4, 1e-3
 
-# The stage, and what is fatal there: the owner, the name and the number of a call, before or after.
+# In their order. What is fatal there: the owner, the name and the number of a call of the attempt
+# that the kill before made necessary, before or after.
 POINTS = {
     "before the means are released": (means, "add_noise_once", 1, False),
     "after the means, before their checkpoint": (runs, "save_checkpoint", 1, False),
@@ -43,27 +45,27 @@ POINTS = {
     "after the set, before it is noted": (synthetic_sets, "hash_set", 1, False),
     "between means and selection": (first_stages, "select_first", 1, False),
     "before the scores are released": (selection, "release_scores", 1, False),
-    "after the scores, before their checkpoint": (runs, "save_checkpoint", 2, False),
-    "after the checkpoint of the scores": (runs, "save_checkpoint", 2, True),
+    "after the scores, before their checkpoint": (runs, "save_checkpoint", 1, False),
+    "after the checkpoint of the scores": (runs, "save_checkpoint", 1, True),
     "before saliency.json": (selection, "export", 1, False),
     "during the warm start": (fine_tuning, "warm_up", 1, True),
-    "after the first checkpoint of training": (runs, "save_checkpoint", 3, True),
-    "after the last checkpoint of training": (runs, "save_checkpoint", 5, True),
-    "before the weights": (runs, "write_statement", 3, True),
+    "after the first checkpoint of training": (runs, "save_checkpoint", 1, True),
+    "after the last checkpoint of training": (runs, "save_checkpoint", 2, True),
+    "before the weights": (runs, "write_statement", 1, True),
 }
 VOTING = {
     "before the first votes are released": (curation, "add_noise_once", 1, False),
     "after the first votes, before their checkpoint": (runs, "save_checkpoint", 1, False),
     "after the first votes": (runs, "save_checkpoint", 1, True),
     "between the rounds": (curation, "evolve", 1, True),
-    "after the last votes": (runs, "save_checkpoint", 2, True),
+    "after the last votes": (runs, "save_checkpoint", 1, True),
     "before the statement of the votes": (runs, "write_statement", 1, False),
     "while the winners are written": (synthetic_sets, "write_piece", 2, True),
     "before the winners are noted": (synthetic_sets, "hash_set", 1, False),
 }
 NAMING = {
     "before the first step of the classifier": (training, "add_noise_once", 1, False),
-    "after its second checkpoint": (runs, "save_checkpoint", 2, True),
+    "after its second checkpoint": (runs, "save_checkpoint", 1, True),
     "before its statement": (runs, "write_statement", 1, False),
     "while the images are written under their names": (synthetic_sets, "write_piece", 2, True),
 }
@@ -73,42 +75,31 @@ def read_charges(ledger: Path) -> list[dict]:
     return list_charged_events(Ledger(ledger).records())
 
 
-def go_on(arguments: list, output: Path, script, point=None) -> int:
-    """Run a stage of `output` until it is done, killed at `point` first; returns the kills."""
-    kills, command = 0, [*arguments, "--output_dir", output]
-    for attempt in (point, None) if point else (None,):
-        prepare = None if attempt is None else lambda at=attempt: die_on_call(*at)
+def go_on(script, command: list, output: Path, ledger: Path, expected: list[dict], points: dict):
+    """Run a stage of `output` until it is done, killed at each of `points`. Whatever is charged
+    must be the beginning of what is `expected`, and all of it in the end."""
+    command = [*command, "--output_dir", output]
+    for where, point in {**points, "to the end": None}.items():
+        print(where, flush=True)
+        prepare = None if point is None else lambda at=point: die_on_call(*at)
         resume = ["--resume_from_checkpoint", "latest"]
         paid = any((output / "private" / "checkpoints").glob("checkpoint-*"))
         status = in_a_child([*command, *(resume if paid else [])], prepare, script=script)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed or status == 0, f"it ended with wait status {status}"
-        kills += killed
-    assert kills == (point is not None), "it never got to the point"
+        assert killed or status == 0, f"{where}: it ended with wait status {status}"
+        assert killed == (point is not None), f"it never got to the point: {where}"
+        charged = read_charges(ledger) if ledger.exists() else []
+        assert charged == expected[: len(charged)], f"{where}: charged {charged}"
+    assert charged == expected, f"charged {charged}"
     problems = find_problems(read_source(str(output), None))
     assert not problems, problems
-    return kills
 
 
-def kill_first_stages(command: list, folder: Path, expected: list[dict]) -> int:
-    """Returns the kills, of as many POINTS."""
-    import train_dp_lora
-
-    kills = 0
-    for number, (where, point) in enumerate(POINTS.items()):
-        print(where, flush=True)
-        output = folder / f"run-{number}"
-        kills += go_on(command, output, train_dp_lora, point)
-        charged = read_charges(output / "private" / "ledger.jsonl")
-        assert charged == expected, f"{where}: charged {charged}"
-    return kills
-
-
-def kill_last_stages(base: Path, images: Path, folder: Path, expected: list[dict]) -> int:
-    """Returns the kills, of as many points of VOTING and NAMING. `folder` has the run `whole`."""
+def kill_last_stages(base: Path, images: Path, folder: Path, before: list[dict]):
+    """`folder` has the run `whole`, whose ledger has the charges `before`."""
     import sample
 
-    whole, candidates, kills = folder / "whole", folder / "candidates", 0
+    whole, candidates = folder / "whole", folder / "candidates"
     draw = ["--pretrained_model_name_or_path", base, "--adapter", whole, "--num_images", 8]
     draw += ["--class_names", *"0123", "--caption_template", "the digit {label}"]
     assert in_a_child([*draw, "--output_dir", candidates], script=sample) == 0
@@ -121,15 +112,16 @@ def kill_last_stages(base: Path, images: Path, folder: Path, expected: list[dict
     name = [*last, "--relabel_steps", STEPS, "--relabel_epsilon", 2, "--checkpointing_steps", 2]
     stages = [(curate, vote, VOTING, ROUNDS), (relabel, name, NAMING, STEPS)]
     for script, options, points, steps in stages:
-        for number, (where, point) in enumerate({"undisturbed": None, **points}.items()):
-            print(where, flush=True)
-            output = folder / f"{script.__name__}-{number}"
-            ledger = output.with_suffix(".jsonl")
-            shutil.copy(whole / "private" / "ledger.jsonl", ledger)
-            kills += go_on([*options, "--privacy_ledger", ledger], output, script, point)
-            *before, event = read_charges(ledger)
-            assert before == expected and event["steps"] == steps, f"{where}: charged {event}"
-    return kills
+        undisturbed, output = folder / script.__name__, folder / f"{script.__name__}-killed"
+        for path in (undisturbed, output):
+            shutil.copy(whole / "private" / "ledger.jsonl", path.with_suffix(".jsonl"))
+        ledger = undisturbed.with_suffix(".jsonl")
+        command = [*options, "--output_dir", undisturbed, "--privacy_ledger", ledger]
+        assert in_a_child(command, script=script) == 0
+        expected = read_charges(ledger)
+        assert expected[:-1] == before and expected[-1]["steps"] == steps, expected
+        ledger = output.with_suffix(".jsonl")
+        go_on(script, [*options, "--privacy_ledger", ledger], output, ledger, expected, points)
 
 
 def main():
@@ -149,7 +141,7 @@ def main():
     command += ["--num_validation_images", 1, "--warm_start_steps", 1]
     command += ["--release_means", "--select_saliency"]
     whole = args.folder / "whole"
-    go_on(command, whole, train_dp_lora)
+    assert in_a_child([*command, "--output_dir", whole], script=train_dp_lora) == 0
     expected = read_charges(whole / "private" / "ledger.jsonl")
     assert [e["purpose"] for e in expected] == ["means", "selection", "training"], expected
     for number in range(3):  # what the forks would compute again, each for seconds
@@ -160,11 +152,13 @@ def main():
     calibrate_noise_multiplier(spent.add_or_remove_one, DELTA, *everyone)
     command += ["--total_epsilon", 1e-6 + spent.add_or_remove_one]  # nothing is counted twice
     if args.stages == "first":
-        points, kills = len(POINTS), kill_first_stages(command, args.folder, expected)
+        output, points = args.folder / "killed", POINTS
+        ledger = output / "private" / "ledger.jsonl"
+        go_on(train_dp_lora, command, output, ledger, expected, points)
     else:
-        points = len(VOTING) + len(NAMING)
-        kills = kill_last_stages(args.base, args.images, args.folder, expected)
-    print(json.dumps({"points": points, "killed": kills}))
+        points = {**VOTING, **NAMING}
+        kill_last_stages(args.base, args.images, args.folder, expected)
+    print(json.dumps({"killed": len(points)}))
 
 
 if __name__ == "__main__":

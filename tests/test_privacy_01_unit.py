@@ -21,7 +21,8 @@ from utils.data.latents import (
     unit_losses,
 )
 from utils.data.private_set import PrivateSet, load_private_set
-from utils.data.rows import load_split, number_units
+from utils.data.rows import load_split
+from utils.data.units import number_units
 from utils.errors import UsageError
 from utils.ledger.statement import Circumstances, build_statement
 from utils.methods.planning import load_private_rows, preview, reserve
@@ -45,7 +46,19 @@ def test_rows_are_units_unless_a_column_says_otherwise():
     assert number_units(rows, "patient").tolist() == [0, 1, 0, 2, 1, 0]
 
 
-@pytest.mark.parametrize("hole", [None, "", float("nan")])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("values", [[7, 3, 7, 7], ["b", "a", "b", "b"]])
+def test_the_format_of_a_dataset_makes_no_more_units(tmp_path, kind, values):
+    """Tensors are equal to nothing but themselves: each row would be a unit of its own."""
+    rows = Dataset.from_dict({"patient": values, "image": [0] * 4}).with_format(kind)
+    assert number_units(rows, "patient").tolist() == [0, 1, 0, 0]
+    rows.with_format(kind, columns=["image"]).save_to_disk(tmp_path / "saved")
+    loaded = load_split(str(tmp_path / "saved"), None, None, "train")
+    assert loaded.format["type"] is None and loaded["patient"] == values
+    assert number_units(loaded, "patient").tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("hole", [None, "", " ", "\u200b", float("nan")])
 def test_rows_that_nobody_owns_are_refused(hole):
     values = [1.0, hole, 2.0] if isinstance(hole, float) else ["1", hole, "2"]
     with pytest.raises(UsageError, match="1 row.s. have no value"):

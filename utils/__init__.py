@@ -76,7 +76,9 @@
     data/           rows to images, captions, latents and losses
         folders             an image folder: its files and classes, as rows
         metadata            the tables of an image folder, as text
-        rows                loading a split; the caption, label and unit of each row
+        rows                loading a split; the caption and label of each row
+        units               whose each row is: the privacy units
+        grey_levels         which levels of a grey of more than 8 bits are black and white
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units
         diagnostics         what the owner of a private set should look at first

@@ -11,7 +11,8 @@ from PIL import Image
 
 from utils.arguments.training import DataArguments
 from utils.data.folders import load_image_folder
-from utils.data.rows import load_split, number_units, read_captions, read_labels
+from utils.data.rows import load_split, read_captions, read_labels
+from utils.data.units import number_units
 from utils.errors import UsageError
 
 
@@ -81,6 +82,15 @@ def test_folders_that_are_splits(tmp_path, train, test):
         load(tmp_path, missing)
 
 
+def test_images_beside_splits_are_refused(tmp_path):
+    """Else they would make classes of the splits, and test images private ones."""
+    for split in ("train", "test"):
+        draw(tmp_path / split / "0.png")
+    draw(tmp_path / "preview.png")
+    with pytest.raises(UsageError, match="and images beside them, such as preview.png: move"):
+        load(tmp_path)
+
+
 def test_a_folder_without_splits_has_only_train(tmp_path):
     draw(tmp_path / "a.png")
     with pytest.raises(UsageError, match="not divided into splits, so it has only 'train'"):
@@ -88,6 +98,24 @@ def test_a_folder_without_splits_has_only_train(tmp_path):
 
 
 # Metadata ----------------------------------------------------------------------------------------
+
+
+def test_what_metadata_names_but_a_set_has_not_is_counted(tmp_path, capsys):
+    folder = tmp_path / "set"
+    named = ["a.png", ".b.png", ".c/c.png", "../pool/d.png", "gone.png"]
+    for name in named[:-1]:
+        draw(folder / name)
+    write_csv(folder / "metadata.csv", [{"file_name": name, "text": name} for name in named])
+    assert load(folder)["text"] == ["a.png"]
+    said = capsys.readouterr().err
+    assert "3 .png (in the metadata, but hidden, elsewhere, or no image)" in said
+    assert "1 .png (in the metadata, but not there)" in said
+
+
+def test_metadata_of_all_splits_names_those_of_others(tmp_path, capsys):
+    named = [draw(tmp_path / split / "a.png").relative_to(tmp_path) for split in ("train", "test")]
+    write_csv(tmp_path / "metadata.csv", [{"file_name": f"{name}", "text": "x"} for name in named])
+    assert len(load(tmp_path)) == 1 and capsys.readouterr().err == ""
 
 
 def test_text_in_a_table_stays_as_it_is_written(tmp_path):

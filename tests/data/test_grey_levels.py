@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import read_json, train_arguments, train_here
+from utils.data.grey_levels import MORE_BITS, MoreBitsError
 from utils.data.images import (
-    MORE_BITS,
     UNREADABLE,
     ImageRows,
-    MoreBitsError,
     find_readable_rows,
     keep_readable,
     open_image,
@@ -31,13 +30,44 @@ def encode(image: Image.Image, kind: str) -> bytes:
 
 
 LEVELS = np.linspace(0, 4095, 256).round().reshape(16, 16)
+
+
+def encode_j2k(bits: int, lowest: int = 0) -> bytes:
+    """LEVELS + `lowest` in a JPEG 2000 of so many bits, signed if any is below 0. Its encoder knows
+    16 bits alone, whose middle it takes for zero."""
+    middle = 0 if lowest else 2 ** (bits - 1)
+    content = bytearray(
+        encode(Image.fromarray((LEVELS + lowest - middle + 2**15).astype(np.uint16)), "JPEG2000")
+    )
+    depth = content.index(b"\xff\x4f\xff\x51") + 42
+    assert content[depth] == 15
+    content[depth] = bits - 1 + (128 if lowest else 0)
+    return bytes(content)
+
+
+def encode_pgm(maximum: int) -> bytes:
+    header = f"P5 16 16 {maximum}\n".encode()
+    return header + LEVELS.clip(0, maximum).astype(">u2").tobytes()
+
+
+def encode_negative(levels: np.ndarray) -> bytes:
+    """A TIFF whose zero is white."""
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "TIFF", tiffinfo={262: 0})
+    return file.getvalue()
+
+
 WIDE = {  # a 12-bit X-ray in each container that Pillow reads
     "png": encode(Image.fromarray(LEVELS.astype(np.uint16)), "PNG"),
     "tiff": encode(Image.fromarray(LEVELS.astype(np.uint16)), "TIFF"),
     "tiff of int32": encode(Image.fromarray(LEVELS.astype(np.int32)), "TIFF"),
     "tiff of floats": encode(Image.fromarray(LEVELS.astype(np.float32)), "TIFF"),
     "jpeg 2000": encode(Image.fromarray(LEVELS.astype(np.uint16)), "JPEG2000"),
+    "jpeg 2000 of 12 bits": encode_j2k(12),
+    "jpeg 2000 of 14 bits": encode_j2k(14),
     "pgm": encode(Image.fromarray(LEVELS.astype(np.uint16)), "PPM"),
+    "pgm of 12 bits": encode_pgm(4095),
+    "pgm in decimals": b"P2 16 16 4095\n" + " ".join(f"{v:.0f}" for v in LEVELS.flat).encode(),
 }
 GREY = encode(Image.fromarray(np.full((16, 16), 77, np.uint8)), "PNG")
 
@@ -67,6 +97,18 @@ def test_hounsfield_units_are_below_zero_and_nan_is_black():
     levels = np.array([[-1000.0, -300.0, 400.0, np.nan]], np.float32)
     seen = np.asarray(open_image(encode(Image.fromarray(levels), "TIFF"), (-1000, 400)))
     assert seen.tolist() == [[0, 128, 255, 0]]
+
+
+def test_a_jpeg_2000_may_have_levels_below_zero():
+    seen = np.asarray(open_image(encode_j2k(13, -1000), (-1000, 3095))).astype(float)
+    assert np.abs(seen - LEVELS / 4095 * 255).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_a_tiff_whose_zero_is_white_is_no_negative(kind):
+    levels = np.array([[0, 51, 255]], kind)
+    seen = np.asarray(open_image(encode_negative(levels), (0, 255)))
+    assert seen.tolist() == [[255, 204, 0]]
 
 
 def test_a_window_changes_no_file_of_eight_bits():

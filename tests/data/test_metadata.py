@@ -7,7 +7,8 @@ import pytest
 
 from tests.data.test_folders import draw, load
 from utils.arguments.training import DataArguments
-from utils.data.rows import number_units, read_captions
+from utils.data.rows import read_captions
+from utils.data.units import number_units
 from utils.errors import UsageError
 
 

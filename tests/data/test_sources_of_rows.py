@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from tests.conftest import BUDGET, train_arguments, train_here
@@ -55,6 +56,58 @@ def test_a_card_that_counts_someone_who_withdrew(tmp_path):
     write_parquet(tmp_path / "set", 4)
     (tmp_path / "set" / "README.md").write_text(CARD)
     assert len(load_split(str(tmp_path / "set"), None, None, "train", tmp_path / "cache")) == 4
+
+
+@pytest.mark.parametrize("other", ["hospital_b", "train/b", "Part2.PARQUET"])
+def test_a_parquet_file_of_no_split_is_named(tmp_path, other):
+    """`datasets` would pass over it, for what its name says."""
+    folder = tmp_path / "set"
+    write_parquet(folder, 4)
+    path = folder / (other if other.endswith("PARQUET") else f"{other}.parquet")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((folder / "train-00000-of-00001.parquet").read_bytes())
+    try:
+        assert len(load_split(str(folder), None, None, "train", tmp_path / "cache")) == 8
+    except UsageError as error:
+        assert "1 parquet file(s), such as " in str(error) and "belong to no split" in str(error)
+
+
+def test_a_dataset_saved_as_one_split_has_no_other(tmp_path):
+    rows = Dataset.from_dict({"image": [0, 1]}, split="validation")
+    rows.save_to_disk(tmp_path / "saved")
+    for split in ("train", "validation", None):  # the first is asked for by default
+        assert len(load_split(str(tmp_path / "saved"), None, None, split)) == 2
+    with pytest.raises(UsageError, match="'test' of .*: it was saved as one split, validation"):
+        load_split(str(tmp_path / "saved"), None, None, "test")
+
+
+def test_one_caption_for_all_opens_no_image(tmp_path):
+    files = [{"bytes": b"no image", "path": None}] * 3
+    rows = Dataset.from_dict({"image": files}, features=Features({"image": ImageFeature()}))
+    captions = read_captions(rows, DataArguments(caption="a face"))
+    assert len(captions) == 3 and list(captions) == captions[:] == ["a face"] * 3
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_numbers_of_classes_are_no_captions(column):
+    classes = ClassLabel(names=["cat", "dog"])
+    features = Features({"label": classes, "labels": List(classes)})
+    rows = Dataset.from_dict({"label": [0], "labels": [[1]]}, features=features)
+    with pytest.raises(UsageError, match="holds classes, whose captions would be numbers"):
+        read_captions(rows, DataArguments(caption_column=column))
+
+
+def test_a_template_that_nothing_fills_is_refused():
+    rows = Dataset.from_dict({"text": ["a"]})
+    data = DataArguments(caption_column="text", caption_template="an X-ray of {label}")
+    with pytest.raises(UsageError, match="filled with labels: give their --label_column"):
+        read_captions(rows, data)
+
+
+def test_a_zero_or_one_for_every_class_is_no_list_of_labels():
+    rows = Dataset.from_dict({"labels": [[0, 1, 0]]})
+    with pytest.raises(UsageError, match="a row names a label twice; if it has a 0 or 1 for every"):
+        list(read_labels(rows, "labels"))
 
 
 def test_a_folder_with_a_loading_script(tmp_path):

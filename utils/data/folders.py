@@ -4,8 +4,9 @@ Files are listed here, not by name patterns: the name of a file never decides ab
 and text in a table stays the text that it is. What is not used is counted, and said.
 """
 
+import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SPLITS = {
 }
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
+PARQUET = ".parquet"
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
 
@@ -35,20 +37,55 @@ def find_image_extensions() -> set[str]:
     return {suffix for suffix, kind in PILImage.EXTENSION.items() if kind in PILImage.OPEN}
 
 
+def list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The files below a folder, also behind links, in order, without hidden ones; and, of what
+    cannot be followed, why.
+
+    Raises:
+        OSError: a folder may not be read.
+    """
+    files, others, seen, folders = [], {}, set(), deque([root])
+    while folders:
+        folder = folders.popleft()
+        if (place := folder.resolve()) in seen:
+            others[folder] = "a link to a folder that is read already"
+            continue
+        seen.add(place)
+        for path in filter(_is_shown, folder.iterdir()):
+            if path.is_dir():  # links last, so that each folder is read where it lies
+                (folders.append if path.is_symlink() else folders.appendleft)(path)
+            elif path.is_file():
+                files.append(path)
+            else:
+                others[path] = "a link to nothing" if path.is_symlink() else "not a file"
+    return sorted(files), others
+
+
 def is_image_folder(folder: Path) -> bool:
     """Whether it holds images, or archives or scans that must become some first, rather than
-    parquet files beside which a picture may lie."""
-    names = [path.name.lower() for path in folder.rglob("*")]
-    if any(name.endswith(".parquet") and name not in METADATA_NAMES for name in names):
-        return False
-    known = find_image_extensions() | set(ARCHIVES + MEDICAL)
-    return any(Path(name).suffix in known for name in names)
+    parquet files beside which a picture may lie.
+
+    Raises:
+        UsageError: it holds more images than parquet files, but some of these.
+    """
+    files = [path for path in list_files(folder)[0] if path.name.lower() not in METADATA_NAMES]
+    suffixes = Counter(path.suffix.lower() for path in files)
+    images = sum(suffixes[suffix] for suffix in find_image_extensions())
+    if not suffixes[PARQUET]:
+        return any(suffixes[suffix] for suffix in ARCHIVES + MEDICAL) or images > 0
+    if images > suffixes[PARQUET]:
+        table = next(path for path in files if path.suffix.lower() == PARQUET)
+        raise UsageError(
+            f"{folder} holds {images} images, but also {table.relative_to(folder)}: which of them "
+            "are the set? Move the others out of it"
+        )
+    return False
 
 
 def load_image_folder(folder: Path, split: str | None) -> Dataset:
-    """One row an image, in the order of the paths: `image`; `label`, the folder that it lies in, if
-    any lies in one; and the columns of metadata.csv, .jsonl or .parquet, or else the `text` of the
-    `.txt` files beside them. With metadata, the images that it names are the set.
+    """One row an image, in the order of the paths: `image`; `label`, the folder that it lies in
+    (`_name_classes`); and the columns of metadata.csv, .jsonl or .parquet, or else the `text` of
+    the `.txt` files beside them. With metadata, the images that it names are the set.
 
     Raises:
         UsageError: there is no such split or no image; metadata cannot be read, or names no image;
@@ -57,12 +94,12 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     folder = folder.resolve() if ".." in folder.parts else folder  # metadata has paths without
     root = find_split(folder, split)
     extensions = find_image_extensions()
-    files = sorted(path for path in root.rglob("*") if path.is_file() and _is_shown(path, root))
+    files, unused = list_files(root)
     images = [path for path in files if path.suffix.lower() in extensions]
-    unused = {path: "not an image" for path in files if path.suffix.lower() not in extensions}
+    unused |= {path: "not an image" for path in files if path.suffix.lower() not in extensions}
     if not images:
         raise UsageError(f"{root} holds no images{_hint_at(unused)}")
-    unused |= {path: "a scan, convert it" for path in unused if path.suffix.lower() in MEDICAL}
+    unused |= {path: "a scan, convert it" for path in files if path.suffix.lower() in MEDICAL}
     tables = [path for path in unused if path.name.lower() in METADATA_NAMES]
     if root != folder:
         tables += [p for p in sorted(folder.iterdir()) if p.name.lower() in METADATA_NAMES]
@@ -94,11 +131,16 @@ def _follow_metadata(
 ) -> tuple[list[Path], dict[str, list]]:
     """The images that the tables name, and their columns; brings `unused` up to date."""
     entries = read_metadata(tables)
-    absent = [path for path in entries if path.is_relative_to(root) and not path.is_file()]
+    present, homes = set(images), [table.parent for table in tables]
+    others = [path for path in entries if path not in present]
+    absent = [path for path in others if path.is_relative_to(root) and not path.is_file()]
     named = [path for path in images for _ in entries.get(path, ())]  # a row each time it is named
     if not named:
         raise UsageError(explain_paths(tables[0], absent or list(entries), images))
     unused |= {path: "not in the metadata" for path in images if path not in entries}
+    for path in others:
+        if path.is_relative_to(root) or not any(map(path.is_relative_to, homes)):
+            unused[path] = "in the metadata, but hidden, elsewhere, or no image"
     unused |= {path: "in the metadata, but not there" for path in absent}
     for table in tables:
         unused.pop(table, None)
@@ -131,11 +173,16 @@ def find_split(folder: Path, split: str | None) -> Path:
     Raises:
         UsageError: it has no such split.
     """
-    inside = [path for path in folder.iterdir() if _is_shown(path, folder)]
+    inside = list(filter(_is_shown, folder.iterdir()))
     folders = {path.name.lower(): path for path in inside if path.is_dir()}
-    loose = any(path.suffix.lower() in find_image_extensions() for path in inside)
     known = {name for names in SPLITS.values() for name in names}
-    if folders and set(folders) <= known and not loose:
+    if folders and set(folders) <= known:
+        loose = [path.name for path in inside if path.suffix.lower() in find_image_extensions()]
+        if loose:
+            raise UsageError(
+                f"{folder} has the splits {', '.join(sorted(folders))}, and images beside them, "
+                f"such as {min(loose)}: move those into one of the folders, or out of it"
+            )
         asked = split or "test"
         named = [folders[name] for name in SPLITS.get(asked, (asked,)) if name in folders]
         if split is None and not named:
@@ -151,9 +198,8 @@ def find_split(folder: Path, split: str | None) -> Path:
     return folder
 
 
-def _is_shown(path: Path, root: Path) -> bool:
-    parts = path.relative_to(root).parts
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def _is_shown(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name != "__MACOSX"
 
 
 def _collect_columns(entries: list[dict]) -> dict[str, list]:
@@ -177,9 +223,26 @@ def _make_rows(images: list[Path], root: Path, columns: dict[str, list]) -> Data
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"the metadata of {root} mixes kinds in one column: {error}") from error
     rows = rows.cast_column(IMAGE, Image())
-    folders = [path.parent.name if path.parent != root else None for path in images]
-    if any(folders) and LABEL not in columns:
-        names = ClassLabel(names=sorted(set(folders) - {None}))
-        numbers = [None if name is None else names.str2int(name) for name in folders]
+    classes = _name_classes(images, root) if LABEL not in map(str.lower, columns) else []
+    if any(classes):
+        names = ClassLabel(names=sorted(set(classes) - {None}))
+        numbers = [None if name is None else names.str2int(name) for name in classes]
         rows = rows.add_column(LABEL, numbers, feature=names)
     return rows
+
+
+def _name_classes(images: list[Path], root: Path) -> list[str | None]:
+    """The folder that each image lies in, below the one that holds them all; none if some lie
+    deeper, since nobody could tell which folders are the classes (and some are patients)."""
+    parents = [path.parent for path in images]
+    shared = Path(os.path.commonpath(parents))
+    if all(parent == shared for parent in parents):
+        return [] if shared == root else [shared.name] * len(images)
+    deep = [path for path in images if len(path.relative_to(shared).parts) > 2]
+    if deep and PartialState().is_main_process:
+        print(
+            f"{root}: no column {LABEL} is made of the folders, since some lie within others, such "
+            f"as that of {deep[0].relative_to(root)}: name the classes in metadata.csv",
+            file=sys.stderr,
+        )
+    return [] if deep else [None if p == shared else p.name for p in parents]

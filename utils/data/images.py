@@ -23,6 +23,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
 
+from utils.data.grey_levels import MORE_BITS, GreyLevels, MoreBitsError, Window
 from utils.data.rows import load_split, require_column
 from utils.errors import UsageError
 
@@ -35,13 +36,6 @@ CHANGED = (
 )
 
 UNREADABLE = "unreadable"
-MORE_BITS = "of more than 8 bits, without --intensity_range"
-Window = tuple[float, float] | None
-
-
-class MoreBitsError(ValueError):
-    """A grey image has more than 8 bits, and nobody said which levels are black and white."""
-
 
 # Pillow's warnings say what is in a private image; its limit of pixels is replaced by ours, which
 # is checked before anything is decoded. For the whole process: `catch_warnings` is not thread-safe.
@@ -230,17 +224,13 @@ def open_image(content: bytes, window: Window = None, about: int | None = None) 
         raise ValueError(f"{image.width} x {image.height} pixels: is it a decompression bomb?")
     if about is not None:
         image.draft("RGB", (about, about))
-    wide = image.mode.startswith(("I", "F"))
-    cut = any(str(tile.args).startswith(("L;16", "LA;16")) for tile in image.tile)
-    if cut or (wide and window is None):
+    levels = GreyLevels(image, content)
+    if levels.wide and window is None:
         raise MoreBitsError
     image.load()
     image = ImageOps.exif_transpose(image)
-    if wide:
-        low, high = window
-        levels = np.nan_to_num(np.asarray(image).astype(np.float64), nan=low)
-        levels = ((levels - low) / (high - low)).clip(0, 1)
-        image = PILImage.fromarray((255 * levels).round().astype(np.uint8))
+    if levels.wide:
+        image = levels.see_through(window, image)
     elif image.has_transparency_data:
         layer = image.convert("RGBA")
         image = PILImage.new("RGBA", image.size, "white")

@@ -10,8 +10,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from utils.arguments.training import DataArguments
-from utils.data.images import ImageRows, Window, find_readable_rows
-from utils.data.rows import number_units, read_captions
+from utils.data.grey_levels import Window
+from utils.data.images import ImageRows, find_readable_rows
+from utils.data.rows import read_captions
+from utils.data.units import number_units
 from utils.errors import UsageError, on_main_process
 
 

@@ -1,28 +1,27 @@
-"""Rows of a `datasets` dataset: loading one split, and the caption, label and privacy unit of each.
+"""Rows of a `datasets` dataset: loading one split, and the caption and label of each.
 
 Nothing here holds more than a few rows' captions at a time.
 """
 
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    Value,
+    get_dataset_config_names,
     get_dataset_split_names,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
 
 from utils.arguments.training import DataArguments
-from utils.data.folders import is_image_folder, load_image_folder
+from utils.data.folders import PARQUET, is_image_folder, list_files, load_image_folder
 from utils.errors import UsageError
 from utils.files import resolve_if_there
 
@@ -70,15 +69,16 @@ def load_split(
     cache = None if cache_dir is None else os.fspath(cache_dir)
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            rows = load_from_disk(str(folder))
-            if isinstance(rows, DatasetDict):
-                rows = rows[split or choose_split(rows)]
+            rows = load_saved(folder, split)
         elif folder.is_dir() and is_image_folder(folder):
             rows = load_image_folder(folder, split)
         else:
-            name = str(folder) if folder.is_dir() else dataset_name
-            # The card of a folder may still have the counts of a set from which someone withdrew.
-            how = {"verification_mode": "no_checks"} if folder.is_dir() else {"revision": revision}
+            name, how = dataset_name, {"revision": revision}
+            if folder.is_dir():
+                name = str(folder)
+                require_all_parquet(folder)
+                # Its card may still have the counts of a set from which someone withdrew.
+                how = {"verification_mode": "no_checks"}
             if split is None:
                 split = choose_split(get_dataset_split_names(name, dataset_config_name))
             rows = load_dataset(name, dataset_config_name, split=split, cache_dir=cache, **how)
@@ -89,6 +89,34 @@ def load_split(
     if len(rows) == 0:
         raise UsageError(f"{folder} holds no images in {name_split(split)}")
     return rows
+
+
+def load_saved(folder: Path, split: str | None) -> Dataset:
+    """What `save_to_disk` left, without the format that it had: of tensors, or of some columns.
+
+    Raises:
+        ValueError: it is of another split.
+    """
+    rows = load_from_disk(str(folder))
+    if isinstance(rows, DatasetDict):
+        rows = rows[split or choose_split(rows)]
+    elif split not in (None, "train", str(rows.split)):  # `train` is asked for by default
+        raise ValueError(f"it was saved as one split, {rows.split or 'without a name'}")
+    return rows.with_format(None)
+
+
+def require_all_parquet(folder: Path) -> None:
+    """Raises: ValueError if `datasets`, which goes by names, would pass over parquet files."""
+    base = folder.expanduser().resolve()  # as it does
+    files = {str(path) for path in list_files(base)[0] if path.suffix.lower() == PARQUET}
+    for config in get_dataset_config_names(str(folder)):
+        splits = load_dataset_builder(str(folder), config).config.data_files
+        files -= {str(path) for paths in splits.values() for path in paths}
+    if files:
+        raise ValueError(
+            f"{len(files)} parquet file(s), such as {os.path.relpath(min(files), base)}, belong to "
+            "no split: name the files alike (train-0.parquet, train-1.parquet), or move others out"
+        )
 
 
 def _may_be_on_the_hub(name: str) -> bool:
@@ -145,13 +173,15 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
     Of a list of captions the first counts; a row without any has the empty caption.
 
     Raises:
-        UsageError: a missing column, or a template without `{label}`.
+        UsageError: a missing column, a template without `{label}`, or one that nothing fills.
     """
+    if data.caption_template is not None and data.label_column is None:
+        raise UsageError("--caption_template is filled with labels: give their --label_column")
     if data.caption is not None:
-        return Column(rows, data.image_column, lambda _: data.caption)
+        return [data.caption] * len(rows)
     if data.caption_column is not None:
         require_column(rows, data.caption_column, "--caption_column")
-        if isinstance(rows.features[data.caption_column], ClassLabel):
+        if isinstance(find_item_feature(rows, data.caption_column), ClassLabel):
             raise UsageError(
                 f"--caption_column {data.caption_column} holds classes, whose captions would be "
                 "numbers: give --label_column and --caption_template instead"
@@ -185,6 +215,12 @@ def fill_template(template: str, label: str) -> str:
     return template.replace("{label}", label.replace("_", " "))
 
 
+def find_item_feature(rows: Dataset, column: str) -> object:
+    """What `datasets` says that a column holds; of lists, what they hold."""
+    feature = rows.features[column]
+    return getattr(feature, "feature", feature)
+
+
 def _choose_first(column: str, value: object) -> str:
     if isinstance(value, list):
         value = value[0] if value else None
@@ -208,18 +244,24 @@ def read_labels(
         may_be_blank: whether an empty text is a name, too: of an image without a finding.
 
     Raises:
-        UsageError: there is no such column, a row has no label, or one that is no number or name.
+        UsageError: there is no such column; a row has no label, one that is no number or name, or
+            one twice.
     """
     require_column(rows, label_column, option)
-    feature = rows.features[label_column]
-    feature = getattr(feature, "feature", feature)  # of a list, that of its items
+    feature = find_item_feature(rows, label_column)
 
     def name(value) -> str:
         is_blank = isinstance(value, str) and not (value.strip() or may_be_blank)
         if value is None or value == -1 or value == [] or value != value or is_blank:
             raise UsageError(f"{option} {label_column}: a row has no label; fill it in")
         if isinstance(value, list):
-            return ", ".join(map(name, value))
+            names = list(map(name, value))
+            if len(set(names)) < len(names):
+                raise UsageError(
+                    f"{option} {label_column}: a row names a label twice; if it has a 0 or 1 for "
+                    "every class, make a list of the classes that are 1 of it"
+                )
+            return ", ".join(names)
         if not isinstance(value, str | int | float):
             raise UsageError(
                 f"{option} {label_column}: a row holds a {type(value).__name__}, not a label"
@@ -256,45 +298,3 @@ def read_label_sets(rows: Dataset, label_column: str, separator: str) -> list[fr
         labels.rows[start : start + READ_AT_ONCE] for start in range(0, len(rows), READ_AT_ONCE)
     )
     return [split(value) for part in parts for value in part[label_column]]
-
-
-def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
-    """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
-
-    Rows with the same value in `unit_column` are one unit; without a column, each row is.
-
-    Raises:
-        UsageError: the column is missing, or has rows without a value.
-    """
-    if unit_column is None:
-        return torch.arange(len(rows))
-    require_column(rows, unit_column, "--privacy_unit_column")
-    feature = rows.features[unit_column]
-    if not isinstance(feature, Value | ClassLabel):
-        raise UsageError(
-            f"--privacy_unit_column {unit_column} holds {type(feature).__name__} values; a unit is "
-            "named by a text or a number"
-        )
-    values = rows[unit_column]
-    missing = sum(v is None or v != v or v == "" for v in values)
-    if missing:
-        raise UsageError(
-            f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, so nobody knows "
-            "whose they are; fill them in or remove those rows"
-        )
-    number: dict = {}
-    texts = {value for value in values if isinstance(value, str)}
-    merged = len(texts) - len({_normalise(text) for text in texts})
-    if merged:
-        raise UsageError(
-            f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another only by "
-            "spaces around them, or by how Unicode spells the same letters, which would make two "
-            "units of one: mend them"
-        )
-    return torch.tensor([number.setdefault(value, len(number)) for value in values])
-
-
-def _normalise(text: str) -> str:
-    """A name as a reader takes it: without what cannot be seen, and in one spelling."""
-    seen = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
-    return unicodedata.normalize("NFC", seen).strip()

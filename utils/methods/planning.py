@@ -14,7 +14,8 @@ from utils.arguments.training import DataArguments, PrivacyArguments, TrainingAr
 from utils.data.diagnostics import show_private_set
 from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
-from utils.data.rows import load_rows, name_source, number_units, read_captions
+from utils.data.rows import load_rows, name_source, read_captions
+from utils.data.units import number_units
 from utils.errors import UsageError, on_main_process
 from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients

@@ -1,0 +1,92 @@
+"""Image folders with links, with folders within folders, and with tables that are no metadata."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_folders import draw, load, write_csv
+from utils.data.rows import read_labels
+from utils.errors import UsageError
+
+# What links to what ------------------------------------------------------------------------------
+
+
+def test_folders_behind_links_are_read_once(tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("a", "b"):
+        draw(elsewhere / "cats" / f"{name}.png")
+    folder = tmp_path / "set"
+    draw(folder / "dogs" / "c.png")
+    (folder / "cats").symlink_to(elsewhere / "cats")
+    (folder / "also dogs").symlink_to(folder / "dogs")
+    (folder / "dogs" / "up").symlink_to(folder)
+    rows = load(folder)
+    assert list(read_labels(rows, "label")) == ["cats", "cats", "dogs"]
+    said = "not used: 1 also dogs (a link to a folder that is read already), 1 up (a link to a"
+    assert said in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_counted(tmp_path, capsys):
+    draw(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    assert len(load(tmp_path)) == 1
+    assert "1 images used; not used: 1 .png (a link to nothing)" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_is_said(tmp_path, monkeypatch):
+    draw(tmp_path / "a" / "a.png")
+    draw(tmp_path / "b" / "b.png")
+    whole = Path.iterdir
+
+    def refused(self):
+        if self.name == "b":
+            raise PermissionError(13, "Permission denied", str(self))
+        return whole(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UsageError, match="Permission denied: .*b"):
+        load(tmp_path)
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+def test_folders_within_folders_are_no_classes(tmp_path, capsys):
+    """Of NORMAL/p001/scan.png the patient would be the class, and its name published."""
+    for folder in ("NORMAL/p001", "NORMAL/p002", "ILL/p003"):
+        draw(tmp_path / folder / "scan.png")
+    assert load(tmp_path).column_names == ["image"]
+    assert "no column label is made of the folders, since" in capsys.readouterr().err
+    assert list(read_labels(load(tmp_path / "NORMAL"), "label")) == ["p001", "p002"]
+
+
+def test_one_class_deeper_than_another_is_none(tmp_path):
+    for path in ("cats/1.png", "cats/more/2.png", "dogs/3.png"):
+        draw(tmp_path / path)
+    assert load(tmp_path).column_names == ["image"]
+
+
+def test_what_all_images_lie_in_is_no_class(tmp_path):
+    for path in ("images/cats/1.png", "images/dogs/2.png"):
+        draw(tmp_path / path)
+    assert list(read_labels(load(tmp_path), "label")) == ["cats", "dogs"]
+
+
+def test_a_column_by_the_name_of_the_classes_wins(tmp_path):
+    draw(tmp_path / "images" / "a.png")
+    write_csv(tmp_path / "metadata.csv", [{"file_name": "images/a.png", "Label": "cat"}])
+    assert load(tmp_path).column_names == ["image", "file_name", "Label"]
+
+
+# Parquet files beside images ---------------------------------------------------------------------
+
+
+def test_a_stray_table_does_not_make_a_parquet_set(tmp_path):
+    for number in range(3):
+        draw(tmp_path / f"train_{number}.png" if number else tmp_path / "other.png")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "index.parquet").write_bytes(b"PAR1")
+    assert len(load(tmp_path)) == 3
+    (tmp_path / "embeddings.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="holds 3 images, but also embeddings.parquet: which"):
+        load(tmp_path)

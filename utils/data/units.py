@@ -1,0 +1,51 @@
+"""Whose each row is: the privacy units, which are sampled, clipped and accounted for whole."""
+
+import unicodedata
+
+import torch
+from datasets import ClassLabel, Dataset, Value
+
+from utils.data.rows import require_column
+from utils.errors import UsageError
+
+
+def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
+    """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
+
+    Rows with the same value in `unit_column` are one unit; without a column, each row is.
+
+    Raises:
+        UsageError: the column is missing, or has rows without a value; or two values look alike.
+    """
+    if unit_column is None:
+        return torch.arange(len(rows))
+    require_column(rows, unit_column, "--privacy_unit_column")
+    feature = rows.features[unit_column]
+    if not isinstance(feature, Value | ClassLabel):
+        raise UsageError(
+            f"--privacy_unit_column {unit_column} holds {type(feature).__name__} values; a unit is "
+            "named by a text or a number"
+        )
+    values = rows.with_format(None)[unit_column]  # a tensor is equal to nothing but itself
+    missing = sum(v is None or v != v or (isinstance(v, str) and not _normalise(v)) for v in values)
+    if missing:
+        raise UsageError(
+            f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, so nobody knows "
+            "whose they are; fill them in or remove those rows"
+        )
+    number: dict = {}
+    texts = {value for value in values if isinstance(value, str)}
+    merged = len(texts) - len({_normalise(text) for text in texts})
+    if merged:
+        raise UsageError(
+            f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another only by "
+            "spaces around them, or by how Unicode spells the same letters, which would make two "
+            "units of one: mend them"
+        )
+    return torch.tensor([number.setdefault(value, len(number)) for value in values])
+
+
+def _normalise(text: str) -> str:
+    """A name as a reader takes it: without what cannot be seen, and in one spelling."""
+    seen = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
+    return unicodedata.normalize("NFC", seen).strip()
