@@ -55,6 +55,37 @@ def test_positions_that_cancel_do_not_swallow_other_units(
     assert (whole - rest).norm() <= 1 + 1e-5
 
 
+def on_the_edge(size: int) -> torch.Tensor:
+    """Gradients [size, 2] that count for one each, under automatic clipping. The first half lift the
+    first column to just below a power of two; of the others each takes less than half of an fp32's
+    last place away, and the last one steps above the power again."""
+    rows, half = torch.zeros(size, 2), size // 2
+    rows[: half - 1, 0] = 1e6
+    rows[half - 1, 0], rows[half - 1, 1] = 0.5, 0.75**0.5
+    rows[half:, 0], rows[half:, 1] = -0.9 * half * 2.0**-24, 1.0
+    rows[half::2, 1] = -1.0
+    rows[-1, 0], rows[-1, 1] = 1e6, 0.0
+    return rows
+
+
+@pytest.mark.parametrize("micro_batch", [128, 1024])
+def test_one_more_unit_in_front_rounds_no_other_one_anew(accelerator, micro_batch):
+    """It moves every other unit by one place, and what is added up before each of them."""
+    layer = nn.Linear(1, 2)
+    layer.weight.requires_grad_(False)  # of a bias there are rows, no factors
+    engine = PerUnitGradients(nn.Sequential(layer))
+    rows = on_the_edge(micro_batch).repeat(2**14 // micro_batch, 1)
+    first = torch.tensor([[1e6, 0.0]])
+    rows, plan = torch.cat([first, rows]), build_plan(max_grad_norm=1.0, clipping="automatic")
+    losses = lambda units: (layer(torch.ones(len(units), 1)) * rows[units]).sum(1)  # noqa: E731
+    everyone = torch.arange(len(rows))
+    whole, rest = (
+        clipped_gradient_sum(accelerator, engine, losses, units, plan, micro_batch)
+        for units in (everyone, everyone[1:])
+    )
+    assert (whole - rest).norm() <= 1 + 1e-5
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 @pytest.mark.parametrize("clipping", CLIPPING_MODES)
 def test_the_bound_holds_at_every_scale(accelerator, scale, clipping):

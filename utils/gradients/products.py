@@ -135,6 +135,16 @@ def sum_of_products(x: torch.Tensor, grads: torch.Tensor, weight: torch.Tensor) 
     return grads.new_zeros(weight.shape).index_add_(0, x.flatten(), grads)
 
 
+def weighted_sum_of_rows(scales: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The sum over units of scales[u] rows[u]: [U], [U, size] -> [size], fp64.
+
+    Nor may it be in fp32, where one unit more can lift a running sum above a power of two, and what
+    is added next, of thousands of others, is rounded as never before.
+    """
+    columns = max(1, CACHED // len(rows))
+    return torch.cat([scales.double() @ part.double() for part in rows.split(columns, 1)])
+
+
 def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> torch.Tensor:
     """Per-unit weight gradient [U, out, in, kh, kw] of a convolution.
 

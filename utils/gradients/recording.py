@@ -22,6 +22,7 @@ from utils.gradients.products import (
     squared_norms_of_rows,
     sum_of_products,
     unit_products,
+    weighted_sum_of_rows,
 )
 
 
@@ -120,12 +121,12 @@ class Recording:
         parts = []
         for parameter, scale in zip(self.parameters, scales.float().unbind(1), strict=True):
             if parameter in self._rows:
-                parts.append(scale @ self._rows[parameter])
+                parts.append(weighted_sum_of_rows(scale, self._rows[parameter]))
             else:
                 x, grads = self._matrices(parameter)
                 part = sum_of_products(x, grads * scale[:, None, None], parameter)
                 parts.append(part.flatten())
-        return torch.cat(parts).double()
+        return torch.cat(parts)
 
     def drop(self, units: torch.Tensor) -> None:
         """Make the gradient of the units in the mask [U] zero, whatever it was."""
