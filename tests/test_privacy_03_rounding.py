@@ -56,9 +56,9 @@ def test_positions_that_cancel_do_not_swallow_other_units(
 
 
 def on_the_edge(size: int) -> torch.Tensor:
-    """Gradients [size, 2] that count for one each, under automatic clipping. The first half lift the
-    first column to just below a power of two; of the others each takes less than half of an fp32's
-    last place away, and the last one steps above the power again."""
+    """Gradients [size, 2] that count for one each, under automatic clipping. The first half lift
+    the first column to just below a power of two; of the others each takes less than half of an
+    fp32's last place away, and the last one steps above the power again."""
     rows, half = torch.zeros(size, 2), size // 2
     rows[: half - 1, 0] = 1e6
     rows[half - 1, 0], rows[half - 1, 1] = 0.5, 0.75**0.5

@@ -47,6 +47,7 @@
         mutants             the loop broken on purpose, in the ways that published code is
     evaluation/     are the images good, useful, and does any give someone away?
         measuring           the story of an evaluation
+        outputs             where it writes: never among images that others read
         features            feature extractors, and the features of a set
         trained_extractors  networks of one's own to extract them, and what those learned from
         fidelity            how much images look like real ones, seen through an extractor

@@ -2,15 +2,24 @@
 
 import pytest
 
+from tests.ledger.conftest import state
 from tests.worlds import build_plan
 from utils.errors import UsageError
+from utils.files import private_folder
+from utils.hub.privacy_words import describe_formally
 from utils.ledger.charges import (
+    compose_with_bases,
     find_smallest_delta,
     list_charged_events,
     list_released_steps,
     summarise_runs,
 )
+from utils.ledger.checks import check_entry
 from utils.ledger.ledger import Ledger
+from utils.ledger.remembered import find_other_ledgers, remember_run
+from utils.ledger.runs import Run
+from utils.ledger.statement import Circumstances
+from utils.ledger.verification import find_problems, read_source
 from utils.privacy.accounting import pld_epsilon
 
 
@@ -116,3 +125,46 @@ def test_a_release_that_was_taken_back_shows_nothing_unless_it_was_written():
     records = [entry("release", 1), entry("release", 2), entry("release", 3)]
     records += [entry("void", 2), entry("wrote", 3), entry("void", 3), entry("void", 9)]
     assert list_released_steps(records) == {1, 3}
+
+
+def test_the_total_counts_the_private_bases_of_other_runs(ledger, tmp_path):
+    """Whoever asks: a statement, its card, the ledger by itself, the memory of other ledgers."""
+    base = state(3, delta=1e-5) | {"ledger": {"run": "elsewhere", "entry": "e" * 64}}
+    plan, statements = build_plan(), {}
+    for name, behind in (("first", base), ("second", None)):
+        about = Circumstances(base=behind)
+        branch = ledger.reserve(plan.terms(True), None, name, made_with=about.made_with())
+        private_folder(tmp_path / name).mkdir(parents=True)
+        export = lambda folder: (folder / "w.safetensors").write_bytes(b"w")  # noqa: E731
+        statements[name] = Run(tmp_path / name, branch, {}, about).publish(export, plan)
+    spent = pld_epsilon([*base["events"], plan.event(), plan.event()], 1e-5)
+    assert pld_epsilon(*compose_with_bases(ledger.records())) == spent
+    assert "everything" not in statements["first"]["ledger"]  # its own base and itself
+    total = statements["second"]["ledger"]["everything"]
+    assert total["delta"] == 1e-5 and total["epsilon"]["add_or_remove_one"] == spent
+    assert f"epsilon = {spent:.3f} (" in describe_formally(statements["second"])
+    alone = read_source(str(ledger.path), None)
+    assert pld_epsilon(alone.events(), alone.delta()) == spent
+    for name in statements:
+        (private_folder(tmp_path / name) / "ledger.jsonl").symlink_to(ledger.path)
+        assert find_problems(read_source(str(tmp_path / name), None)) == []
+    remember_run("scans", ledger, "first", 1.0, 1e-4)
+    (said,) = find_other_ledgers("scans", Ledger(tmp_path / "other.jsonl"))
+    assert f"stands at epsilon {spent:.3f} at delta 1e-05" in said
+
+
+def test_a_total_without_a_base_of_the_ledger_does_not_verify(ledger, tmp_path):
+    base = state(3) | {"ledger": {"run": "elsewhere", "entry": "e" * 64}}
+    plan, about = build_plan(), Circumstances(base=base)
+    ledger.reserve(plan.terms(True), None, "first", made_with=about.made_with()).release(1, "w")
+    branch = ledger.reserve(plan.terms(True), None, "second", made_with=Circumstances().made_with())
+    private = private_folder(tmp_path)
+    private.mkdir(exist_ok=True)
+    export = lambda folder: (folder / "w.safetensors").write_bytes(b"w")  # noqa: E731
+    statement = Run(tmp_path, branch, {}, Circumstances()).publish(export, plan)
+    assert check_entry(statement, ledger.records()) == []
+    events = statement["ledger"]["everything"]["events"]
+    statement["ledger"]["everything"]["events"] = events[len(base["events"]) :]
+    assert "the statement's total is not that of the ledger" in check_entry(
+        statement, ledger.records()
+    )

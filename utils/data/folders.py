@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 
 from utils.data.metadata import FILE_NAME, METADATA_NAMES, explain_paths, read_metadata
 from utils.errors import UsageError
-from utils.files import read_text
+from utils.files import METRICS, PRIVATE, SAMPLING_SETTINGS, STATEMENT, read_text
 
 # Names of folders that are splits, where every folder of a set has such a name.
 SPLITS = {
@@ -28,6 +28,7 @@ SPLITS = {
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
 PARQUET = ".parquet"
+RESULTS = (SAMPLING_SETTINGS, STATEMENT, METRICS)  # a folder with one of these has them of ours
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
 
@@ -39,11 +40,12 @@ def find_image_extensions() -> set[str]:
 
 def list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:
     """The files below a folder, also behind links, in order, without hidden ones; and, of what
-    cannot be followed, why.
+    cannot be followed, why. What is private beside results is no part of them.
 
     Raises:
         OSError: a folder may not be read.
     """
+    beside = {root / PRIVATE} if any((root / name).is_file() for name in RESULTS) else set()
     files, others, seen, folders = [], {}, set(), deque([root])
     while folders:
         folder = folders.popleft()
@@ -51,7 +53,7 @@ def list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:
             others[folder] = "a link to a folder that is read already"
             continue
         seen.add(place)
-        for path in filter(_is_shown, folder.iterdir()):
+        for path in filter(_is_shown, set(folder.iterdir()) - beside):
             if path.is_dir():  # links last, so that each folder is read where it lies
                 (folders.append if path.is_symlink() else folders.appendleft)(path)
             elif path.is_file():

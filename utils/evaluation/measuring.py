@@ -39,15 +39,13 @@ from utils.evaluation.downstream import (
 from utils.evaluation.features import ExtractedFeatures, build_extractor, extract
 from utils.evaluation.fidelity import NEIGHBOURS, measure_fidelity
 from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_neighbours
+from utils.evaluation.outputs import choose_output
 from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
 from utils.evaluation.trained_extractors import refuse_as_learned_from
 from utils.files import (
-    METADATA,
     METRICS,
     REPORT,
-    SAMPLING_SETTINGS,
-    check_takes_files,
     drop_private,
     private_folder,
     write_durably,
@@ -81,10 +79,7 @@ def evaluate_set(
     elif sampling.adapter is not None:
         raise UsageError("--adapter needs --pretrained_model_name_or_path, which it adapts")
     statement, results = read_privacy(args.synthetic, args.synthetic_revision)
-    output = choose_output(args, folder)
-    if output.is_dir():
-        raise UsageError(f"--output_file {output} is a folder: name a file in it")
-    on_main_process(lambda: check_takes_files(output.parent, "--output_file: the folder"))
+    output = on_main_process(lambda: choose_output(args))
     kept = private_folder(output.parent) / f"judged-{output.stem}"
     known = results.get("epsilon", {}).get("value") is not None
     with TemporaryDirectory() as cache:  # what `datasets` copies of real images goes with it
@@ -116,15 +111,6 @@ def evaluate_set(
     write_report(page, report)
     print_results(results)
     print(f"{output} and {report}")
-
-
-def choose_output(args: EvaluateArguments, folder: Path) -> Path:
-    """`--output_file`; or metrics.json in a folder that sample.py left, or else in runs/NAME."""
-    if args.output_file is not None:
-        return Path(args.output_file)
-    ours = any((folder / name).is_file() for name in (METADATA, SAMPLING_SETTINGS))
-    # In a folder of any other kind, `datasets` would read metrics.json as part of the set.
-    return (folder if ours else Path("runs") / folder.name) / METRICS
 
 
 def print_results(results: dict[str, dict]) -> None:

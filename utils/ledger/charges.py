@@ -11,6 +11,7 @@ results exist already.
 from pathlib import Path
 
 from utils.errors import UsageError
+from utils.ledger.statement import begins_with, list_base_entries
 from utils.privacy.accounting import pld_epsilon
 
 CHECKPOINT, WEIGHTS = "checkpoint", "weights"  # what a release shows
@@ -157,10 +158,18 @@ def list_bases(records: list[dict]) -> list[dict]:
     return list(found.values())
 
 
-def compose_with_bases(records: list[dict]) -> tuple[list[dict], float]:
+def compose_with_bases(records: list[dict], own: dict | None = None) -> tuple[list[dict], float]:
     """All that a ledger is charged for, and what is behind the base models of its runs; and the
-    smallest delta of those, at which all would come to the largest epsilon (1 of none)."""
+    smallest delta of those, at which all would come to the largest epsilon (1 of none).
+
+    Args:
+        own: the base of a statement, which may know more of it than the ledger, as one that was
+            written before ledgers noted bases.
+    """
     charged, bases = list_charged_events(records), list_bases(records)
+    here = {record["hash"] for record in records if "hash" in record}
+    if own is not None and not set(list_base_entries(own)) <= here:
+        bases = [own, *(base for base in bases if not begins_with(own, base))]
     deltas = [find_smallest_delta(records)] if charged else []
     events = [event for base in bases for event in base["events"]]
     return [*events, *charged], min([*deltas, *(base["delta"] for base in bases)], default=1.0)

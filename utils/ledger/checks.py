@@ -10,8 +10,8 @@ from utils.errors import UsageError
 from utils.ledger.charges import (
     CHECKPOINT,
     WEIGHTS,
+    compose_with_bases,
     count_charged_steps,
-    find_smallest_delta,
     list_charged_events,
 )
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
@@ -165,12 +165,11 @@ def check_entry(statement: dict, records: list[dict]) -> list[str]:
     charged = list_charged_events(records[: index + 1], [*terms["builds_on"], run])
     if charged != statement["events"]:
         problems.append("the ledger's events are not those of the statement")
-    everything = list_charged_events(records[: index + 1])
-    stated = statement["ledger"].get("everything", {"events": charged})["events"]
-    if stated != everything:
+    everything, delta = compose_with_bases(records[: index + 1], statement.get("base"))
+    total = statement["ledger"].get("everything", {"events": list_all_events(statement)})
+    if total["events"] != everything:
         problems.append("the statement's total is not that of the ledger")
-    quoted = statement["ledger"].get("everything", {}).get("delta", statement["delta"])
-    if "everything" in statement["ledger"] and quoted != find_smallest_delta(records[: index + 1]):
+    if "epsilon" in total and total.get("delta", statement["delta"]) != delta:
         problems.append("the statement's total is not quoted at the ledger's smallest delta")
     base = terms.get("made_with", {}).get("base")
     if base is not None and not begins_with(statement.get("base"), base):

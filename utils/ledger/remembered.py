@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from utils.errors import UsageError
 from utils.files import make_private, resolve_if_there, write_durably
-from utils.ledger.charges import find_smallest_delta, list_charged_events, select_run
+from utils.ledger.charges import compose_with_bases, select_run
 from utils.ledger.ledger import Ledger
 from utils.privacy.accounting import pld_epsilon
 
@@ -57,9 +57,8 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
         except UsageError:  # damaged, or not to be read: as good as gone
             records = []
         charged = [entry for entry in entries if entry["ledger"] == path]
-        events = list_charged_events(records)
+        events, delta = compose_with_bases(records)
         if path != str(ledger.path) and events:
-            delta = find_smallest_delta(records)
             sentences.append(
                 f"{source} was also charged to the ledger {path}, which stands at epsilon "
                 f"{pld_epsilon(events, delta):.3f} at delta {delta:g}. For the same people both "

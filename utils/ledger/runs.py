@@ -34,8 +34,8 @@ from utils.files import (
 from utils.ledger.charges import (
     CHECKPOINT,
     WEIGHTS,
+    compose_with_bases,
     count_charged_steps,
-    find_smallest_delta,
     is_live,
     is_stopped_short,
     list_charged_events,
@@ -52,6 +52,7 @@ from utils.ledger.ledger import Branch, Ledger, find_branch
 from utils.ledger.statement import (
     Circumstances,
     build_statement,
+    list_all_events,
     recall,
     summarise_base,
     write_statement,
@@ -246,11 +247,10 @@ class Run:
         about, run_events = recall(self.about, own, every), list_charged_events(records, runs)
         stopped = about.is_stopped or any(is_stopped_short(records, run) for run in runs)
         about = replace(about, is_stopped=stopped)
-        everything = list_charged_events(records)
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
+        everything, delta = compose_with_bases(records, statement.get("base"))
         ledger = {"run": self.branch.run, "entry": entry["hash"]}
-        if len(everything) > len(run_events):
-            delta = find_smallest_delta(records)
+        if everything != list_all_events(statement):
             epsilon = pld_both_relations(everything, delta)
             ledger["everything"] = {"events": everything, "epsilon": epsilon, "delta": delta}
         return statement | {"files": files, "ledger": ledger}

@@ -23,7 +23,7 @@ from utils.files import (
     STATEMENT,
     hash_file,
 )
-from utils.ledger.charges import find_smallest_delta, list_charged_events, summarise_runs
+from utils.ledger.charges import compose_with_bases, summarise_runs
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records, check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS
@@ -49,20 +49,20 @@ class Source:
     extras: tuple[str, ...] = ()  # files there that the statement must account for
 
     def delta(self) -> float:
-        """The delta at which `events` are quoted: the smallest of the ledger, or the statement, and
-        of the base model."""
-        records = [] if self.ledger is None else self.ledger.records()
-        statement = self.statement or {"delta": 0}
-        own = find_smallest_delta(records) if list_charged_events(records) else statement["delta"]
-        return min(own, statement.get("base", {}).get("delta", own))
+        """The delta at which `events` are quoted: the smallest of those behind them."""
+        return self._compose()[1]
 
     def events(self) -> list[dict]:
-        """All that the ledger, or else the statement, has; after what is behind the base model."""
-        statement = self.statement or {"events": []}
-        if self.ledger is None:
-            return list_all_events(statement)
-        behind = statement.get("base", {}).get("events", [])
-        return [*behind, *list_charged_events(self.ledger.records())]
+        """All that the ledger, or else the statement, has; after what is behind base models."""
+        return self._compose()[0]
+
+    def _compose(self) -> tuple[list[dict], float]:
+        statement = self.statement or {"events": [], "delta": 1.0}
+        base = statement.get("base")
+        events, delta = list_all_events(statement), (base or statement)["delta"]
+        if self.ledger is not None:
+            events, delta = compose_with_bases(self.ledger.records(), base)
+        return events, min(delta, statement["delta"])
 
 
 def read_source(name: str, revision: str | None) -> Source:

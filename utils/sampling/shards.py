@@ -19,6 +19,7 @@ from datasets import (
     enable_progress_bars,
 )
 
+from utils.data.folders import list_files
 from utils.files import (
     GRID,
     METRICS,
@@ -115,11 +116,13 @@ def read_pieces(folder: Path, pieces: list[Piece]) -> Iterator[bytes]:
 
 
 def hash_set(folder: Path) -> str:
-    """The SHA-256 of every file of a set, whatever its kind: one that was added may be read too.
-    Not of what is beside the set: its grid, statement and settings, and what evaluate.py left."""
+    """The SHA-256 of every file of a set, whatever its kind, also behind links: one that was added
+    may be read too. Not of what is beside the set and never read as part of it: its grid, statement
+    and settings, and what evaluate.py left."""
     beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    for path in sorted(files.union(list_files(folder)[0])):
         name = path.relative_to(folder)
         if str(name) not in beside and name.parts[0] != PRIVATE:
             digest.update(f"{json.dumps(name.as_posix())} {hash_file(path)}\n".encode())
