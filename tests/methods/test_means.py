@@ -13,6 +13,7 @@ from tests.scripts.test_many_processes import together
 from utils.arguments.means import MeansArguments
 from utils.ledger.charges import count_charged_steps, list_charged_events
 from utils.ledger.ledger import Ledger
+from utils.ledger.statement import UNKNOWN_BASE, add_doubts
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import means as story
 from utils.methods import releases
@@ -104,11 +105,14 @@ def test_it_leaves_a_set_and_a_statement_that_verifies(released):
 def test_a_warm_start_is_composed_to_one_budget(released, tiny_base, image_folder, tmp_path):
     copy = tmp_path / "means"
     shutil.copytree(released, copy)
+    doubtful = add_doubts(read_json(copy / "set" / "privacy.json"), [UNKNOWN_BASE])
+    (copy / "set" / "privacy.json").write_text(json.dumps(doubtful))
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
     arguments += ["--warm_start", copy / "set", "--warm_start_steps", 3]
     shown = train_here(arguments)
     assert "saved the weights" in shown
     statement = read_json(tmp_path / "run" / "privacy.json")
+    assert UNKNOWN_BASE in statement["not_covered"]  # what is doubted about the set
     assert [e["purpose"] for e in statement["events"]] == ["means", "training"]
     target = float(BUDGET[BUDGET.index("--target_epsilon") + 1])
     assert target - 0.02 < statement["epsilon"]["add_or_remove_one"] <= target

@@ -80,6 +80,7 @@ def test_an_interrupted_run_goes_on_and_pays_once(public, image_folder, tmp_path
         raise KeyboardInterrupt
 
     more = ["--target_epsilon", 3, "--relabel_steps", 6, "--checkpointing_steps", 2]
+    monkeypatch.setattr(story, "name_precision", lambda _: "bf16")  # a process can have but one
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             story, "name_images", stop
@@ -89,6 +90,7 @@ def test_an_interrupted_run_goes_on_and_pays_once(public, image_folder, tmp_path
     more += ["--resume_from_checkpoint", "latest"]
     assert "24 images" in relabel(public, image_folder, tmp_path / "run", *more)
     assert [event["steps"] for event in read_events(tmp_path / "run")] == [6]
+    assert read_json(tmp_path / "run" / "privacy.json")["precision"] == "bf16"
 
 
 def test_labels_follow_the_published_classifier_alone(public, image_folder, tmp_path):

@@ -104,12 +104,15 @@ class Election:
         )
         return replace(plan, prior=self.prior, builds_on=self.builds_on)
 
-    def describe_circumstances(self, randomness: SecretRandomness) -> Circumstances:
+    def describe_circumstances(
+        self, randomness: SecretRandomness, precision: str = "fp32"
+    ) -> Circumstances:
         """What the statement says beside the mechanisms."""
         doubts = list_doubts(self.paid.statement)
         return Circumstances(
             randomness.is_private,
             randomness.source,
+            precision,
             base=self._base,
             is_base_known=UNKNOWN_BASE not in doubts,
             is_stopped=STOPPED in doubts,

@@ -23,11 +23,10 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
-from utils.ledger.statement import describe_cost
+from utils.ledger.statement import UNKNOWN_BASE, describe_cost
 from utils.methods.forecast import Sizes
 from utils.methods.outlook import JudgedPlans, collect_facts, replay_if_asked, show_plan
 from utils.methods.planning import (
-    PlanFor,
     load_private_rows,
     plan_training,
     preview,
@@ -53,7 +52,7 @@ from utils.models.drawing import adopt_template, choose_settings, write_settings
 from utils.models.families import find_family
 from utils.models.placement import halve_frozen, ready_to_draw
 from utils.models.targets import choose_targets
-from utils.privacy.defaults import ADAPTER_RATE, choose_missing
+from utils.privacy.defaults import ADAPTER_RATE, PublicFacts, choose_missing
 from utils.privacy.plan import PrivacyPlan
 
 
@@ -125,7 +124,7 @@ def run_method(
     stage = replay_if_asked(stage, engine, data, privacy, training)
 
     # Plan what will be spent: can it work? If it is meant, reserve it.
-    plan_for = JudgedPlans(make_plan_for(method, stage, data, privacy, training), facts, reasons)
+    stage, plan_for = make_plan_for(method, stage, data, privacy, training, facts, reasons)
     side, _ = stage.resolution, plan_for(found.num_units)  # what is impossible is refused now
     adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     if training.dry_run:
@@ -160,19 +159,24 @@ def make_plan_for(
     data: DataArguments,
     privacy: PrivacyArguments,
     training: TrainingArguments,
-) -> PlanFor:
-    """What makes the plan for a number of units, after the stages that the method builds on.
+    facts: PublicFacts,
+    reasons: list[str],
+) -> tuple[Stage, JudgedPlans]:
+    """What makes the plan for a number of units, after the stages that the method builds on; and
+    `stage`, of which is doubted what was doubted of those.
 
     Raises:
         UsageError: see `find_earlier_stages`.
     """
     output_dir, base = Path(training.output_dir), stage.base_checksum
-    prior, builds_on = on_main_process(
+    earlier = on_main_process(
         lambda: find_earlier_stages(method.stages, output_dir, privacy, base, stage.base_statement)
     )
     terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
-    prior += method.to_come
-    return partial(plan_training, privacy=privacy, **terms, prior=prior, builds_on=builds_on)
+    terms |= {"prior": earlier.events + method.to_come, "builds_on": earlier.runs}
+    plan_for = JudgedPlans(partial(plan_training, privacy=privacy, **terms), facts, reasons)
+    is_known = stage.is_base_known and UNKNOWN_BASE not in earlier.doubts
+    return replace(stage, is_base_known=is_known), plan_for
 
 
 def announce(

@@ -178,7 +178,7 @@ def list_spent(
 
     def find() -> tuple[dict, ...]:
         base, _ = find_base_statement(model, data)
-        return find_earlier_stages(stages, Path(training.output_dir), privacy, 0, base)[0]
+        return find_earlier_stages(stages, Path(training.output_dir), privacy, 0, base).events
 
     return on_main_process(find)
 

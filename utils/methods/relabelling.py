@@ -45,6 +45,7 @@ from utils.methods.rendered import see_rendered
 from utils.methods.stages import collect_settings, start
 from utils.models.drawing import adopt_template
 from utils.privacy.plan import PrivacyPlan
+from utils.privacy.precision import name_precision
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import private_steps
 
@@ -74,7 +75,8 @@ def run_relabelling(
     election = replace(election, extractor=extractor)
     names, candidates = election.classes.names, election.candidates
     prompts = find_prompts(candidates, names, args)
-    side, told = election.extractor.resolution, election.describe_circumstances(randomness)
+    precision, side = name_precision(accelerator), election.extractor.resolution
+    told = election.describe_circumstances(randomness, precision)
 
     def plan_for(num_units: int) -> PrivacyPlan:
         return plan_classifier(num_units, args, privacy, data.privacy_unit_column, election)

@@ -39,7 +39,7 @@ from utils.models.families import find_family
 from utils.models.pipelines import choose_resolution, list_parts, load_pipeline
 from utils.models.shapes import load_shape
 from utils.privacy.plan import name_unit
-from utils.privacy.precision import check_products
+from utils.privacy.precision import check_products, name_precision
 from utils.privacy.randomness import SecretRandomness, make_randomness
 from utils.privacy.training import avoid_devices_without_fp64, checksum
 
@@ -94,11 +94,10 @@ class Stage:
 
     def describe_circumstances(self) -> Circumstances:
         """What its statement says beside its mechanisms."""
-        precision = self.accelerator.mixed_precision
         return Circumstances(
             is_private=self.randomness.is_private,
             randomness=self.randomness.source,
-            precision="fp32" if precision == "no" else precision,
+            precision=name_precision(self.accelerator),
             audit=self.audit,
             base=self.base_statement,
             base_checksum=self.base_checksum,

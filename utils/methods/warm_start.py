@@ -7,6 +7,7 @@ the public model.
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.charges import list_prior
 from utils.ledger.public_sets import refuse_as_public
 from utils.ledger.reservations import find_ledger
+from utils.ledger.statement import list_doubts
 from utils.memory import images_at_once
 from utils.methods.saliency_file import find_paid_selection
 from utils.methods.stages import Stage
@@ -53,14 +55,23 @@ def join_ledger(privacy: PrivacyArguments, stages: StageArguments) -> PrivacyArg
     return privacy
 
 
+class Earlier(NamedTuple):
+    """What a run builds on: the events of the earlier stages, their runs, each once, and what is
+    doubted of them (`statement.DOUBTS`)."""
+
+    events: tuple[dict, ...]
+    runs: tuple[str, ...]
+    doubts: list[str]
+
+
 def find_earlier_stages(
     stages: StageArguments,
     output_dir: Path,
     privacy: PrivacyArguments,
     base_checksum: int,
     base_statement: dict | None = None,
-) -> tuple[tuple[dict, ...], tuple[str, ...]]:
-    """The events of the stages that a run builds on, and their runs, as the ledger has them.
+) -> Earlier:
+    """The stages that a run builds on, as the ledger has them.
 
     Args:
         base_statement: of the run's own base model, if that is a private result.
@@ -70,15 +81,16 @@ def find_earlier_stages(
             `find_paid_selection`, `find_paid_set`.
     """
     ledger = find_ledger(output_dir, privacy)
-    runs = find_paid_selection(stages.saliency_file, ledger, base_checksum)
+    runs, doubts = find_paid_selection(stages.saliency_file, ledger, base_checksum), []
     for folder in stages.warm_start or []:
         if not stages.warm_start_is_public:
             paid = find_paid_set(folder, ledger, "--warm_start", OTHERWISE)
             paid.check_base(f"--warm_start {folder}", base_statement)
             runs += paid.runs
+            doubts += list_doubts(paid.statement)
         else:
             refuse_as_public("--warm_start_is_public: --warm_start", folder)
-    return list_prior(ledger.records(), runs)
+    return Earlier(*list_prior(ledger.records(), runs), doubts)
 
 
 def warm_up(

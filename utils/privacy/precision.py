@@ -8,11 +8,17 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from utils.errors import UsageError
 from utils.gradients.fast_linear import linear
 
 SMALL = 2.0**-12  # 1 + SMALL is 1 in TF32 and in bf16
+
+
+def name_precision(accelerator: Accelerator) -> str:
+    """That of forward and backward passes, as a statement has it: fp32 or bf16."""
+    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
 
 
 @contextmanager
