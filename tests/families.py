@@ -282,10 +282,10 @@ def build_family(name: str) -> DiffusionPipeline:
     return pipeline
 
 
-def save_family(name: str, folder: Path) -> None:
-    """As its makers ship it: two under the name that their transformers' class had before, and DiT
-    with the names of its classes, which diffusers does not save."""
-    build_family(name).save_pretrained(folder)
+def save_family(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """As its makers ship it, most in half precision: two under the name that their transformers'
+    class had before, and DiT with the names of its classes, which diffusers does not save."""
+    build_family(name).to(dtype).save_pretrained(folder)
     if name in ("pixart", "dit"):
         for path in (folder / "model_index.json", folder / "transformer" / "config.json"):
             content = re.sub(r"(PixArt|DiT)(Transformer2DModel)", r"\2", path.read_text())

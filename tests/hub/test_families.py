@@ -1,6 +1,7 @@
 """Every family there and back: trained, pushed, pulled, and drawn from by the card's own Python."""
 
 import pytest
+import torch
 
 from tests.conftest import few_fast, train_arguments
 from tests.families import FAMILIES, SIDE, save_family
@@ -18,7 +19,7 @@ CASES += [("sana", "loda", LODA), ("sd35", "ldm", WHOLE)]
 @pytest.mark.parametrize("name, kind, files", few_fast(CASES, 0))
 def test_it_comes_back_from_the_hub(hub, on_hub, image_folder, tmp_path, name, kind, files):
     folder = tmp_path / "base"
-    save_family(name, folder)
+    save_family(name, folder, torch.bfloat16)
     hub.put("model", f"user/{name}", folder)
     output, (script, _, own) = tmp_path / "run", KINDS[kind]
     arguments = train_arguments(f"user/{name}", image_folder, output, *own)

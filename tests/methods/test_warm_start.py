@@ -34,7 +34,7 @@ class Examples:
 def fit(accelerator, seed):
     torch.manual_seed(seed)
     model = nn.Linear(6, 3)
-    warm_start.Examples = lambda stage, folders: Examples(model, folders)
+    warm_start.Examples = lambda stage, folders, _: Examples(model, folders)
     args = WarmStartArguments(["set"], warm_start_steps=3, warm_start_batch_size=7)
     training = SimpleNamespace(seed=None, train_batch_size=2)
     stage = SimpleNamespace(accelerator=accelerator)
@@ -98,3 +98,26 @@ def test_no_more_pass_the_model_at_once_than_in_a_private_step(
     assert passed == [4, 4, 4, 1] * 3 + [13] * 3 and encoded == [3, 3, 1] * 2
     # Adam's steps are as large where a gradient is almost nothing as elsewhere.
     assert (moves[0] - moves[1]).norm() < 1e-3 * moves[0].norm()
+
+
+def test_it_is_trained_for_what_the_private_steps_are(
+    tiny_base, image_folder, tmp_path, monkeypatch
+):
+    (images := tmp_path / "set").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 99, 20)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"the digit {i}")
+    seen = []
+
+    def stop(predictor, process, clean, text, noise, quantiles):
+        seen.append((process, quantiles))
+        raise UsageError("that was the warm start")
+
+    monkeypatch.setattr(warm_start, "denoising_loss", stop)
+    more = ["--warm_start", images, "--warm_start_is_public", "--seed", 1]
+    for own in ([], ["--timestep_sampling", "high_noise", "--snr_gamma", 5]):
+        arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more, *own)
+        assert "that was" in train_here([*arguments, *CAPTION])
+    (plain, uniform), (weighted, high) = seen
+    torch.testing.assert_close(high, uniform.sqrt())
+    assert (plain.snr_gamma, weighted.snr_gamma) == (None, 5)

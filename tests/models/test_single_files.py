@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.hub_stand_in import hub_stand_in
 from tests.layouts import build_layout
 from utils.errors import UsageError
 from utils.models.pipelines import load_pipeline
+from utils.models.processes import find_distillation
 
 RESNET = {  # of the U-Net: as diffusers names it, as the makers' code did
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -141,3 +142,42 @@ def test_a_file_that_is_no_whole_model(tmp_path):
     assert "no whole checkpoint" in refuse(tmp_path / "lora.safetensors")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     assert "cannot load a pipeline" in refuse(tmp_path / "empty.safetensors")
+
+
+V = {"v_pred": torch.zeros(0)}
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (V, 'from_config(p.scheduler.config, prediction_type="v_prediction"); p.save'),
+        (V | {"ztsnr": torch.zeros(0)}, 'rescale_betas_zero_snr=True, timestep_spacing="trailing"'),
+        ({"edm_vpred.sigma_max": torch.zeros(0)}, "it is sampled by EDM"),
+        ({"cond_stage_model.model.ln_final.weight": torch.zeros(1)}, "does not say whether"),
+    ],
+)
+def test_what_diffusers_would_not_heed_is_refused(checkpoint, tmp_path, more, said):
+    """It gives a file the noise process of a usual base, which may be another than the file's."""
+    weights = load_file(checkpoint / "dreamy.safetensors")
+    save_file(weights | more, tmp_path / "vivid.safetensors")
+    assert said in refuse(tmp_path / "vivid.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("sd_xl_turbo_1.0_fp16.safetensors", "turbo"),
+        ("dreamshaperXL_v21TurboDPMSDE.safetensors", "turbo"),
+        ("dreamshaperXL_lightningDPMSDE.safetensors", "lightning"),
+        ("juggernautXL_v9Rdphoto2Lightning.safetensors", "lightning"),
+        ("tianweiy/DMD2", "dmd"),
+        ("SDXLTurbo", "turbo"),
+        (f"/h/hub/models--Lykon--dreamshaper-xl-lightning/snapshots/{'0a' * 20}/", "lightning"),
+        ("Lykon/dreamshaper-8", None),
+        ("/scans/turbo/base", None),
+        ("realisticVisionV51.safetensors", None),
+    ],
+)
+def test_a_name_says_that_a_model_is_distilled(tiny_base, name, word):
+    said = None if word is None else f"its name says {word}"
+    assert find_distillation(load_pipeline(str(tiny_base)), name) == said

@@ -80,7 +80,7 @@ class ModelArguments:
 
     pretrained_model_name_or_path: str = option(
         "diffusers pipeline of a known family (docs/models.md): folder or Hub id; of Stable "
-        "Diffusion 1, 2 and XL also a .safetensors file of a whole checkpoint"
+        "Diffusion 1 and XL also a .safetensors file of a whole checkpoint"
     )
     revision: str | None = option("revision of a Hub id", None)
     variant: str | None = option("variant of the weights' files, such as fp16", None)

@@ -55,7 +55,10 @@ class Objective:
         """
         turn = (randomness.uniform((units, 1)) * self.num_draws).long()
         part = (torch.arange(self.num_draws) + turn) % self.num_draws
-        quantile = (part + randomness.uniform(part.shape)) / self.num_draws
+        return self.spread((part + randomness.uniform(part.shape)) / self.num_draws)
+
+    def spread(self, quantile: torch.Tensor) -> torch.Tensor:
+        """Numbers that are uniform in [0, 1], as quantiles of the noise levels that are trained."""
         if self.timestep_sampling == "logit_normal":
             normal = torch.special.ndtri(quantile)
             quantile = (normal * self.logit_std - self.logit_mean).sigmoid()

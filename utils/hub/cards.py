@@ -129,6 +129,7 @@ def _write_code(facts: Facts, base: str) -> str:
     load = f"{facts.pipeline}.from_{'single_file' if is_file else 'pretrained'}"
     named = {"revision": model.revision, "variant": model.variant}
     words = [f'"{base}"', *(f'{k}="{v}"' for k, v in named.items() if v is not None)]
+    words.append("dtype=torch.float32")  # else text encoders come as their configuration says
     usage = facts.usage.format(load=load, base=", ".join(words), adapter=PLACEHOLDER)
     scheduler = dict(drawing.scheduler)
     kind = scheduler.pop("_class_name")

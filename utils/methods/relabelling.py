@@ -72,11 +72,10 @@ def run_relabelling(
     found = load_private_rows(accelerator, data, training, public=public)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
     extractor = see_rendered(election.extractor, args.autoencoder, accelerator.device)
-    election = replace(election, extractor=extractor)
+    election, side = replace(election, extractor=extractor), extractor.resolution
     names, candidates = election.classes.names, election.candidates
     prompts = find_prompts(candidates, names, args)
-    precision, side = name_precision(accelerator), election.extractor.resolution
-    told = election.describe_circumstances(randomness, precision)
+    told = election.describe_circumstances(randomness, name_precision(accelerator))
 
     def plan_for(num_units: int) -> PrivacyPlan:
         return plan_classifier(num_units, args, privacy, data.privacy_unit_column, election)

@@ -19,6 +19,7 @@ from utils.arguments.methods import StageArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.data.folders import TEXT
 from utils.data.images import read_pixel_batches, read_synthetic, scale_to_unit_range
+from utils.data.latents import choose_objective
 from utils.data.rows import require_column
 from utils.files import LEDGER, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -33,7 +34,7 @@ from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.pipelines import trains_text
 from utils.models.processes import read_process
-from utils.models.text import embed_captions
+from utils.models.text import AT_ONCE, embed_captions
 from utils.privacy.training import start_as_main_process
 from utils.sampling.paid_sets import find_paid_set, find_set_ledger
 
@@ -100,9 +101,9 @@ def warm_up(
     args: WarmStartArguments,
     training: TrainingArguments,
 ) -> None:
-    """Fit the trained weights to the set, by ordinary training; losses are shown. No more images
-    pass the model at once than in a private step, and each process takes its share of a batch:
-    both change speed and memory only.
+    """Fit the trained weights to the set, by ordinary training for the objective of the private
+    steps; losses are shown. No more images pass the model at once than in a private step, and each
+    process takes its share of a batch: both change speed and memory only.
 
     Args:
         adapter: see `collect_adapter_tensors`.
@@ -110,7 +111,7 @@ def warm_up(
     Raises:
         UsageError: the set cannot be read, or has no prompts.
     """
-    accelerator, examples = stage.accelerator, Examples(stage, args.warm_start)
+    accelerator, examples = stage.accelerator, Examples(stage, args.warm_start, training)
     start_as_main_process(adapter.values())
     draws = torch.Generator().manual_seed(training.seed or 0)
     optimizer = torch.optim.AdamW(engine.parameters, args.warm_start_learning_rate)
@@ -146,24 +147,26 @@ class Examples:
         UsageError: a set cannot be read, or has no prompts.
     """
 
-    def __init__(self, stage: Stage, folders: list[str]):
+    def __init__(self, stage: Stage, folders: list[str], training: TrainingArguments):
         self._stage, self._family = stage, find_family(stage.pipeline)
-        self._process = read_process(stage.pipeline.scheduler)
+        self._objective = about = choose_objective(stage.pipeline, training, 1)
+        scheduler = stage.pipeline.scheduler
+        self._process = read_process(scheduler, about.snr_gamma, about.weighting)
         sets = [_read_set(stage, folder) for folder in folders]
         self.latents = torch.cat([latents for latents, _ in sets])
         self.captions = [caption for _, of_set in sets for caption in of_set]
         distinct, self._text = sorted(set(self.captions)), None
         if not trains_text(stage.pipeline):
-            self._text = embed_captions(stage.pipeline, distinct, stage.resolution)
+            self._text = _embed(stage, distinct)
         number = {caption: i for i, caption in enumerate(distinct)}
         self._caption_of_row = torch.tensor([number[caption] for caption in self.captions])
 
     def losses(
         self, rows: torch.Tensor, noise: torch.Tensor, quantiles: torch.Tensor
     ) -> torch.Tensor:
-        """Of the images `rows` [n], with noise [n, channels, r, r], at timesteps that are these
-        quantiles [n]: [n]."""
-        device = self._stage.accelerator.device
+        """Of the images `rows` [n], with noise [n, channels, r, r], at noise levels of which these
+        quantiles [n] are spread as the objective has them: [n]."""
+        device, quantiles = self._stage.accelerator.device, self._objective.spread(quantiles)
         clean, noise, quantiles = (t.to(device) for t in (self.latents[rows], noise, quantiles))
         # On a CPU, PyTorch 2.13 crashes in the backward pass of a GroupNorm that trains and whose
         # input, in channels_last, asks for no gradient.
@@ -174,7 +177,7 @@ class Examples:
                 shown = self._family.encode_text(captions, self._stage.resolution)
             else:
                 which = self._caption_of_row[rows]
-                shown = {name: values[which] for name, values in self._text.items()}
+                shown = {name: values[which].to(device) for name, values in self._text.items()}
             predictor = self._family.predictor
             return denoising_loss(predictor, self._process, clean, shown, noise, quantiles)
 
@@ -191,6 +194,17 @@ def _read_set(stage: Stage, folder: str) -> tuple[torch.Tensor, list[str]]:
             found.append(family.encode_images(scale_to_unit_range(pixels.to(family.device))).cpu())
             bar.update(len(pixels))
     return torch.cat(found), [text or "" for text in images.rows[TEXT]]
+
+
+def _embed(stage: Stage, captions: list[str]) -> dict[str, torch.Tensor]:
+    """`embed_captions`, of which no more than a pass is ever on the device: [n, ...], on the
+    processor, since a set may have as many captions as images."""
+    groups = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
+    found = []
+    for group in groups:
+        text = embed_captions(stage.pipeline, group, stage.resolution)
+        found.append({name: values.cpu() for name, values in text.items()})
+    return {name: torch.cat([text[name] for text in found]) for name in found[0]}
 
 
 def _add_up_gradients(accelerator: Accelerator, engine: PerUnitGradients) -> None:

@@ -96,17 +96,47 @@ def _load_file(path: str) -> DiffusionPipeline:
     if not any(name.startswith("first_stage_model.") for name in names):
         raise ValueError("it holds no autoencoder: it is no whole checkpoint")
     xl = any(name.startswith("conditioner.") for name in names)
+    _check_prediction(path, names, "XL" if xl else "")
     kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     unused = FAMILIES[kind].unused
     return getattr(diffusers, kind).from_single_file(path, dtype=torch.float32, **unused)
 
 
-def _how_to_convert(path: str) -> str:
-    return (
-        "Convert it, on a machine that reaches the Hub: python -c 'from diffusers import "
-        f'StableDiffusionPipeline as P; P.from_single_file("{path}").save_pretrained("base")\'; '
-        "for XL, StableDiffusionXLPipeline"
-    )
+def _check_prediction(path: str, names: list[str], kind: str) -> None:
+    """diffusers takes the noise process of a file from the base that it thinks it is, whatever the
+    file says of it.
+
+    Raises:
+        ValueError: it says, or may be, another one.
+    """
+    if any(name.startswith("edm_") for name in names):
+        raise ValueError("it is sampled by EDM, which is none of the processes that are known here")
+    predicts = {"prediction_type": "v_prediction"}
+    if "v_pred" in names:
+        if "ztsnr" in names:
+            predicts |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        raise ValueError(
+            "it says that it predicts v, which would not be heeded if it were read as it is. "
+            + _how_to_convert(path, kind, predicts)
+        )
+    if any(name.startswith("cond_stage_model.model.") for name in names):
+        raise ValueError(
+            "it is a Stable Diffusion 2, and a file does not say whether that predicts v, as those "
+            f"for 768 pixels do, or noise (epsilon). {_how_to_convert(path, kind, predicts)}"
+        )
+
+
+def _how_to_convert(path: str, kind: str = "", scheduler: dict | None = None) -> str:
+    """Args: scheduler: what its configuration must say."""
+    code = f"from diffusers import StableDiffusion{kind}Pipeline as P; "
+    code += f'p = P.from_single_file("{path}"); '
+    if scheduler is not None:
+        words = "".join(f", {name}={value!r}" for name, value in scheduler.items())
+        words = words.replace("'", '"')  # it stands within single ones
+        code += f"p.scheduler = p.scheduler.from_config(p.scheduler.config{words}); "
+    code += 'p.save_pretrained("base")'
+    hint = "" if kind or scheduler else "; for XL, StableDiffusionXLPipeline"
+    return f"Convert it, on a machine that reaches the Hub: python -c '{code}'{hint}"
 
 
 def _explain(error: Exception, name: str, variant: str | None) -> str:

@@ -28,7 +28,7 @@ LMSDiscreteScheduler PNDMScheduler SASolverScheduler UniPCMultistepScheduler
 # Those that sample from a flow, if their config says that it is one.
 FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-DISTILLED_NAMES = ("turbo", "lightning", "lcm", "tcd", "hyper", "dmd", "dmd2", "schnell")
+DISTILLED_NAMES = ("turbo", "lightning", "lcm", "tcd", "hyper", "dmd", "schnell")
 KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 KEYS += ("prediction_type", "rescale_betas_zero_snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -178,8 +178,10 @@ def find_distillation(pipeline: DiffusionPipeline, name: str) -> str | None:
     trailing = config.get("timestep_spacing") == "trailing" and not rescaled
     if scheduler.startswith("Euler") and trailing and config.prediction_type == "epsilon":
         return f"it is sampled by {scheduler} with trailing timesteps"
-    words = re.split(r"[^a-z0-9]+", name.rstrip("/").rsplit("/", 1)[-1].lower())
-    found = [word for word in words if word in DISTILLED_NAMES]
+    *_, parent, _, last = ("", "", *name.rstrip("/").split("/"))
+    last = parent if re.search(r"/snapshots/[0-9a-f]{40}/?$", name) else last  # of the Hub's cache
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", last)  # v2TurboDPM: v, Turbo, DPM
+    found = [word for word in map(str.lower, words) if word in DISTILLED_NAMES]
     return f"its name says {found[0]}" if found else None
 
 
