@@ -24,8 +24,9 @@ WINDOWS = (
 )
 OUT_OF_MEMORY = (
     "the memory does not suffice. For training, take a smaller --train_batch_size, which changes "
-    "no result, --gradient_checkpointing or --mixed_precision bf16, and --resume_from_checkpoint "
-    "latest if a checkpoint was saved; for drawing images, a smaller --batch_size"
+    "no result, --gradient_checkpointing or --mixed_precision bf16 (or fewer draws, "
+    "--noise_multiplicity, which does change it), and --resume_from_checkpoint latest if a "
+    "checkpoint was saved; for drawing images, a smaller --batch_size"
 )
 
 

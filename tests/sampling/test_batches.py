@@ -14,7 +14,7 @@ from utils.arguments.training import TrainingArguments
 from utils.audit.canaries import ImageCanaries
 from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
-from utils.methods import trial
+from utils.methods import fine_tuning, trial
 from utils.methods.pretraining import encode_all
 from utils.methods.rendered import see_rendered
 from utils.models.drawing import choose_settings
@@ -104,3 +104,24 @@ def test_losses_are_of_a_few_images_at_a_time(tiny_base, image_folder, tmp_path,
     included = torch.ones(7, dtype=torch.bool)
     ImageCanaries(pipeline, found.judged_on, 16, included, tmp_path / "latents")
     assert passed == [3 * 16, 3 * 16, 16]
+
+
+def test_no_pass_before_training_is_larger_than_one_of_training(
+    tiny_base, image_folder, tmp_path, monkeypatch
+):
+    """Of one image with sixteen draws, on an fp32 base without autocast, it would be."""
+    passed, whole = [], UNet2DConditionModel.forward
+
+    def watched(self, rows, *args, **more):
+        passed.append(len(rows))
+        return whole(self, rows, *args, **more)
+
+    def stop(*_):
+        raise UsageError("that was before training")
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    monkeypatch.setattr(fine_tuning, "reserve", stop)
+    more = ["--noise_multiplicity", 16, "--train_batch_size", 1]
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
+    assert "that was before training" in train_here(arguments)
+    assert passed and max(passed) == 2

@@ -39,7 +39,7 @@ from utils.methods.private_run import (
     fine_tune,
     stop_here,
 )
-from utils.methods.public_passes import leave_out_unused, rehearse
+from utils.methods.public_passes import leave_out_unused, measure_unit, rehearse
 from utils.methods.publishing import (
     check_repository,
     choose_license,
@@ -118,7 +118,7 @@ def run_method(
     facts = collect_facts(modules, found.num_units, method.rate, method.has_warm_start())
     privacy, training, reasons = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
-    unit_bytes = rehearse(stage.pipeline, engine, stage.resolution)
+    rehearse(stage.pipeline, engine, stage.resolution)
     if training.base_precision == "bf16":
         halve_frozen(stage.pipeline, stage.public)
     stage = replay_if_asked(stage, engine, data, privacy, training)
@@ -129,7 +129,7 @@ def run_method(
     adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     if training.dry_run:
         previewed = preview(found, privacy, training, side, told, plan_for)
-        sizes = method.measure(len(found), unit_bytes)
+        sizes = method.measure(len(found), measure_unit(stage, engine))
         return show_plan(stage, engine, training, previewed, sizes, plan_for)
     settings = collect_settings(method.name, method.settings, data, training)
     agreed = settings | describe_weights(stage, engine, adapter)

@@ -11,6 +11,7 @@ from torch import nn
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.gradients.recording import MixedRows
+from utils.methods.stages import Stage
 from utils.models.denoising import denoising_loss
 from utils.models.families import find_family
 from utils.models.pipelines import collect_trained_modules, trains_text
@@ -60,13 +61,11 @@ def rehearse(
     engine: PerUnitGradients,
     resolution: int,
     norms_only: bool = False,
-) -> int:
-    """Passes on public noise, before any private image is read.
+) -> None:
+    """Passes on public noise, before any private image is read, of two rows at most.
 
     Two units with captions of unequal length must get the same gradient alone and together: else
     the model mixes the rows of a batch.
-
-    Returns the memory that the gradients of one unit take, in bytes.
 
     Raises:
         UsageError: a trainable layer is not used by this model, or the model mixes rows.
@@ -91,8 +90,19 @@ def rehearse(
             "this model gives a unit another gradient beside other units than alone: it mixes the "
             "rows of a batch, so that no unit's gradient can be bounded by itself"
         )
+    draws = min(2, engine.num_draws)  # of one unit
+    with engine.recording(1, norms_only, draws):
+        compute_public_losses(pipeline, resolution, [""] * draws).mean().backward()
+
+
+def measure_unit(stage: Stage, engine: PerUnitGradients, norms_only: bool = False) -> int:
+    """The memory that the gradients of one unit take in a private step, in bytes: by such a pass of
+    one unit, on public noise."""
+    captions = [""] * engine.num_draws
     with engine.recording(1, norms_only) as record:
-        compute_public_losses(pipeline, resolution, [""] * engine.num_draws).mean().backward()
+        with stage.accelerator.autocast():
+            loss = compute_public_losses(stage.pipeline, stage.resolution, captions).mean()
+        loss.backward()
     return record.nbytes()
 
 

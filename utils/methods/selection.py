@@ -40,7 +40,7 @@ from utils.methods.planning import (
     preview,
     reserve,
 )
-from utils.methods.public_passes import leave_out_unused, rehearse
+from utils.methods.public_passes import leave_out_unused, measure_unit, rehearse
 from utils.methods.saliency import Scoring, build_scoring, find_candidates, sum_scores
 from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, start
@@ -81,7 +81,7 @@ def run_selection(
     facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)
     privacy, training, _ = choose_missing(privacy, training, facts)
     engine = PerUnitGradients(find_family(stage.pipeline).denoiser, privacy.noise_multiplicity)
-    unit_bytes = rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
+    rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
     told = stage.describe_circumstances()
     plan_later = partial(plan_later_training, privacy, training.max_train_steps, others=others)
@@ -90,6 +90,7 @@ def run_selection(
         plan, left_out = preview(found, privacy, training, side, told, plan_for)
         later = plan_later(plan)
         more = {"training_after_it": None if later is None else later.event()}
+        unit_bytes = measure_unit(stage, engine, norms_only=True)
         accelerator.print(describe(plan, engine, unit_bytes, training, left_out, **more))
         stand_in = select_at_random(stage, scoring, replace(keep, plan=later), args, training)
         return replace(stand_in, event=plan.event())
