@@ -26,7 +26,7 @@ options are ignored.
 from utils.arguments.curation import CurationArguments
 from utils.arguments.evaluation import ExtractorArguments
 from utils.arguments.means import LaterModelArguments
-from utils.arguments.methods import OF_TRAINING, SHARED
+from utils.arguments.methods import OF_TRAINING, SHARED, refuse_of_training
 from utils.arguments.parsing import parse
 from utils.arguments.publishing import PublishSetArguments
 from utils.errors import UsageError, run_script
@@ -40,6 +40,7 @@ def main():
         description=__doc__,
         others=OF_TRAINING,
     )
+    refuse_of_training("a vote", privacy, training, "--curation_epsilon or --target_epsilon")
     if training.num_units is not None:
         raise UsageError("--num_units: a vote needs the images, whose classes decide who votes")
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.

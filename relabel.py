@@ -25,7 +25,7 @@ be that of a training script, whose other options are ignored.
 
 from utils.arguments.evaluation import ExtractorArguments
 from utils.arguments.means import LaterModelArguments
-from utils.arguments.methods import OF_TRAINING, SHARED
+from utils.arguments.methods import OF_TRAINING, SHARED, refuse_of_training
 from utils.arguments.parsing import parse
 from utils.arguments.publishing import PublishSetArguments
 from utils.arguments.relabelling import RelabellingArguments
@@ -40,6 +40,8 @@ def main():
         description=__doc__,
         others=OF_TRAINING,
     )
+    budget = "--relabel_epsilon or --target_epsilon"
+    refuse_of_training("a classifier that names images", privacy, training, budget)
     # Imported late, since it takes seconds: a mistake on the command line should not wait for it.
     if args.labeller is not None:
         from utils.methods.naming import name_more

@@ -18,7 +18,7 @@ ignored.
 """
 
 from utils.arguments.means import LaterModelArguments, MeansArguments
-from utils.arguments.methods import OF_TRAINING, SHARED
+from utils.arguments.methods import OF_TRAINING, SHARED, refuse_of_training
 from utils.arguments.parsing import parse
 from utils.errors import UsageError, run_script
 
@@ -29,6 +29,7 @@ def main():
         description=__doc__,
         others=OF_TRAINING,
     )
+    refuse_of_training("a release of means", privacy, training)
     if hub.push_to_hub:
         raise UsageError("--push_to_hub: means are not published; sample.py publishes a set")
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.

@@ -16,17 +16,24 @@ saliency.png, privacy.json, and an entry in the ledger; its cost is composed wit
 training that follows.
 """
 
-from utils.arguments.methods import SHARED, LoraArguments, SaliencyArguments
+from utils.arguments.methods import (
+    OF_TRAINING,
+    SHARED,
+    LoraArguments,
+    SaliencyArguments,
+    refuse_of_training,
+)
 from utils.arguments.parsing import parse
 from utils.errors import UsageError, run_script
 
 
 def main():
-    model, data, privacy, training, _, lora, saliency = parse(
-        *SHARED, LoraArguments, SaliencyArguments, description=__doc__
+    model, data, privacy, training, hub, lora, saliency = parse(
+        *(*SHARED, LoraArguments, SaliencyArguments), description=__doc__, others=OF_TRAINING
     )
-    if privacy.replay_audit:
-        raise UsageError("--replay_audit replays training steps: a selection takes none")
+    refuse_of_training("a selection", privacy, training)
+    if hub.push_to_hub:
+        raise UsageError("--push_to_hub: a selection is not published, but what is trained with it")
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.selection import run_selection
 

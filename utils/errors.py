@@ -138,7 +138,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print(
             f"error{where}: another process ended, so this one does too; what was saved is safe: "
-            f"resume with --resume_from_checkpoint latest ({_first_line(error)})",
+            "give the command again, of a private run with --resume_from_checkpoint latest "
+            f"({_first_line(error)})",
             file=sys.stderr,
             flush=True,
         )

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.conftest import read_json, train_arguments
+from tests.conftest import read_json, train_arguments, train_here
 from utils.errors import run_script
 
 
@@ -229,3 +229,29 @@ def test_help_teaches(run_script, script):
         assert re.search(r" {2,}\w.{3}", entry[0][3:]), entry[0]  # its help
     groups = re.findall(r"^(\w.*):$", options, re.M)
     assert groups and all(len(group) >= 8 for group in groups)
+
+
+@pytest.mark.parametrize("script", ["curate", "relabel", "release_means", "select_saliency"])
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--publish_now", "--resume_from_checkpoint", "latest"], "done whole, or not at all"),
+        (["--replay_audit"], "--replay_audit replays training steps"),
+        (["--push_to_hub"], "not published"),
+        (["--noise_multiplier", 50], "noise_multiplier"),
+    ],
+)
+def test_what_only_training_heeds_is_no_option_of_other_stages(
+    tiny_base, image_folder, tmp_path, script, more, said
+):
+    """Were it ignored, they would spend what nobody meant."""
+    publishes, elects = more[0] == "--push_to_hub", script in ("curate", "relabel")
+    if publishes and elects:
+        return  # which they do
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
+    if elects:
+        at = arguments.index("--noise_multiplicity")
+        arguments = [*arguments[:at], *arguments[at + 2 :], "--synthetic", image_folder]
+    shown = train_here(arguments, script)
+    assert shown.startswith("error:") and said in shown, shown
+    assert not (tmp_path / "run" / "private" / "ledger.jsonl").exists()

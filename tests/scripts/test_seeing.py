@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from tests.conftest import read_json, train_arguments, train_here
@@ -35,6 +36,10 @@ def test_images_are_drawn_from_weights_that_are_paid_for(
         whole(accelerator, pipeline, state, *rest)
 
     monkeypatch.setattr(private_run, "draw_sheet", draw)
+    told, track = [], Accelerator.init_trackers
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, *a: told.append(a) or track(self, *a)
+    )
     more = ["--validation_steps", 2, "--max_train_steps", 5, "--ema_decay", 0.9, *PROMPTS]
     more += ["--report_to", "tensorboard", "--num_validation_images", 4]
     assert "saved" in train_here(train_arguments(tiny_base, image_folder, output, *more))
@@ -49,6 +54,10 @@ def test_images_are_drawn_from_weights_that_are_paid_for(
     assert "samples/film.png" in names and not any("step_" in name for name in names)
     logged = [path for path in (output / "private").rglob("*tfevents*") if path.stat().st_size]
     assert any(b"samples" in path.read_bytes() for path in logged)
+    ((_, _, options),) = told
+    assert options["wandb"]["dir"] == str(output / "private" / "logs")
+    quiet = {"console": "off", "x_disable_stats": True, "x_disable_meta": True}
+    assert options["wandb"]["settings"] == quiet  # what is printed, and the machine's load
 
 
 def test_an_interrupted_run_is_published_at_what_it_spent(stopped, tiny_base):

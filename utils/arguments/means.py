@@ -105,10 +105,11 @@ class MeansArguments:
 
 @dataclass
 class LaterModelArguments(ModelArguments):
-    """The public pipeline of the training that may follow; here, --class_prompts need it."""
+    """The public pipeline of the training that may follow; here, captions that are compared with
+    prompts need it."""
 
     pretrained_model_name_or_path: str | None = option(
-        "diffusers pipeline, whose text encoder compares captions with --class_prompts", None
+        "diffusers pipeline, whose text encoder compares captions with the classes' prompts", None
     )
 
 

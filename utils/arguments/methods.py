@@ -184,3 +184,23 @@ OF_TRAINING = (
     *(LoraArguments, LoDAArguments, LdmArguments),
     *(BothStagesArguments, SaliencyArguments, MeansArguments),
 )
+
+
+def refuse_of_training(
+    what: str, privacy: PrivacyArguments, training: TrainingArguments, budget: str | None = None
+) -> None:
+    """Refuse what only a training run heeds, and what decides there how much is spent.
+
+    Args:
+        what: the stage that would ignore it. budget: the option that it takes in place of
+            --noise_multiplier; None if it heeds that.
+
+    Raises:
+        UsageError: such an option was given.
+    """
+    if training.publish_now:
+        raise UsageError(f"--publish_now ends a training run: {what} is done whole, or not at all")
+    if privacy.replay_audit:
+        raise UsageError(f"--replay_audit replays training steps: {what} takes none")
+    if budget is not None and privacy.noise_multiplier is not None:
+        raise UsageError(f"--noise_multiplier is of training: {what} takes {budget}")

@@ -255,7 +255,7 @@ class TrainingArguments(DrawingArguments):
         "with --dry_run: plan for so many privacy units, without their images", None
     )
     report_to: str | None = option(
-        "tracker for step, learning rate and epsilon, such as tensorboard or wandb", None
+        "tracker for step, learning rate and epsilon", None, choices=["tensorboard", "wandb"]
     )
     seed: int | None = option("seed of the adapter's start; never of the noise", None)
 

@@ -82,7 +82,7 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
     if (output_dir / GRID).is_file():
         raise UsageError(
             f"{output_dir} is a synthetic set, and no model: the command that made it, with "
-            "--push_to_hub, publishes it"
+            "--push_to_hub, publishes it; only what release_means.py drew is not published"
         )
     statement = output_dir / STATEMENT
     if not statement.is_file():

@@ -157,13 +157,12 @@ def plan_release(
     Raises:
         UsageError: see `make_plan`; or no budget was named.
     """
-    epsilon, sigma = args.release_epsilon, None
+    epsilon = args.release_epsilon
+    sigma = privacy.noise_multiplier if epsilon is None and not is_first else None
     if epsilon is None and privacy.target_epsilon is not None:
         share = args.choose_share(privacy.target_epsilon) if is_first else 1
         epsilon = share * privacy.target_epsilon
-    if epsilon is None:
-        sigma = privacy.noise_multiplier
-    if epsilon is None and (sigma is None or is_first):
+    if epsilon is None and sigma is None:
         raise UsageError("give --target_epsilon, or --release_epsilon")
     rate, steps = 1.0, 1
     if args.release == CENTRAL:

@@ -15,6 +15,7 @@ from utils.arguments.training import TrainingArguments
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
 from utils.errors import Stopped, StopRequest, UsageError
+from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import Run
 from utils.ledger.statement import describe_cost, quote_plan
@@ -117,6 +118,15 @@ def describe_for_trackers(
     return {k: v for k, v in facts.items() if isinstance(v, int | float | str)}
 
 
+def keep_quiet(output_dir: Path) -> dict[str, dict]:
+    """By tracker, what makes it take nothing but what it is told: not what a run prints, nor the
+    load of the machine every few seconds, which follows how long each step takes."""
+    folder = private_folder(output_dir) / LOGS
+    folder.mkdir(exist_ok=True)
+    settings = {"console": "off", "x_disable_stats": True, "x_disable_meta": True}
+    return {"wandb": {"dir": str(folder), "settings": settings}}
+
+
 def fine_tune(
     stage: Stage,
     state: TrainingState,
@@ -139,7 +149,7 @@ def fine_tune(
     park(stage.pipeline, text_too=unit_losses.units.text is not None)
     if training.report_to is not None:
         facts = describe_for_trackers(plan, stage.base_statement, state.recharged, training)
-        accelerator.init_trackers("private-adapter", facts)
+        accelerator.init_trackers("private-adapter", facts, keep_quiet(run.output_dir))
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     if run.checkpoint is None:
         run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed
