@@ -97,7 +97,7 @@ def build_statement(
         },
         "not_covered": [
             "pretraining data, of the base model and of networks that images are compared by",
-            "choices made by looking at other private results",
+            "choices made by looking at the private or held-out images, or at results on them",
             "the number of units, N",
             "prompts, class names and caption templates, which are published as they were given",
             *([] if about.is_base_known else [UNKNOWN_BASE]),
