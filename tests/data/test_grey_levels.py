@@ -218,6 +218,7 @@ def test_bytes_without_the_type_of_an_image_are_read():
         ([3], "int64"),
         ([[GREY]], "List"),
         ([{"x": 1}], "dict"),
+        ([{"bytes": [137, 80]}], "dict"),  # as lists of numbers
     ],
 )
 def test_what_is_no_image_column_is_said(column, said):

@@ -1,5 +1,6 @@
 """Every bad image and caption that a real folder holds: training ends well, and counts right."""
 
+import io
 import json
 import struct
 import subprocess
@@ -79,6 +80,8 @@ def save_unreadable(folder) -> list[str]:
     Image.new("RGB", (64, 64), RED).save(folder / "whole.jpg")
     whole = (folder / "whole.jpg").read_bytes()
     (folder / "whole.jpg").unlink()
+    icon = io.BytesIO()
+    Image.new("RGB", (16, 16), RED).save(icon, "ICO")  # decoded before its size is known
     side = int(LARGEST_IMAGE**0.5) + 2
     files = {
         "empty.png": b"",
@@ -86,6 +89,7 @@ def save_unreadable(folder) -> list[str]:
         "bomb.png": encode_png(side, side),
         "larger_bomb.png": encode_png(60_000, 60_000),
         "no_image.png": b"this is text",
+        "icon.png": icon.getvalue(),
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)

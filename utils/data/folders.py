@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,10 +33,17 @@ RESULTS = (SAMPLING_SETTINGS, STATEMENT, METRICS)  # a folder with one of these 
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
 
-def find_image_extensions() -> set[str]:
-    """Of the files that Pillow can open here: lower-case, with the dot."""
+@cache
+def list_image_formats() -> tuple[str, ...]:
+    """Those that Pillow opens here, but icons, which it decodes before their size is known."""
     PILImage.init()
-    return {suffix for suffix, kind in PILImage.EXTENSION.items() if kind in PILImage.OPEN}
+    return tuple(kind for kind in PILImage.OPEN if kind != "ICO")
+
+
+def find_image_extensions() -> set[str]:
+    """Of the files of these formats: lower-case, with the dot."""
+    known = list_image_formats()
+    return {suffix for suffix, kind in PILImage.EXTENSION.items() if kind in known}
 
 
 def list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:

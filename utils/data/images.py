@@ -23,6 +23,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
 
+from utils.data.folders import list_image_formats
 from utils.data.grey_levels import MORE_BITS, GreyLevels, MoreBitsError, Window
 from utils.data.rows import load_split, require_column
 from utils.errors import UsageError
@@ -132,7 +133,7 @@ def _check_column(images: ImageRows) -> None:
     require_column(images.rows, images.column, "--image_column")
     feature = images.rows.features[images.column]
     if isinstance(feature, dict):  # pyarrow's struct of bytes and path
-        readable = "bytes" in feature
+        readable = getattr(feature.get("bytes"), "dtype", "").endswith("binary")
     else:  # datasets' own; or the bytes alone
         readable = isinstance(feature, Image) or getattr(feature, "dtype", "").endswith("binary")
     if not readable:
@@ -219,7 +220,7 @@ def open_image(content: bytes, window: Window = None, about: int | None = None) 
         Exception: of many kinds, if it is damaged; ValueError if it has more than `LARGEST_IMAGE`
             pixels, which are not decoded.
     """
-    image = PILImage.open(io.BytesIO(content))
+    image = PILImage.open(io.BytesIO(content), formats=list_image_formats())
     if image.width * image.height > LARGEST_IMAGE:
         raise ValueError(f"{image.width} x {image.height} pixels: is it a decompression bomb?")
     if about is not None:
