@@ -61,7 +61,7 @@ def list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:
             others[folder] = "a link to a folder that is read already"
             continue
         seen.add(place)
-        for path in filter(_is_shown, set(folder.iterdir()) - beside):
+        for path in sorted(filter(_is_shown, set(folder.iterdir()) - beside)):
             if path.is_dir():  # links last, so that each folder is read where it lies
                 (folders.append if path.is_symlink() else folders.appendleft)(path)
             elif path.is_file():
@@ -130,7 +130,7 @@ def _hint_at(files: Iterable[Path]) -> str:
     if scans:
         return (
             f", but {len(scans)} scans such as {scans[0]}: convert each to a TIFF of floats, which "
-            "keeps all levels (docs/data.md has the two lines for DICOM), and give "
+            "keeps all levels (docs/data.md has the lines for DICOM), and give "
             "--intensity_range"
         )
     return ""

@@ -76,7 +76,7 @@ def load_split(
             name, how = dataset_name, {"revision": revision}
             if folder.is_dir():
                 name = str(folder)
-                require_all_parquet(folder)
+                require_all_parquet(folder, cache)
                 # Its card may still have the counts of a set from which someone withdrew.
                 how = {"verification_mode": "no_checks"}
             if split is None:
@@ -105,12 +105,12 @@ def load_saved(folder: Path, split: str | None) -> Dataset:
     return rows.with_format(None)
 
 
-def require_all_parquet(folder: Path) -> None:
+def require_all_parquet(folder: Path, cache: str | None) -> None:
     """Raises: ValueError if `datasets`, which goes by names, would pass over parquet files."""
     base = folder.expanduser().resolve()  # as it does
     files = {str(path) for path in list_files(base)[0] if path.suffix.lower() == PARQUET}
     for config in get_dataset_config_names(str(folder)):
-        splits = load_dataset_builder(str(folder), config).config.data_files
+        splits = load_dataset_builder(str(folder), config, cache_dir=cache).config.data_files
         files -= {str(path) for paths in splits.values() for path in paths}
     if files:
         raise ValueError(
