@@ -86,7 +86,8 @@ def main():
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.audit.audited_run import audit
     from utils.audit.auditing import plot_findings
-    from utils.files import make_private, private_folder, refuse_among_images, write_durably
+    from utils.data.folders import refuse_among_images
+    from utils.files import make_private, private_folder, write_durably
 
     output_dir, is_private = Path(args.output_dir), names_images(data) and not args.data_is_public
     refuse_among_images(output_dir, data.train_data_dir, data.dataset_name)

@@ -20,7 +20,7 @@ the votes cost joins the ledger and the new set's statement; --target_epsilon is
 In --output_dir: votes.safetensors, the noisy counts, with their statement privacy.json; votes.png,
 the most and the least voted for; and set/, as sample.py leaves one. With --resume_from_checkpoint
 latest an interrupted curation goes on. --config may be that of a training script, whose other
-options are ignored.
+options are ignored, but those of what is spent.
 """
 
 from utils.arguments.curation import CurationArguments

@@ -20,7 +20,7 @@ of the classifier, and relabelled.png, and what else is said of private images i
 In --output_dir: labeller.safetensors, the classifier, with its statement privacy.json;
 relabelled.png, images that changed their class, a column for each that they came to; and set/, as
 sample.py leaves one. With --resume_from_checkpoint latest an interrupted run goes on. --config may
-be that of a training script, whose other options are ignored.
+be that of a training script, whose other options are ignored, but those of what is spent.
 """
 
 from utils.arguments.evaluation import ExtractorArguments
@@ -40,13 +40,13 @@ def main():
         description=__doc__,
         others=OF_TRAINING,
     )
-    budget = "--relabel_epsilon or --target_epsilon"
-    refuse_of_training("a classifier that names images", privacy, training, budget)
     # Imported late, since it takes seconds: a mistake on the command line should not wait for it.
     if args.labeller is not None:
         from utils.methods.naming import name_more
 
         return name_more(args, extractor, privacy, training, hub)
+    budget = "--relabel_epsilon or --target_epsilon"
+    refuse_of_training("a classifier that names images", privacy, training, budget)
     if training.num_units is not None:
         raise UsageError("--num_units: a classifier needs the images, whose classes it learns")
     from utils.methods.relabelling import run_relabelling

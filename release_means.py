@@ -14,7 +14,7 @@ private images again. In --output_dir: means.safetensors, the noisy
 means, with their statement privacy.json; and set/, images with prompts and labels, as sample.py
 leaves them. With --resume_from_checkpoint latest an interrupted release goes on: what is paid for
 is not paid for twice. --config may be that of a training script, whose other options are
-ignored.
+ignored, but those of what is spent.
 """
 
 from utils.arguments.means import LaterModelArguments, MeansArguments

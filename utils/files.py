@@ -146,28 +146,6 @@ def refuse_occupied(output_dir: Path, mark: str) -> None:
         raise UsageError(f"--output_dir {output_dir} already holds other files; name a new folder")
 
 
-def refuse_among_images(
-    output_dir: str | Path, *sets: str | None, option: str = "--output_dir"
-) -> None:
-    """Refuse a folder for results in which the next run would find them among its images.
-
-    Args:
-        sets: folders of images; Hub ids and None lie nowhere.
-        option: names the folder in an error.
-
-    Raises:
-        UsageError: it is in one of them, or is one.
-    """
-    for images in sets:
-        if images is None or not Path(images).is_dir():
-            continue
-        if Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
-            raise UsageError(
-                f"{option} {output_dir} lies in {images}, whose images are read: pictures of "
-                "this run would be among them next time; name a folder elsewhere"
-            )
-
-
 def check_takes_files(folder: Path, option: str) -> None:
     """Make `folder`, and see that it can be written: before work, not after it.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_folders import draw, load, write_csv
+from utils.data.folders import is_image_folder, refuse_among_images
 from utils.data.rows import read_labels
 from utils.errors import UsageError
 
@@ -22,8 +23,27 @@ def test_folders_behind_links_are_read_once(tmp_path, capsys):
     (folder / "dogs" / "up").symlink_to(folder)
     rows = load(folder)
     assert list(read_labels(rows, "label")) == ["cats", "cats", "dogs"]
-    said = "not used: 1 also dogs (a link to a folder that is read already), 1 up (a link to a"
+    said = "not used: 1 also dogs (a folder that is read already, under another name), 1 up"
     assert said in capsys.readouterr().err
+
+
+def test_results_are_refused_where_a_link_leads(tmp_path):
+    """The next run would read its samples, and the sheet of private images, as images of people."""
+    draw(tmp_path / "disk" / "cats" / "a.png")
+    folder = draw(tmp_path / "scans" / "dogs" / "b.png").parent.parent
+    (folder / "cats").symlink_to(tmp_path / "disk")
+    refuse_among_images(tmp_path / "run", str(folder))
+    for inside in (tmp_path / "disk" / "run", tmp_path / "disk" / "cats", folder / "run"):
+        with pytest.raises(UsageError, match="lies in .*scans, whose images are read"):
+            refuse_among_images(inside, str(folder))
+
+
+def test_what_is_private_beside_results_makes_no_classes_of_splits(tmp_path):
+    for split in ("train", "test"):
+        draw(tmp_path / split / "a.png")
+    (tmp_path / "metrics.json").write_text("{}")
+    draw(tmp_path / "private" / "closest_pixels.png")
+    assert len(load(tmp_path)) == len(load(tmp_path, "test")) == 1
 
 
 def test_a_link_to_nothing_is_counted(tmp_path, capsys):
@@ -90,3 +110,5 @@ def test_a_stray_table_does_not_make_a_parquet_set(tmp_path):
     (tmp_path / "embeddings.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match="holds 3 images, but also embeddings.parquet: which"):
         load(tmp_path)
+    (tmp_path / "embeddings.parquet").rename(tmp_path / "train-00000-of-00001.parquet")
+    assert not is_image_folder(tmp_path)  # shards, with pictures for a README

@@ -153,6 +153,15 @@ def test_the_total_counts_the_private_bases_of_other_runs(ledger, tmp_path):
     assert f"stands at epsilon {spent:.3f} at delta 1e-05" in said
 
 
+def test_a_run_that_is_not_private_has_no_total(ledger, tmp_path):
+    base = state(3) | {"ledger": {"run": "elsewhere", "entry": "e" * 64}}
+    plan, about = build_plan(), Circumstances(is_private=False, base=base)
+    branch = ledger.reserve(plan.terms(False), None, "debugged", made_with=about.made_with())
+    private_folder(tmp_path).mkdir(exist_ok=True)
+    export = lambda folder: (folder / "w.safetensors").write_bytes(b"w")  # noqa: E731
+    assert "everything" not in Run(tmp_path, branch, {}, about).publish(export, plan)["ledger"]
+
+
 def test_a_total_without_a_base_of_the_ledger_does_not_verify(ledger, tmp_path):
     base = state(3) | {"ledger": {"run": "elsewhere", "entry": "e" * 64}}
     plan, about = build_plan(), Circumstances(base=base)

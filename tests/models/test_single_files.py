@@ -1,17 +1,20 @@
 """A single .safetensors file with a whole Stable Diffusion model, as other programs use it."""
 
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from tests.hub_stand_in import hub_stand_in
 from tests.layouts import build_layout
 from utils.errors import UsageError
 from utils.models.pipelines import load_pipeline
-from utils.models.processes import find_distillation
+from utils.models.processes import find_distillation, read_process
 
 RESNET = {  # of the U-Net: as diffusers names it, as the makers' code did
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -160,7 +163,14 @@ def test_what_diffusers_would_not_heed_is_refused(checkpoint, tmp_path, more, sa
     """It gives a file the noise process of a usual base, which may be another than the file's."""
     weights = load_file(checkpoint / "dreamy.safetensors")
     save_file(weights | more, tmp_path / "vivid.safetensors")
-    assert said in refuse(tmp_path / "vivid.safetensors")
+    shown = refuse(tmp_path / "vivid.safetensors")
+    assert said in shown
+    if "v_pred" in more:  # does the line do it?
+        given = SimpleNamespace(scheduler=load_pipeline(str(checkpoint / "base")).scheduler)
+        (line,) = re.findall(r"p\.scheduler = .*?\);", shown)
+        exec(line, {"p": given, "S": DDIMScheduler})
+        assert read_process(given.scheduler).predicts == "v_prediction"
+        assert given.scheduler.config.rescale_betas_zero_snr == ("ztsnr" in more)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,12 @@ def test_what_diffusers_would_not_heed_is_refused(checkpoint, tmp_path, more, sa
         ("juggernautXL_v9Rdphoto2Lightning.safetensors", "lightning"),
         ("tianweiy/DMD2", "dmd"),
         ("SDXLTurbo", "turbo"),
+        ("ByteDance/Hyper-SD", "hyper"),
+        ("mixHyperSDXL.safetensors", "hyper"),
+        ("SDXL-LCMv2.safetensors", "lcm"),
+        ("4stepTURBOv2.safetensors", "turbo"),
+        ("HyperRealism_v3.safetensors", None),
+        ("hyperRealistic_v10.safetensors", None),
         (f"/h/hub/models--Lykon--dreamshaper-xl-lightning/snapshots/{'0a' * 20}/", "lightning"),
         ("Lykon/dreamshaper-8", None),
         ("/scans/turbo/base", None),

@@ -57,7 +57,7 @@ def test_images_are_drawn_from_weights_that_are_paid_for(
     ((_, _, options),) = told
     assert options["wandb"]["dir"] == str(output / "private" / "logs")
     quiet = {"console": "off", "x_disable_stats": True, "x_disable_meta": True}
-    assert options["wandb"]["settings"] == quiet  # what is printed, and the machine's load
+    assert quiet.items() <= options["wandb"]["settings"].items()
 
 
 def test_an_interrupted_run_is_published_at_what_it_spent(stopped, tiny_base):

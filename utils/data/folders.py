@@ -5,11 +5,14 @@ and text in a table stays the text that it is. What is not used is counted, and 
 """
 
 import os
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 from accelerate import PartialState
@@ -29,6 +32,7 @@ SPLITS = {
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
 PARQUET = ".parquet"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.parquet$")
 RESULTS = (SAMPLING_SETTINGS, STATEMENT, METRICS)  # a folder with one of these has them of ours
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
@@ -46,29 +50,62 @@ def find_image_extensions() -> set[str]:
     return {suffix for suffix, kind in PILImage.EXTENSION.items() if kind in known}
 
 
-def list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The files below a folder, also behind links, in order, without hidden ones; and, of what
-    cannot be followed, why. What is private beside results is no part of them.
+class Listing(NamedTuple):
+    """What lies below a folder, also behind links: its files, in order; what cannot be followed,
+    and why; and where the folders lie that were entered."""
+
+    files: list[Path]
+    others: dict[Path, str]
+    places: set[Path]
+
+
+def list_files(root: Path) -> Listing:
+    """All below a folder but what is hidden, or private beside results.
 
     Raises:
         OSError: a folder may not be read.
     """
-    beside = {root / PRIVATE} if any((root / name).is_file() for name in RESULTS) else set()
-    files, others, seen, folders = [], {}, set(), deque([root])
+    files, others, places, folders = [], {}, set(), deque([root])
     while folders:
         folder = folders.popleft()
-        if (place := folder.resolve()) in seen:
-            others[folder] = "a link to a folder that is read already"
+        if (place := folder.resolve()) in places:
+            others[folder] = "a folder that is read already, under another name"
             continue
-        seen.add(place)
-        for path in sorted(filter(_is_shown, set(folder.iterdir()) - beside)):
+        places.add(place)
+        for path in _list_shown(folder):
             if path.is_dir():  # links last, so that each folder is read where it lies
                 (folders.append if path.is_symlink() else folders.appendleft)(path)
             elif path.is_file():
                 files.append(path)
             else:
                 others[path] = "a link to nothing" if path.is_symlink() else "not a file"
-    return sorted(files), others
+    return Listing(sorted(files), others, places)
+
+
+def refuse_among_images(
+    output_dir: str | Path, *sets: str | None, option: str = "--output_dir"
+) -> None:
+    """Refuse a folder for results in which the next run would find them among its images.
+
+    Args:
+        sets: folders of images; Hub ids and None lie nowhere.
+        option: names the folder in an error.
+
+    Raises:
+        UsageError: it is in one of them, also behind a link, or is one.
+    """
+    output = Path(output_dir).resolve()
+    for images in sets:
+        if images is None or not Path(images).is_dir():
+            continue
+        places = {Path(images).resolve()}
+        with suppress(OSError):  # who reads the images says so
+            places |= list_files(Path(images)).places
+        if not places.isdisjoint((output, *output.parents)):
+            raise UsageError(
+                f"{option} {output_dir} lies in {images}, whose images are read: pictures of "
+                "this run would be among them next time; name a folder elsewhere"
+            )
 
 
 def is_image_folder(folder: Path) -> bool:
@@ -76,18 +113,19 @@ def is_image_folder(folder: Path) -> bool:
     parquet files beside which a picture may lie.
 
     Raises:
-        UsageError: it holds more images than parquet files, but some of these.
+        UsageError: it holds more images than parquet files, and one that is no shard.
     """
-    files = [path for path in list_files(folder)[0] if path.name.lower() not in METADATA_NAMES]
+    files = [path for path in list_files(folder).files if path.name.lower() not in METADATA_NAMES]
     suffixes = Counter(path.suffix.lower() for path in files)
     images = sum(suffixes[suffix] for suffix in find_image_extensions())
     if not suffixes[PARQUET]:
         return any(suffixes[suffix] for suffix in ARCHIVES + MEDICAL) or images > 0
-    if images > suffixes[PARQUET]:
-        table = next(path for path in files if path.suffix.lower() == PARQUET)
+    tables = [path for path in files if path.suffix.lower() == PARQUET]
+    strays = [path for path in tables if not SHARD.search(path.name.lower())]
+    if images > len(tables) and strays:
         raise UsageError(
-            f"{folder} holds {images} images, but also {table.relative_to(folder)}: which of them "
-            "are the set? Move the others out of it"
+            f"{folder} holds {images} images, but also {strays[0].relative_to(folder)}: which of "
+            "them are the set? Move the others out of it"
         )
     return False
 
@@ -104,7 +142,7 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     folder = folder.resolve() if ".." in folder.parts else folder  # metadata has paths without
     root = find_split(folder, split)
     extensions = find_image_extensions()
-    files, unused = list_files(root)
+    files, unused, _ = list_files(root)
     images = [path for path in files if path.suffix.lower() in extensions]
     unused |= {path: "not an image" for path in files if path.suffix.lower() not in extensions}
     if not images:
@@ -183,7 +221,7 @@ def find_split(folder: Path, split: str | None) -> Path:
     Raises:
         UsageError: it has no such split.
     """
-    inside = list(filter(_is_shown, folder.iterdir()))
+    inside = _list_shown(folder)
     folders = {path.name.lower(): path for path in inside if path.is_dir()}
     known = {name for names in SPLITS.values() for name in names}
     if folders and set(folders) <= known:
@@ -208,8 +246,12 @@ def find_split(folder: Path, split: str | None) -> Path:
     return folder
 
 
-def _is_shown(path: Path) -> bool:
-    return not path.name.startswith(".") and path.name != "__MACOSX"
+def _list_shown(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, in order; of one with results, not what is private."""
+    is_ours = any((folder / name).is_file() for name in RESULTS)
+    left_out = {"__MACOSX", PRIVATE} if is_ours else {"__MACOSX"}
+    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in shown if path.name not in left_out)
 
 
 def _collect_columns(entries: list[dict]) -> dict[str, list]:

@@ -108,7 +108,7 @@ def load_saved(folder: Path, split: str | None) -> Dataset:
 def require_all_parquet(folder: Path, cache: str | None) -> None:
     """Raises: ValueError if `datasets`, which goes by names, would pass over parquet files."""
     base = folder.expanduser().resolve()  # as it does
-    files = {str(path) for path in list_files(base)[0] if path.suffix.lower() == PARQUET}
+    files = {str(path) for path in list_files(base).files if path.suffix.lower() == PARQUET}
     for config in get_dataset_config_names(str(folder)):
         splits = load_dataset_builder(str(folder), config, cache_dir=cache).config.data_files
         files -= {str(path) for paths in splits.values() for path in paths}

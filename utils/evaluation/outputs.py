@@ -3,14 +3,9 @@
 from pathlib import Path
 
 from utils.arguments.evaluation import EvaluateArguments
+from utils.data.folders import refuse_among_images
 from utils.errors import UsageError
-from utils.files import (
-    METADATA,
-    METRICS,
-    SAMPLING_SETTINGS,
-    check_takes_files,
-    refuse_among_images,
-)
+from utils.files import METADATA, METRICS, SAMPLING_SETTINGS, check_takes_files
 
 
 def choose_output(args: EvaluateArguments) -> Path:
@@ -30,9 +25,10 @@ def choose_output(args: EvaluateArguments) -> Path:
     output = home / METRICS if args.output_file is None else Path(args.output_file)
     if output.is_dir():
         raise UsageError(f"--output_file {output} is a folder: name a file in it")
-    sets = [args.synthetic, args.test_data_dir, args.test_dataset_name]
+    sets = [args.test_data_dir, args.test_dataset_name]
     sets += [args.private_data_dir, args.private_dataset_name]
-    beside = ours and output.parent.resolve() == folder.resolve()
-    refuse_among_images(output.parent, *sets[beside:], option="--output_file: the folder")
+    if not (ours and output.parent.resolve() == folder.resolve()):  # beside it is no part of it
+        sets.append(args.synthetic)
+    refuse_among_images(output.parent, *sets, option="--output_file: the folder")
     check_takes_files(output.parent, "--output_file: the folder")
     return output

@@ -250,7 +250,7 @@ class Run:
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         everything, delta = compose_with_bases(records, statement.get("base"))
         ledger = {"run": self.branch.run, "entry": entry["hash"]}
-        if everything != list_all_events(statement):
+        if statement["private"] and everything != list_all_events(statement):
             epsilon = pld_both_relations(everything, delta)
             ledger["everything"] = {"events": everything, "epsilon": epsilon, "delta": delta}
         return statement | {"files": files, "ledger": ledger}

@@ -123,8 +123,9 @@ def keep_quiet(output_dir: Path) -> dict[str, dict]:
     load of the machine every few seconds, which follows how long each step takes."""
     folder = private_folder(output_dir) / LOGS
     folder.mkdir(exist_ok=True)
-    settings = {"console": "off", "x_disable_stats": True, "x_disable_meta": True}
-    return {"wandb": {"dir": str(folder), "settings": settings}}
+    off = {"console": "off", "disable_git": True, "x_save_requirements": False}
+    off |= {f"x_disable_{what}": True for what in ("stats", "meta", "machine_info")}
+    return {"wandb": {"dir": str(folder), "settings": off}}
 
 
 def fine_tune(

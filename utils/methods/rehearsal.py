@@ -21,12 +21,12 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
+from utils.data.folders import refuse_among_images
 from utils.data.latents import encode_units
 from utils.data.rows import fill_template
 from utils.files import (
     make_private,
     private_folder,
-    refuse_among_images,
     refuse_occupied,
     write_durably,
 )

@@ -21,6 +21,7 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
+from utils.data.folders import refuse_among_images
 from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
 from utils.errors import PATIENCE, UsageError, on_main_process
@@ -28,7 +29,6 @@ from utils.files import (
     LOGS,
     check_takes_files,
     private_folder,
-    refuse_among_images,
     resolve_if_there,
 )
 from utils.ledger.bases import read_base_statement

@@ -133,7 +133,7 @@ def warm_up(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
+        if step % 10 == 0 and accelerator.is_main_process:  # another may have had no part
             bar.set_postfix(loss=f"{losses.mean().item():.4f}")
 
 

@@ -122,7 +122,8 @@ def _check_prediction(path: str, names: list[str], kind: str) -> None:
     if any(name.startswith("cond_stage_model.model.") for name in names):
         raise ValueError(
             "it is a Stable Diffusion 2, and a file does not say whether that predicts v, as those "
-            f"for 768 pixels do, or noise (epsilon). {_how_to_convert(path, kind, predicts)}"
+            f"for 768 pixels do, or noise. {_how_to_convert(path, kind, predicts)} (if it predicts "
+            "noise, with epsilon in place of v_prediction)"
         )
 
 
@@ -133,7 +134,8 @@ def _how_to_convert(path: str, kind: str = "", scheduler: dict | None = None) ->
     if scheduler is not None:
         words = "".join(f", {name}={value!r}" for name, value in scheduler.items())
         words = words.replace("'", '"')  # it stands within single ones
-        code += f"p.scheduler = p.scheduler.from_config(p.scheduler.config{words}); "
+        code = code.replace("import ", "import DDIMScheduler as S, ")  # which heeds all of them
+        code += f"p.scheduler = S.from_config(p.scheduler.config{words}); "
     code += 'p.save_pretrained("base")'
     hint = "" if kind or scheduler else "; for XL, StableDiffusionXLPipeline"
     return f"Convert it, on a machine that reaches the Hub: python -c '{code}'{hint}"

@@ -178,11 +178,23 @@ def find_distillation(pipeline: DiffusionPipeline, name: str) -> str | None:
     trailing = config.get("timestep_spacing") == "trailing" and not rescaled
     if scheduler.startswith("Euler") and trailing and config.prediction_type == "epsilon":
         return f"it is sampled by {scheduler} with trailing timesteps"
-    *_, parent, _, last = ("", "", *name.rstrip("/").split("/"))
-    last = parent if re.search(r"/snapshots/[0-9a-f]{40}/?$", name) else last  # of the Hub's cache
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", last)  # v2TurboDPM: v, Turbo, DPM
-    found = [word for word in map(str.lower, words) if word in DISTILLED_NAMES]
+    parts = name.rstrip("/").split("/")
+    last = [part for part in parts if part.startswith("models--")] + parts[-1:]  # in a Hub's cache
+    found = [word for word in DISTILLED_NAMES if any(_says(part, word) for part in last)]
     return f"its name says {found[0]}" if found else None
+
+
+def _says(name: str, word: str) -> bool:
+    """Whether a word is in a name as one, in any of the usual spellings: v2TurboDPM, xl-lcmv2."""
+    after = r"(?![a-zA-Z])|(?=-?_?(?:SD|FLUX))" if word == "hyper" else "(?![a-z])"  # no realism
+    return any(
+        re.search(f"{before}{spelling}(?:{behind})", name)
+        for before, spelling, behind in [
+            ("(?<![A-Za-z])", word, after),
+            ("", word.title(), after),
+            ("(?<![A-Z])", word.upper(), "(?![A-Z])"),
+        ]
+    )
 
 
 @lru_cache

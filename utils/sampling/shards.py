@@ -122,7 +122,7 @@ def hash_set(folder: Path) -> str:
     beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
     digest = hashlib.sha256()
     files = {path for path in folder.rglob("*") if path.is_file()}
-    for path in sorted(files.union(list_files(folder)[0])):
+    for path in sorted(files.union(list_files(folder).files)):
         name = path.relative_to(folder)
         if str(name) not in beside and name.parts[0] != PRIVATE:
             digest.update(f"{json.dumps(name.as_posix())} {hash_file(path)}\n".encode())
