@@ -62,7 +62,7 @@ def main():
         describe_left_out,
         read_pixel_batches,
     )
-    from utils.data.rows import find_used_template, read_captions
+    from utils.data.rows import find_used_template, read_captions, refuse_unfilled
     from utils.methods import pretraining
     from utils.methods.public_objectives import check_base, take_base
     from utils.models.drawing import adopt_template
@@ -78,6 +78,7 @@ def main():
     elif vae is not None:
         check_resolution(data.resolution, len(vae.config.block_out_channels) - 1, args)
     images, left_out = pretraining.load_public_images(data)
+    refuse_unfilled(data)
     captions = list(read_captions(images.rows, data))
     accelerator.print(
         f"{len(images)} public images, {len(set(captions))} captions; {describe_left_out(left_out)}"

@@ -77,6 +77,7 @@
     data/           rows to images, captions, latents and losses
         folders             an image folder: its files and classes, as rows
         metadata            the tables of an image folder, as text
+        parquet             whether a folder's parquet files all belong to a split
         rows                loading a split; the caption and label of each row
         units               whose each row is: the privacy units
         grey_levels         which levels of a grey of more than 8 bits are black and white

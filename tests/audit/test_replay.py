@@ -83,7 +83,7 @@ def test_the_loop_as_it_is_passes_and_nothing_is_left_behind(world, accelerator,
 
 
 SAID = {
-    "no_noise": "the noise has standard deviation 0 sigma C",
+    "no_noise": "the noise has standard deviation 0.0000 sigma C",
     "copies_clipped_one_by_one": "one unit moved the sum by ",
     "double_clip_bound": "one unit moved the sum by 2 C",
     "noise_divided_by_batch": "the noise has standard deviation 0.1",

@@ -13,7 +13,14 @@ from PIL import Image
 from tests.conftest import BUDGET, train_arguments, train_here
 from utils.arguments.training import DataArguments
 from utils.data.private_set import load_private_set
-from utils.data.rows import find_used_template, load_rows, load_split, read_captions, read_labels
+from utils.data.rows import (
+    find_used_template,
+    load_rows,
+    load_split,
+    read_captions,
+    read_labels,
+    refuse_unfilled,
+)
 from utils.errors import UsageError
 
 
@@ -98,10 +105,9 @@ def test_numbers_of_classes_are_no_captions(column):
 
 
 def test_a_template_that_nothing_fills_is_refused():
-    rows = Dataset.from_dict({"text": ["a"]})
     data = DataArguments(caption_column="text", caption_template="an X-ray of {label}")
     with pytest.raises(UsageError, match="filled with labels: give their --label_column"):
-        read_captions(rows, data)
+        refuse_unfilled(data)
 
 
 def test_a_zero_or_one_for_every_class_is_no_list_of_labels():

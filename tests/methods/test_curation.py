@@ -133,7 +133,7 @@ def test_the_noise_is_that_of_the_plan(public, image_folder, tmp_path, monkeypat
     counts = []
     real = story.count_votes
     monkeypatch.setattr(story, "count_votes", lambda *a: counts.append(real(*a)) or counts[-1])
-    more = ["--noise_multiplier", 1, "--curation_epsilon", 2, "--rounds", 40, "--num_images", 24]
+    more = ["--curation_epsilon", 2, "--rounds", 40, "--num_images", 24]
     shown = curate(public, image_folder, tmp_path / "run", *more)
     assert "24 images, grid.png" in shown, shown
     votes = load_file(tmp_path / "run" / "votes.safetensors")["votes"].double()

@@ -137,11 +137,12 @@ def test_a_warm_start_stays_on_its_device(monkeypatch, trains_text):
     rows, noise, quantiles = torch.arange(3), torch.zeros(3, 4, 8, 8), torch.rand(3)
     accelerator = SimpleNamespace(device=torch.device(GPU), autocast=nullcontext)
     stage = SimpleNamespace(pipeline=pipeline, resolution=16, accelerator=accelerator)
+    training = TrainingArguments(output_dir="run")
     processes._build.cache_clear()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             move_to_gpu(pipeline)
-            losses = warm_start.Examples(stage, ["set"]).losses(rows, noise, quantiles)
+            losses = warm_start.Examples(stage, ["set"], training).losses(rows, noise, quantiles)
             losses.sum().backward()
     finally:
         processes._build.cache_clear()

@@ -288,7 +288,7 @@ def check_noise(noise: torch.Tensor, before: torch.Tensor | None) -> list[str]:
     size, problems = noise.numel(), []
     spread = noise.square().mean().sqrt().item()
     if not abs(spread - 1) <= DEVIATIONS / (2 * size) ** 0.5:
-        problems.append(f"the noise has standard deviation {spread:.4g} sigma C")
+        problems.append(f"the noise has standard deviation {spread:.4f} sigma C")
     if before is not None and not abs((noise * before).mean()) <= DEVIATIONS / size**0.5:
         problems.append("the noise repeats that of the step before")
     return problems

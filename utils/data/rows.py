@@ -12,16 +12,15 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
-    get_dataset_config_names,
     get_dataset_split_names,
     load_dataset,
-    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
 
 from utils.arguments.training import DataArguments
-from utils.data.folders import PARQUET, is_image_folder, list_files, load_image_folder
+from utils.data.folders import is_image_folder, load_image_folder
+from utils.data.parquet import require_all_parquet
 from utils.errors import UsageError
 from utils.files import resolve_if_there
 
@@ -105,20 +104,6 @@ def load_saved(folder: Path, split: str | None) -> Dataset:
     return rows.with_format(None)
 
 
-def require_all_parquet(folder: Path, cache: str | None) -> None:
-    """Raises: ValueError if `datasets`, which goes by names, would pass over parquet files."""
-    base = folder.expanduser().resolve()  # as it does
-    files = {str(path) for path in list_files(base).files if path.suffix.lower() == PARQUET}
-    for config in get_dataset_config_names(str(folder)):
-        splits = load_dataset_builder(str(folder), config, cache_dir=cache).config.data_files
-        files -= {str(path) for paths in splits.values() for path in paths}
-    if files:
-        raise ValueError(
-            f"{len(files)} parquet file(s), such as {os.path.relpath(min(files), base)}, belong to "
-            "no split: name the files alike (train-0.parquet, train-1.parquet), or move others out"
-        )
-
-
 def _may_be_on_the_hub(name: str) -> bool:
     """Whether this can be the name of a repository, rather than a path that is not there."""
     return not Path(name).exists() and name.count("/") <= 1 and name[:1] not in ("/", ".")
@@ -173,10 +158,8 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
     Of a list of captions the first counts; a row without any has the empty caption.
 
     Raises:
-        UsageError: a missing column, a template without `{label}`, or one that nothing fills.
+        UsageError: a missing column, or a template without `{label}`.
     """
-    if data.caption_template is not None and data.label_column is None:
-        raise UsageError("--caption_template is filled with labels: give their --label_column")
     if data.caption is not None:
         return [data.caption] * len(rows)
     if data.caption_column is not None:
@@ -196,6 +179,12 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
     labels, template = read_labels(rows, data.label_column), data.template
     fill_template(template, "")  # refused now, not at the first row
     return Column(rows, labels.column, lambda value: fill_template(template, labels.to_text(value)))
+
+
+def refuse_unfilled(data: DataArguments) -> None:
+    """Raises: UsageError if there is a template, but no column of labels to fill it with."""
+    if data.caption_template is not None and data.label_column is None:
+        raise UsageError("--caption_template is filled with labels: give their --label_column")
 
 
 def find_used_template(data: DataArguments) -> str | None:

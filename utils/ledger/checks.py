@@ -165,15 +165,16 @@ def check_entry(statement: dict, records: list[dict]) -> list[str]:
     charged = list_charged_events(records[: index + 1], [*terms["builds_on"], run])
     if charged != statement["events"]:
         problems.append("the ledger's events are not those of the statement")
+    base = terms.get("made_with", {}).get("base")
+    if base is not None and not begins_with(statement.get("base"), base):
+        problems.append("the ledger has a private base model that the statement does not count")
     everything, delta = compose_with_bases(records[: index + 1], statement.get("base"))
-    total = statement["ledger"].get("everything", {"events": list_all_events(statement)})
+    own = list_all_events(statement | {"events": charged})
+    total = statement["ledger"].get("everything", {"events": own})
     if total["events"] != everything:
         problems.append("the statement's total is not that of the ledger")
     if "epsilon" in total and total.get("delta", statement["delta"]) != delta:
         problems.append("the statement's total is not quoted at the ledger's smallest delta")
-    base = terms.get("made_with", {}).get("base")
-    if base is not None and not begins_with(statement.get("base"), base):
-        problems.append("the ledger has a private base model that the statement does not count")
     for key in ("delta", "num_units", "privacy_unit", "private"):
         if terms[key] != statement[key]:
             problems.append(f"the ledger says {key} {terms[key]}, the statement {statement[key]}")

@@ -57,12 +57,13 @@ class Source:
         return self._compose()[0]
 
     def _compose(self) -> tuple[list[dict], float]:
-        statement = self.statement or {"events": [], "delta": 1.0}
+        statement = self.statement or {"events": []}
         base = statement.get("base")
-        events, delta = list_all_events(statement), (base or statement)["delta"]
         if self.ledger is not None:
             events, delta = compose_with_bases(self.ledger.records(), base)
-        return events, min(delta, statement["delta"])
+        else:
+            events, delta = list_all_events(statement), (base or statement)["delta"]
+        return events, min(delta, statement.get("delta", delta if events else 0.0))
 
 
 def read_source(name: str, revision: str | None) -> Source:

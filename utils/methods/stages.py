@@ -24,6 +24,7 @@ from utils.arguments.training import (
 from utils.data.folders import refuse_among_images
 from utils.data.latent_files import discard_copies
 from utils.data.latents import choose_objective
+from utils.data.rows import refuse_unfilled
 from utils.errors import PATIENCE, UsageError, on_main_process
 from utils.files import (
     LOGS,
@@ -176,6 +177,7 @@ def load_stage(
     pipeline = load(*model.source)
     resolution = choose_resolution(pipeline, data.resolution)
     choose_objective(pipeline, training, num_draws=1)  # refuses options that do not fit the model
+    refuse_unfilled(data)
     choose_settings(pipeline, training, resolution, base_settings)  # refuses what it cannot draw
     adopt_reading(pipeline, training, base_settings)
     pipeline.to(accelerator.device)
