@@ -19,7 +19,6 @@ from utils.data.rows import (
     load_split,
     read_captions,
     read_labels,
-    refuse_unfilled,
 )
 from utils.errors import UsageError
 
@@ -104,10 +103,13 @@ def test_numbers_of_classes_are_no_captions(column):
         read_captions(rows, DataArguments(caption_column=column))
 
 
-def test_a_template_that_nothing_fills_is_refused():
-    data = DataArguments(caption_column="text", caption_template="an X-ray of {label}")
-    with pytest.raises(UsageError, match="filled with labels: give their --label_column"):
-        refuse_unfilled(data)
+@pytest.mark.parametrize("script", ["train_dp_lora", "pretrain_ldm"])
+def test_a_template_that_nothing_fills_is_refused(tiny_base, image_folder, tmp_path, script):
+    words = ["--train_data_dir", image_folder, "--caption", "a scan", "--output_dir"]
+    words += [tmp_path / "run", "--caption_template", "an X-ray of {label}"]
+    own = ["--pretrained_model_name_or_path", tiny_base, *BUDGET]
+    said = train_here([*words, *(own if script == "train_dp_lora" else [])], script)
+    assert "--caption_template is filled with labels: give their --label_column" in said
 
 
 def test_a_zero_or_one_for_every_class_is_no_list_of_labels():
