@@ -106,7 +106,7 @@ def test_numbers_of_classes_are_no_captions(column):
 @pytest.mark.parametrize("script", ["train_dp_lora", "pretrain_ldm"])
 def test_a_template_that_nothing_fills_is_refused(tiny_base, image_folder, tmp_path, script):
     words = ["--train_data_dir", image_folder, "--caption", "a scan", "--output_dir"]
-    words += [tmp_path / "run", "--caption_template", "an X-ray of {label}"]
+    words += [tmp_path / "run", "--caption_template", "an X-ray of {label}", "--resolution", 16]
     own = ["--pretrained_model_name_or_path", tiny_base, *BUDGET]
     said = train_here([*words, *(own if script == "train_dp_lora" else [])], script)
     assert "--caption_template is filled with labels: give their --label_column" in said
