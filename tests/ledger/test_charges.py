@@ -177,3 +177,13 @@ def test_a_total_without_a_base_of_the_ledger_does_not_verify(ledger, tmp_path):
     assert "the statement's total is not that of the ledger" in check_entry(
         statement, ledger.records()
     )
+
+
+def test_a_base_that_only_the_statement_knows_is_counted_once(ledger):
+    """As of a ledger from before such bases were noted there."""
+    base = state(3) | {"ledger": {"run": "elsewhere", "entry": "e" * 64}}
+    ledger.reserve(terms(2)).release(2, "weights")
+    charged = list_charged_events(ledger.records())
+    assert compose_with_bases(ledger.records(), base)[0] == [*base["events"], *charged]
+    paid_here = base | {"ledger": {"entry": ledger.records()[0]["hash"]}}
+    assert compose_with_bases(ledger.records(), paid_here)[0] == charged
