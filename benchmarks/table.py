@@ -45,7 +45,7 @@ SEEN_BY = dict.fromkeys(SETS, "examples/digits/extractor.safetensors")  # for th
 SEEN_BY["cifar10"] = "examples/extractors/things.safetensors"
 JUDGES = "--classifier_seeds 1 --metrics utility fidelity --extractor classifier".split()
 SPEND = ("train_dp_", "release_means", "select_saliency", "curate", "relabel")
-SHARE = ("train_dp_", "sample", "evaluate")  # their work among processes
+SHARE = ("train_dp_", "sample", "relabel", "evaluate")  # their work among processes
 RESUME = ["--resume_from_checkpoint", "latest"]
 writing = Lock()
 
