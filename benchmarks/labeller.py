@@ -53,7 +53,8 @@ def main():
 
     def extract(images: ImageRows, name: str) -> torch.Tensor:
         batches = read_pixel_batches(images, extractor.resolution, 256)
-        return torch.cat([extract_pixels(extractor, pixels) for pixels in tqdm(batches, name)])
+        passed = (extract_pixels(extractor, pixels, accelerator) for pixels in tqdm(batches, name))
+        return torch.cat(list(passed))
 
     whiten = labeller.fit_whitening(
         extract(read_synthetic(args.synthetic, "--synthetic"), "public")

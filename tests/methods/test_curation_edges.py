@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
@@ -16,10 +20,12 @@ from tests.scripts.test_many_processes import together
 from utils.arguments.means import LaterModelArguments
 from utils.arguments.training import DataArguments
 from utils.errors import UsageError
+from utils.evaluation.features import Extractor
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import curation as story
+from utils.methods import election
 from utils.methods.classes import build_nearest
-from utils.methods.election import match_classes
+from utils.methods.election import Candidates, extract_candidates, match_classes
 
 
 @pytest.mark.slow
@@ -98,6 +104,27 @@ def test_two_processes_count_the_votes_that_one_does(public, image_folder, tmp_p
     assert "12 images" in train_here([*arguments, "--output_dir", tmp_path / "one"], "curate")
     one, two = (load_file(tmp_path / n / "votes.safetensors")["votes"] for n in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [200, 2])
+def test_processes_share_the_candidates(monkeypatch, count):
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)]
+    candidates = Candidates(images, [{}] * count, np.zeros(count, dtype=int))
+    passed = []
+
+    def network(pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
+        assert torch.is_autocast_enabled("cpu")
+        passed.append(len(pixels))
+        return pixels[:, 0, 0, :1].bfloat16(), None
+
+    shares = []
+    monkeypatch.setattr(election, "gather_object", lambda own: shares.extend(own) or shares)
+    for place in range(3):
+        state = SimpleNamespace(num_processes=3, process_index=place, is_main_process=False)
+        state.device, state.autocast = "cpu", partial(torch.autocast, "cpu", torch.bfloat16)
+        features = extract_candidates(candidates, Extractor("mean", "", 8, network), state)
+    assert features.dtype == torch.float32 and features[:, 0].tolist() == list(range(count))
+    assert sum(passed) == count and max(passed) <= 64
 
 
 def test_classes_of_one_side_alone_are_told_of_before_anything_is_spent(capsys):

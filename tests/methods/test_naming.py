@@ -5,14 +5,18 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from tests.conftest import ROOT, read_json, train_arguments, train_here
+from tests.conftest import CAPTION, ROOT, read_json, train_arguments, train_here
 from tests.methods.conftest import draw
 from tests.methods.test_relabelling import EXTRACTOR, relabel
+from tests.scripts.test_many_processes import forked
 from utils.arguments.relabelling import RelabellingArguments
-from utils.files import hash_file
+from utils.files import LABELLER, hash_file
 from utils.ledger.statement import STOPPED, UNKNOWN_BASE
+from utils.ledger.verification import find_problems, read_source
 from utils.methods import naming, relabelling
 from utils.methods.election import Candidates
 from utils.sampling.paid_sets import find_set_ledger
@@ -48,6 +52,20 @@ def read_rows(folder) -> dict[str, str]:
     """The label of each image, by its digest."""
     rows = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
     return {hash_file(folder / row["file_name"]): row["label"] for row in rows}
+
+
+@pytest.mark.slow
+def test_two_processes_name_a_set_together(public, image_folder, tmp_path):
+    learn = ["--synthetic", public, "--train_data_dir", image_folder, *CAPTION, *EXTRACTOR]
+    learn += ["--target_delta", 1e-3, "--target_epsilon", 3]
+    for count, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        found = forked(count, ROOT / "relabel.py", *learn, "--output_dir", folder)
+        assert found.returncode == 0, found.stderr
+        assert len(read_rows(folder / "set")) == 24
+        assert find_problems(read_source(str(folder), None)) == []
+    one, two = (load_file(tmp_path / n / LABELLER) for n in ("one", "two"))
+    for public_part in ("mean", "matrix"):  # of the candidates alone; the noise is another
+        torch.testing.assert_close(one[public_part], two[public_part], rtol=1e-3, atol=1e-4)
 
 
 def test_more_images_are_named_and_nothing_is_spent(labeller, drawn, later, tmp_path):

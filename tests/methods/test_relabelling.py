@@ -105,7 +105,7 @@ def test_labels_follow_the_published_classifier_alone(public, image_folder, tmp_
     )
     files = sorted(public.glob("0*.png"))
     pixels = torch.stack([crop_to_pixels(Image.open(path), 32) for path in files])
-    seen = extract_pixels(extractor, pixels)
+    seen = extract_pixels(extractor, pixels, Accelerator())
     whiten = Whitening(file["mean"], file["matrix"])
     again = fit_whitening(seen)
     assert torch.allclose(again.mean, whiten.mean, atol=1e-5)
@@ -172,14 +172,16 @@ def test_private_and_synthetic_images_pass_through_the_autoencoder(
         ExtractorArguments("classifier", classifier_weights=str(EXTRACTOR[-1])),
         torch.device("cpu"),
     )
-    features = extract_pixels(extractor, ((seen.clamp(-1, 1) + 1) * 127.5).round().byte())
+    features = extract_pixels(
+        extractor, ((seen.clamp(-1, 1) + 1) * 127.5).round().byte(), Accelerator()
+    )
     assert torch.allclose(fit_whitening(features).mean, file["mean"], atol=1e-3)
     rendered = see_rendered(extractor, str(tiny_base), torch.device("cpu"))
     assert rendered.resolution == side and "rendered_by" in rendered.about()
     assert [reader.about() for reader in readers] == [rendered.about()]
     assert "rendered_by" not in extractor.about()
     assert torch.allclose(
-        extract_pixels(rendered, torch.stack(pixels[:1])), features[:1], atol=1e-3
+        extract_pixels(rendered, torch.stack(pixels[:1]), Accelerator()), features[:1], atol=1e-3
     )  # each by itself
 
 

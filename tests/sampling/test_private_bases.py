@@ -252,6 +252,6 @@ def test_a_doubt_is_passed_on_to_what_is_made_of_the_images():
     for doubts in ([UNKNOWN_BASE], [STOPPED], []):
         paid = PaidSet((), state() | {"not_covered": doubts}, {}, "digest")
         about = Election(paid, (), (), None, None, None, None)
-        about = about.describe_circumstances(SecretRandomness())
+        about = about.describe_circumstances(SecretRandomness(), "fp32")
         assert about.is_base_known == (UNKNOWN_BASE not in doubts)
         assert about.is_stopped == (STOPPED in doubts)

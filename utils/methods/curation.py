@@ -49,6 +49,7 @@ from utils.methods.votes import count_votes, keep_best, resample
 from utils.models.drawing import adopt_template
 from utils.privacy.dp_sgd import add_noise_once
 from utils.privacy.plan import PrivacyPlan
+from utils.privacy.precision import name_precision
 from utils.privacy.randomness import make_randomness
 
 SHOWN = 5  # rows of winners, and of losers, in votes.png
@@ -82,7 +83,7 @@ def run_curation(
         return plan_votes(num_units, args, privacy, data.privacy_unit_column, election)
 
     side = election.extractor.resolution
-    told = election.describe_circumstances(randomness)
+    told = election.describe_circumstances(randomness, name_precision(accelerator))
     if training.dry_run:
         plan, _ = preview(found, privacy, training, side, told, plan_for)
         print_plan(accelerator, plan)
@@ -192,11 +193,11 @@ def count_for(
 ) -> torch.Tensor:
     """The votes of this process's share of the units [M]. PRIVATE until noise is added."""
 
-    features = extract_candidates(candidates, extractor, accelerator.is_main_process)
+    features = extract_candidates(candidates, extractor, accelerator)
     classes = torch.from_numpy(candidates.classes)
     total = count_votes(
         units,
-        partial(extract_pixels, extractor),
+        partial(extract_pixels, extractor, accelerator=accelerator),
         features,
         classes,
         args.votes_per_row,

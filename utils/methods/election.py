@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
@@ -104,10 +105,8 @@ class Election:
         )
         return replace(plan, prior=self.prior, builds_on=self.builds_on)
 
-    def describe_circumstances(
-        self, randomness: SecretRandomness, precision: str = "fp32"
-    ) -> Circumstances:
-        """What the statement says beside the mechanisms."""
+    def describe_circumstances(self, randomness: SecretRandomness, precision: str) -> Circumstances:
+        """What the statement says beside the mechanisms; `precision`: see `name_precision`."""
         doubts = list_doubts(self.paid.statement)
         return Circumstances(
             randomness.is_private,
@@ -199,21 +198,28 @@ def build_vary(election: Election, args: CurationArguments) -> Vary:
     )
 
 
-def extract_candidates(candidates: Candidates, extractor: Extractor, show: bool) -> torch.Tensor:
-    """The features of all candidates: [M, d], on the CPU."""
+def extract_candidates(
+    candidates: Candidates, extractor: Extractor, accelerator: Accelerator
+) -> torch.Tensor:
+    """The features of all candidates, in order: [M, d], on the CPU of every process; each process
+    passes a share of them through the network."""
     side, features = extractor.resolution, []
-    places = torch.arange(len(candidates.images)).split(BATCH)
-    for part in tqdm(places, "features of candidates", disable=not show):
-        pixels = torch.stack([crop_to_pixels(candidates.images[i], side) for i in part.tolist()])
-        features.append(extract_pixels(extractor, pixels))
-    return torch.cat(features)
+    places = torch.arange(len(candidates.images)).tensor_split(accelerator.num_processes)
+    parts = places[accelerator.process_index].split(BATCH)
+    for part in tqdm(parts, "features of candidates", disable=not accelerator.is_main_process):
+        pixels = [crop_to_pixels(candidates.images[i], side) for i in part.tolist()]
+        if pixels:  # more processes than candidates
+            features.append(extract_pixels(extractor, torch.stack(pixels), accelerator))
+    return torch.cat(gather_object(features))
 
 
 @torch.no_grad()
-def extract_pixels(extractor: Extractor, pixels: torch.Tensor) -> torch.Tensor:
-    """The features of images uint8 [n, 3, R, R]: [n, d], on the CPU."""
-    device = PartialState().device
-    return extractor.network(pixels.to(device))[0].float().cpu()
+def extract_pixels(
+    extractor: Extractor, pixels: torch.Tensor, accelerator: Accelerator
+) -> torch.Tensor:
+    """The features of images uint8 [n, 3, R, R], by --mixed_precision: [n, d], on the CPU."""
+    with accelerator.autocast():
+        return extractor.network(pixels.to(accelerator.device))[0].float().cpu()
 
 
 class Pictures(Sequence):

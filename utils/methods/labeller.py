@@ -85,7 +85,7 @@ def read_images(
     features, classes, units = [], [], []
     side = extractor.resolution
     for unit, number, pixels in read_units(private_set, numbers, side, accelerator):
-        seen = whiten(extract_pixels(extractor, pixels[None]))[0]
+        seen = whiten(extract_pixels(extractor, pixels[None], accelerator))[0]
         features.append(seen if seen.isfinite().all() else torch.zeros_like(seen))
         classes.append(number)
         units.append(unit)

@@ -123,7 +123,7 @@ def name_more(
     if training.dry_run:
         return
     prepare_repository(hub, privacy)
-    seen = extract_candidates(candidates, extractor, accelerator.is_main_process)
+    seen = extract_candidates(candidates, extractor, accelerator)
     scores = labeller.whiten(seen) @ labeller.weights.T
     named = name_images(candidates, scores, labeller.names, prompts)
     kept = choose_kept(candidates, named, args, accelerator)

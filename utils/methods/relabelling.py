@@ -89,7 +89,7 @@ def run_relabelling(
     agreed = collect_settings("relabelling", args, found.data, training) | about
     private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
     accelerator.print(announce(plan, run, election))
-    seen = extract_candidates(candidates, election.extractor, accelerator.is_main_process)
+    seen = extract_candidates(candidates, election.extractor, accelerator)
     whiten = fit_whitening(seen)
 
     # Learn the classes from every unit; every step is released with noise.

@@ -34,7 +34,8 @@ def see_rendered(extractor: Extractor, name: str | None, device: torch.device) -
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = scale_to_unit_range(pixels).split(images_at_once(side))
-        seen = torch.cat([autoencoder(part).sample for part in parts])  # from the latents' mode
+        # from the latents' mode, in fp32: a CPU cannot antialias bf16
+        seen = torch.cat([autoencoder(part).sample.float() for part in parts])
         if side != extractor.resolution:
             size = (extractor.resolution, extractor.resolution)
             seen = F.interpolate(seen, size, mode="bilinear", antialias=True)
