@@ -1,5 +1,7 @@
 """Clause 3, where rounding could break it: what fp32 loses never counts for more than C."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,22 @@ def test_one_more_unit_in_front_rounds_no_other_one_anew(accelerator, micro_batc
         for units in (everyone, everyone[1:])
     )
     assert (whole - rest).norm() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("widths", [(1281, 10), (33, 5, 33), (64, 6, 64), (36, 7, 20)])
+def test_one_more_unit_in_front_changes_no_other_gradient(accelerator, widths):
+    """A processor may add up a row by where it lies in memory, which is one place further on."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(before, after) for before, after in pairwise(widths)]
+    engine = PerUnitGradients(model := nn.Sequential(*layers))
+    x, y = torch.randn(65, 3, widths[0]), torch.randn(65, 3, widths[-1])
+    losses = lambda units: (model(x[units]) * y[units]).square().sum((1, 2))  # noqa: E731
+    plan, everyone = build_plan(max_grad_norm=1.0, clipping="automatic"), torch.arange(65)
+    whole, rest, alone = (
+        clipped_gradient_sum(accelerator, engine, losses, units, plan, 64)
+        for units in (everyone, everyone[1:], everyone[:1])
+    )
+    assert (whole - rest - alone).norm() < 1e-10
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])

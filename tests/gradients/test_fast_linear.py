@@ -70,3 +70,12 @@ def test_what_gains_goes_through_onednn(kind, out, through):
         linear(x, weight)
     names = {event.name for event in profile.events()}
     assert ("mkldnn::_linear_pointwise" in names) == through
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("width, out", [(1281, 10), (130, 4), (77, 2), (9, 3), (64, 6), (20, 11)])
+def test_a_row_is_the_same_wherever_it_lies(width, out, turned):
+    torch.manual_seed(0)
+    weight = torch.randn(width, out).t() if turned else torch.randn(out, width)
+    x = torch.randn(65, width)
+    assert torch.equal(linear(x[:-1].clone(), weight)[1:], linear(x[1:].clone(), weight)[:-1])

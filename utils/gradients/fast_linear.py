@@ -1,8 +1,10 @@
-"""Linear layers on a CPU: their products through oneDNN.
+"""Linear layers on a CPU: their products through oneDNN, and each row by itself.
 
 PyTorch computes fp32 linear layers with MKL, which keeps to AVX2 on processors that are not
 Intel's; oneDNN, which it has for convolutions and bf16, uses what there is. The operator for it is
-the one that torch.compile calls. On a GPU, under autocast, or for thin matrices, nothing changes.
+the one that torch.compile calls. Thin matrices stay with MKL, which adds a row up by where it lies
+in memory: all are made to lie alike, or one unit more would round those behind it anew. On a GPU,
+or under autocast, nothing changes.
 """
 
 from functools import partial
@@ -13,14 +15,19 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 THIN = 16  # a side below this gains nothing
+ALIKE = 4  # numbers: rows of a multiple of so many begin alike, at multiples of 16 bytes
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in] times weight [out, in], plus bias: [..., out]; for use without autograd."""
-    if not _gains(x, weight):
+    if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if ONEDNN and min(weight.shape) >= THIN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if zeros := -x.shape[-1] % ALIKE:
+        x, weight = F.pad(x, (0, zeros)), F.pad(weight, (0, zeros))
+    return F.linear(x.contiguous(), weight.contiguous(), bias)
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -32,15 +39,15 @@ def use_fast_linear(model: nn.Module) -> None:
 
 def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     frozen = not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
-    if not frozen or not _gains(x, layer.weight):
+    if not frozen or not _is_plain(x, layer.weight):
         return F.linear(x, layer.weight, layer.bias)
     return _FrozenLinear.apply(x, layer.weight, layer.bias)
 
 
-def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not ONEDNN:
+def _is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype == weight.dtype == torch.float32 and min(weight.shape) >= THIN
+    return x.dtype == weight.dtype == torch.float32
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -9,7 +9,6 @@ Source: Hu et al. 2021, section 4.1.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -90,7 +89,7 @@ class _UnitLora(torch.autograd.Function):
     def forward(ctx, x, weight, a, b, layer, record):
         ctx.layer, ctx.record, ctx.scaling = layer, record, layer.scaling
         x = layer.features_last(x)
-        inner = ctx.scaling * F.linear(x, a.flatten(1))
+        inner = ctx.scaling * linear(x, a.flatten(1))
         ctx.save_for_backward(x if a.requires_grad else None, inner, weight, a, b)
         y = linear(x, weight.flatten(1), layer.base.bias)
         _add_product(y, inner, b.flatten(1))
@@ -103,7 +102,7 @@ class _UnitLora(torch.autograd.Function):
         x, inner, weight, a, b = ctx.saved_tensors
         grad_output = layer.features_last(grad_output)
         dtype = grad_output.dtype
-        grad_inner = ctx.scaling * F.linear(grad_output, b.flatten(1).t().contiguous().to(dtype))
+        grad_inner = ctx.scaling * linear(grad_output, b.flatten(1).t().contiguous().to(dtype))
         # Not the saved weights: under checkpointing those are copies.
         if layer.b.weight.requires_grad:
             record.add_products(layer.b, inner, grad_output)
