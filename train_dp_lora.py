@@ -50,13 +50,15 @@ def main():
     from utils.methods.saliency_file import read_saliency
     from utils.models.lora import add_lora, describe_lora, save_lora
 
-    common, to_come = (model, data, privacy, training, hub), ()
+    common, selection, to_come = (model, data, privacy, training, hub), None, ()
     if stages.release_means or stages.select_saliency:
         from utils.methods.first_stages import do_first_stages
 
-        stages, lora, to_come = do_first_stages(stages, common, lora, saliency, means)
+        stages, selection, to_come = do_first_stages(stages, common, lora, saliency, means)
     if stages.saliency_file is not None:
-        lora = replace(lora, target_modules=read_saliency(stages.saliency_file).selected)
+        selection = read_saliency(stages.saliency_file)
+    if selection is not None:
+        lora = replace(lora, target_modules=selection.selected)
     method = Method(
         "dp-lora",
         lambda pipeline: add_lora(pipeline, lora),
@@ -64,6 +66,7 @@ def main():
         describe_lora,
         lora,
         stages,
+        selection,
         to_come=to_come,
     )
     run_method(method, *common)

@@ -180,6 +180,19 @@ def test_a_dry_run_judges_the_training_after_means(tiny_base, image_folder, tmp_
     assert len(list((tmp_path / "run").rglob("ledger.jsonl"))) == 0
 
 
+def test_a_plan_does_not_follow_from_what_was_selected(tiny_base, image_folder, tmp_path, capsys):
+    """Composed mechanisms are worth what is stated only if their sizes were fixed beforehand."""
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", image_folder]
+    arguments += [*CAPTION, *BUDGET, "--output_dir", tmp_path / "run", *PICK, "--dry_run"]
+    trained, plans = set(), []
+    for seed in range(4):  # which decides what stands for the selection
+        plan = read_plans(train_here([*arguments, "--top_count", 3, "--seed", seed]))[-1]
+        trained.add(plan.pop("trainable_parameters"))
+        chosen = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
+        plans.append((plan["steps"], plan["noise_multiplier"], plan["sampling_rate"], chosen))
+    assert len(trained) > 1 and plans[1:] == plans[:-1] and len(plans[0][-1]) == 4
+
+
 def test_a_dry_run_judges_as_many_matrices_as_will_be_selected(
     tiny_base, image_folder, tmp_path, capsys
 ):

@@ -8,12 +8,18 @@ Shapes: S scored candidates (matrices, or layers of them).
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from utils.arguments.methods import LoraArguments, SaliencyArguments
 from utils.methods.saliency import Scoring
 from utils.methods.saliency_file import Saliency
+from utils.models.families import find_family
+from utils.privacy.defaults import PublicFacts, median_width
 from utils.privacy.plan import PrivacyPlan
+
+USUAL_SHARE = 0.3  # of the candidates, where noisy scores will say how many are kept
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,36 @@ def build_keep(candidates: dict[str, nn.Module], scoring: Scoring, lora: LoraArg
     for module, group in zip(candidates.values(), scoring.groups, strict=True):
         shape, index = module.weight.shape, scoring.names.index(group)
         sizes[index] += shape.numel()
-        trained[index] += lora.rank * (shape[0] + (not lora.freeze_lora_a) * shape[1:].numel())
+        trained[index] += _count_lora(shape, lora)
     return Keep(sizes, trained)
+
+
+def _count_lora(shape: torch.Size, lora: LoraArguments) -> int:
+    """How many weights of a LoRA train beside a weight of this shape."""
+    return lora.rank * (shape[0] + (not lora.freeze_lora_a) * shape[1:].numel())
+
+
+def foresee(
+    saliency: Saliency, lora: LoraArguments, pipeline: DiffusionPipeline, facts: PublicFacts
+) -> PublicFacts:
+    """`facts` of a training, as they were before the selection: the same share of all candidates.
+
+    A plan by what was selected would be one by the private images: mechanisms compose to what is
+    stated if their sizes are fixed beforehand, and else to a little more.
+    """
+    if saliency.mechanism == "random":
+        return facts
+    denoiser, asked = find_family(pipeline).denoiser, saliency.settings
+    candidates = map(denoiser.get_submodule, saliency.candidates)
+    shapes = [getattr(module, "base_layer", module).weight.shape for module in candidates]
+    share = USUAL_SHARE if asked["top_ratio"] == "auto" else float(asked["top_ratio"])
+    if asked["top_mass"] is not None:
+        share = USUAL_SHARE
+    if asked["top_count"] is not None:
+        share = asked["top_count"] / len(set(saliency.scored))
+    trained = sum(_count_lora(shape, lora) for shape in shapes)
+    number = max(1, round(min(share, 1.0) * trained))
+    return replace(facts, num_parameters=number, width=median_width(shapes))
 
 
 def stability(

@@ -24,6 +24,7 @@ from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
 from utils.ledger.statement import UNKNOWN_BASE, describe_cost
+from utils.methods.choice import foresee
 from utils.methods.forecast import Sizes
 from utils.methods.outlook import JudgedPlans, collect_facts, replay_if_asked, show_plan
 from utils.methods.planning import (
@@ -46,6 +47,7 @@ from utils.methods.publishing import (
     describe_setup,
     save_samples,
 )
+from utils.methods.saliency_file import Saliency
 from utils.methods.stages import Stage, collect_settings, finish, load_stage, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger, warm_up
 from utils.models.drawing import adopt_template, choose_settings, write_settings
@@ -67,6 +69,7 @@ class Method:
         describe_usage: Python for the card that makes `pipeline` from them (`Facts.usage`).
         settings: the method's arguments; a run that is resumed must have the same.
         stages: what it builds on: a selection, a warm start.
+        selection: of the matrices that it adapts, by private images; None if there is none.
         rate: see `PublicFacts`.
         to_come: events of first stages that a dry run planned, and that nothing was paid for yet.
     """
@@ -77,6 +80,7 @@ class Method:
     describe_usage: Callable[[DiffusionPipeline], str]
     settings: object
     stages: StageArguments
+    selection: Saliency | None = None
     rate: float = ADAPTER_RATE
     to_come: tuple[dict, ...] = ()
 
@@ -84,6 +88,12 @@ class Method:
         """Also one that is only planned."""
         planned = any(event["purpose"] == "means" for event in self.to_come)
         return planned or bool(self.stages.warm_start)
+
+    def foresee(self, stage: Stage, facts: PublicFacts) -> PublicFacts:
+        """`facts`, as far as they were known before a selection."""
+        if self.selection is None:
+            return facts
+        return foresee(self.selection, self.settings, stage.pipeline, facts)
 
     def measure(self, num_rows: int, unit_bytes: int) -> Sizes:
         """How large a run is, of private rows whose gradients take so much memory a unit."""
@@ -116,7 +126,7 @@ def run_method(
     modules, data = leave_out_unused(stage.pipeline, stage.resolution), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training, stage.pipeline, method.stages.warm_start)
     facts = collect_facts(modules, found.num_units, method.rate, method.has_warm_start())
-    privacy, training, reasons = choose_missing(privacy, training, facts)
+    privacy, training, reasons = choose_missing(privacy, training, method.foresee(stage, facts))
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     rehearse(stage.pipeline, engine, stage.resolution)
     if training.base_precision == "bf16":

@@ -42,12 +42,12 @@ def do_first_stages(
     lora: LoraArguments,
     saliency: SaliencyArguments,
     means: MeansArguments,
-) -> tuple[BothStagesArguments, LoraArguments, tuple[dict, ...]]:
+) -> tuple[BothStagesArguments, Saliency | None, tuple[dict, ...]]:
     """Do what `--release_means` and `--select_saliency` ask for, unless an earlier attempt at this
-    run has paid for it. Returns the stages to build on, `lora`, and nothing.
+    run has paid for it. Returns the stages to build on, and nothing else.
 
-    After a dry run the stages lack what was not made, `lora` adapts as many matrices as will be
-    selected, at random, and the events of what was planned are returned, too.
+    After a dry run the stages lack what was not made, and are followed by a selection of as many
+    matrices as will be selected, at random, and by the events of what was planned.
 
     Raises:
         UsageError: see `run_release` and `run_selection`; or an earlier attempt had other settings.
@@ -58,7 +58,7 @@ def do_first_stages(
         need_one_process(REPLAY)
     check_adapter(model, data, privacy, training, lora)
     privacy = _share(join_ledger(privacy, stages), training)
-    others, to_come = ALONE, []
+    others, planned, to_come = ALONE, None, []
     if stages.release_means:
         later = saliency if stages.select_saliency else None
         found, plan = release_first(model, data, privacy, training, means, later)
@@ -73,9 +73,8 @@ def do_first_stages(
         if planned is None:
             stages = replace(stages, saliency_file=str(found))
         else:
-            lora = replace(lora, target_modules=planned.selected)
             to_come += [] if planned.event is None else [planned.event]
-    return stages, lora, tuple(to_come)
+    return stages, planned, tuple(to_come)
 
 
 def check_adapter(
