@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from utils.chatter import drop_chatter
@@ -96,6 +96,31 @@ def on_main_process(work: Callable[[], object]) -> object:
     if mistake is not None:
         raise UsageError(mistake)
     return result
+
+
+def require_alike(told: dict) -> None:
+    """Stop if the processes were told different things: each bounds what its own units contribute,
+    and only what the main one was told is on record.
+
+    Raises:
+        UsageError: on every process; it names what differs.
+    """
+    from accelerate.utils import gather_object
+
+    every = [dict(_flatten(each)) for each in gather_object([told])]
+    names = dict.fromkeys(name for each in every for name in each)
+    values = {name: dict.fromkeys(str(each.get(name)) for each in every) for name in names}
+    differ = [f"{name}: {' and '.join(v)}" for name, v in values.items() if len(v) > 1]
+    if differ:
+        raise UsageError(
+            f"the processes were not started alike ({'; '.join(differ)}): give all of them the "
+            "same command, files and version of this code"
+        )
+
+
+def _flatten(told: dict) -> Iterator[tuple[str, object]]:
+    for name, value in told.items():
+        yield from _flatten(value) if isinstance(value, dict) else [(name, value)]
 
 
 def run_script(main: Callable[[], None]) -> None:

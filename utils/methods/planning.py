@@ -16,7 +16,7 @@ from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, read_captions
 from utils.data.units import number_units
-from utils.errors import UsageError, on_main_process
+from utils.errors import UsageError, on_main_process, require_alike
 from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.public_sets import refuse_as_private, refuse_own_images
@@ -27,6 +27,7 @@ from utils.ledger.statement import Circumstances
 from utils.models.families import find_family
 from utils.privacy.accounting import account
 from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
+from utils.version import find_commit
 
 ROW = "one row: an image and its caption; a picture that is in several rows is protected less"
 # The plan for a number of units; raises UsageError if it is impossible.
@@ -210,10 +211,14 @@ def reserve(
         about: what the statement will say beside the mechanisms.
 
     Raises:
-        UsageError: bad data or an impossible plan (see `make_plan`, `open_run` and `confirm`).
+        UsageError: bad data or an impossible plan (see `make_plan`, `open_run` and `confirm`); or
+            the processes were not started alike.
         RuntimeError: the accountants disagree.
     """
     plan = plan_for(found.num_units)
+    content = {"dataset_name", "train_data_dir"}  # of which `load_private_set` compares what counts
+    data = {k: v for k, v in agreed["data"].items() if k not in content}
+    require_alike(plan.bounds() | agreed | {"data": data, "code": find_commit()})
     spent = account(plan.events(), plan.delta)  # if the accountants disagree, nothing is reserved
 
     def open_and_remember() -> Run:

@@ -93,6 +93,11 @@ class PrivacyPlan:
         """This mechanism after those that it builds on."""
         return [*self.prior, self.event(steps)]
 
+    def bounds(self) -> dict:
+        """What each process heeds by itself. The noise is the main one's, which adds it."""
+        own = {"noise_multiplier", "prior", "builds_on"}
+        return {name: value for name, value in asdict(self).items() if name not in own}
+
     def terms(self, is_private: bool) -> dict:
         """What a ledger records about the plan."""
         return {

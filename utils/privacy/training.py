@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from utils.errors import UsageError
+from utils.errors import UsageError, require_alike
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.gradients.recording import Recording
 from utils.privacy.accounting import pld_epsilon
@@ -93,7 +93,7 @@ def private_steps(
 
     Raises:
         UsageError: fp16, whose gradients overflow and need a loss scale that looks at the data; or
-            fp32 products are not computed in fp32.
+            fp32 products are not computed in fp32; or the processes have different plans.
         RuntimeError: a trainable tensor did not move at the first step with a positive rate, or the
             processes' weights differ after a step.
     """
@@ -101,6 +101,7 @@ def private_steps(
         raise UsageError("fp16 is not supported: its loss scaling looks at the data; use bf16")
     engine, optimizer = state.engine, state.optimizer
     check_products(engine.device)
+    require_alike(plan.bounds())
     start_as_main_process(state.adapter.values())
     progress = _Progress(accelerator, plan, state) if show_progress else None
     size = min(micro_batch_size, largest_share(plan, accelerator.num_processes))
