@@ -14,7 +14,7 @@ from utils.ledger.runs import claim_output_dir
 from utils.ledger.statement import Circumstances, build_statement
 from utils.privacy.accounting import account
 
-PLAN = build_plan(steps=4)
+PLAN, PUBLISHED = build_plan(steps=4), build_plan(steps=2)
 
 
 def state(steps: int = 1, **changes) -> dict:
@@ -53,3 +53,16 @@ def start(folder: Path, about=None, plan=PLAN, **changes):
     claim_output_dir(training(folder)).release()
     about = about or Circumstances()
     return open_run(training(folder), privacy(**changes), plan, {"model": "m"}, about)
+
+
+@pytest.fixture
+def published(tmp_path) -> Path:
+    """The folder of a run that published two files of weights."""
+    run = start(tmp_path / "run", plan=PUBLISHED)
+
+    def export(folder: Path) -> None:
+        for name in ("a.safetensors", "b.safetensors"):
+            (folder / name).write_bytes(name.encode())
+
+    run.publish(export, PUBLISHED)
+    return tmp_path / "run"

@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.ledger.conftest import state
+from tests.ledger.conftest import PUBLISHED, state
 from tests.worlds import build_plan
-from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import SAMPLE, private_folder
 from utils.ledger.bases import read_base_statement
 from utils.ledger.ledger import Ledger
-from utils.ledger.reservations import open_run
-from utils.ledger.runs import claim_output_dir
-from utils.ledger.statement import Circumstances, add_base, list_all_events, quote_total
+from utils.ledger.statement import add_base, list_all_events, quote_total
 from utils.ledger.verification import (
     HARMLESS,
     Source,
@@ -27,23 +24,7 @@ from utils.ledger.verification import (
     summarise_spending,
 )
 
-PLAN = build_plan(steps=2)
-
-
-@pytest.fixture
-def published(tmp_path) -> Path:
-    """The folder of a run that published two files of weights."""
-    training = TrainingArguments(output_dir=str(tmp_path / "run"))
-    claim_output_dir(training).release()
-    budget = PrivacyArguments(target_epsilon=8.0, target_delta=1e-4)
-    run = open_run(training, budget, PLAN, {}, Circumstances())
-
-    def export(folder: Path) -> None:
-        for name in ("a.safetensors", "b.safetensors"):
-            (folder / name).write_bytes(name.encode())
-
-    run.publish(export, PLAN)
-    return tmp_path / "run"
+PLAN = PUBLISHED
 
 
 def problems_of(path: Path) -> list[str]:

@@ -54,8 +54,8 @@ def test_shards_hold_the_images_of_single_files_and_are_made_again_if_lost(
 
     before = {piece.name: (in_shards / piece.name).stat().st_mtime_ns for piece in pieces}
     (in_shards / pieces[1].name).unlink()
-    (in_shards / "data" / "train-00001-of-00003.tmp").write_bytes(b"half of a shard")
-    draw(tiny_base, in_shards, batch_size=4, output_format="parquet")
+    (in_shards / "data" / "train-00001-of-00003.parquet.tmp").write_bytes(b"half of a shard")
+    draw(tiny_base, in_shards, batch_size=5, output_format="parquet")
     after = {piece.name: (in_shards / piece.name).stat().st_mtime_ns for piece in pieces}
     assert [after[piece.name] == before[piece.name] for piece in pieces] == [True, False, True]
     assert list(read_pieces(in_shards, pieces))[:4] == expected[:4]

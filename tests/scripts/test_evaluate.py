@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.conftest import read_json
+from tests.ledger.conftest import state
 from tests.worlds import build_plan
 from utils.arguments.evaluation import ExtractorArguments
 from utils.data.images import ImageRows
@@ -22,6 +23,7 @@ from utils.evaluation.features import build_extractor, extract
 from utils.evaluation.memorisation import compare, summarise_neighbours
 from utils.ledger.statement import Circumstances, build_statement
 from utils.privacy.accounting import account
+from utils.sampling.shards import hash_set
 from utils.sampling.synthetic_sets import read_privacy
 
 
@@ -175,7 +177,7 @@ def test_mistakes_get_a_sentence(run_script, folders, tmp_path, more, sentence):
     assert "Traceback" not in run.stderr and not (tmp_path / "metrics.json").exists()
 
 
-def test_a_statement_that_claims_too_little_is_not_believed(folders, tmp_path):
+def test_a_statement_that_claims_too_little_is_not_believed(folders, tmp_path, capsys):
     """The epsilon of a report is recomputed from the events, not read."""
     plan = build_plan(num_units=1000, expected_batch_size=100, steps=20, delta=1e-5)
     statement = build_statement(plan, plan.events(), account(plan.events(), 1e-5), Circumstances())
@@ -183,12 +185,26 @@ def test_a_statement_that_claims_too_little_is_not_believed(folders, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(folders / "synthetic", images)
     (images / "privacy.json").write_text(json.dumps(statement))
+    assert read_privacy(str(images), None) == (None, {})  # it may be about other images
+    assert "which images it is about" in capsys.readouterr().err
+    (images / "sampling.json").write_text(json.dumps({"set": hash_set(images)}))
     true = read_privacy(str(images), None)[1]["epsilon"]["value"]
     assert true == statement["epsilon"]["add_or_remove_one"]
     for relation in statement["epsilon"]:
         statement["epsilon"][relation] /= 2
     (images / "privacy.json").write_text(json.dumps(statement))
     with pytest.raises(UsageError, match="does not hold"):
+        read_privacy(str(images), None)
+
+
+def test_a_statement_is_credited_to_no_other_images(folders, tmp_path):
+    images = shutil.copytree(folders / "synthetic", tmp_path / "images")
+    (images / "privacy.json").write_text(json.dumps(state()))
+    (images / "sampling.json").write_text(json.dumps({"set": hash_set(images)}))
+    assert read_privacy(str(images), None)[0] == state()
+    first, second, *_ = sorted(images.rglob("*.png"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UsageError, match="its images are not those that were drawn"):
         read_privacy(str(images), None)
 
 

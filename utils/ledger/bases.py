@@ -2,13 +2,13 @@
 
 import sys
 from functools import cache
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from utils.errors import UsageError
 from utils.fetching import fetch_file
 from utils.files import DENOISERS, PRIVATE_MARK
 from utils.ledger.checks import check_statement
-from utils.ledger.verification import fetch_statement, find_changed, read_json
+from utils.ledger.verification import fetch_statement, find_changed, read_json, read_source
 
 
 def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:
@@ -20,7 +20,7 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
     """
     statement, is_known = fetch_statement(name, revision)
     if statement is not None and statement.get("private") is not False:
-        problems = check_statement(statement) or find_changed(statement, Path(name))
+        problems = check_statement(statement) or _check_weights(statement, name, revision)
         if problems:
             raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
     if statement is None and _is_marked(name, revision):
@@ -31,6 +31,16 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
     if statement is None and not is_known:
         _warn_of_unknown(name)
     return statement, is_known
+
+
+def _check_weights(statement: dict, name: str, revision: str | None) -> list[str]:
+    """Where the folders of a base model that its statement is about hold other files than were paid
+    for, also on the Hub: a sentence each. Its other parts are public."""
+    source, paid = read_source(name, revision), statement["files"]
+    parts = {PurePosixPath(file).parts[0] for file in paid if "/" in file}
+    unpaid = [f for f in source.extras if PurePosixPath(f).parts[0] in parts and f not in paid]
+    problems = find_changed(statement, source.folder)
+    return problems + [f"{file}: the statement does not account for it" for file in unpaid]
 
 
 def _is_marked(name: str, revision: str | None) -> bool:

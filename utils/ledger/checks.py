@@ -46,6 +46,9 @@ def _check_content(statement: dict) -> list[str]:
     missing -= set(statement)
     if missing:
         return [f"the statement lacks {', '.join(sorted(missing))}"]
+    strange = [name for name in statement["files"] if not _is_plain(name)]
+    if strange:
+        return [f"the statement is about a file outside of its folder, {strange[0]!r}"]
     units, delta = statement["num_units"], statement["delta"]
     problems = []
     if not isinstance(units, int) or units < 1:
@@ -73,6 +76,11 @@ def _check_content(statement: dict) -> list[str]:
     if not problems and schema > 1:
         problems += _check_power(statement)
     return problems
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads to a file of the folder itself, and can be shown as it is."""
+    return name.isprintable() and not {"", "..", "."} & set(name.split("/"))
 
 
 def _check_power(statement: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """Does a privacy statement hold? Recompute it, and compare it with the files and the ledger."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from utils.fetching import fetch_file
 from utils.files import (
     CARD,
     CHECKPOINTS,
+    DENOISERS,
     LEDGER,
     MEANS,
     PRIVATE,
@@ -33,6 +35,8 @@ from utils.privacy.accounting import account, membership_power, pld_epsilon, spl
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
 FIRST_RELEASE = f"{FIRST_MEANS}/{MEANS}"  # of a stage in a run's own folder
+# Read by a loader before the weights beside it, or instead of them.
+READ_FIRST = re.compile(rf"({'|'.join(DENOISERS)})/.*|(.*/)?[^/]*\.index\.json")
 # What a repository may hold beside the files of its statement.
 HARMLESS = re.compile(
     rf"(privacy|sampling)\.json|privacy\.json\.sig|README\.md|\.gitattributes|samples/{SAMPLE}"
@@ -78,10 +82,13 @@ def read_source(name: str, revision: str | None) -> Source:
     if path.suffix == ".json" and path.is_file():
         return Source(None, read_json(path), None)
     if path.is_dir():
-        found = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
-        names = [str(p) for p in found if PRIVATE not in p.parts]
-        weights = [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
-        extras = [n for n in weights if n != FIRST_RELEASE or not _is_accounted_for(path / n)]
+        names = _list_readable(path)
+        loaded = [
+            name
+            for name in names
+            if name.lower().endswith(WEIGHT_SUFFIXES) or READ_FIRST.fullmatch(name)
+        ]
+        extras = [n for n in loaded if n != FIRST_RELEASE or not _is_accounted_for(path / n)]
     else:
         path, names = _download(name, revision)
         extras = [name for name in names if not HARMLESS.fullmatch(name)]
@@ -94,6 +101,20 @@ def read_source(name: str, revision: str | None) -> Source:
         Ledger(ledger) if ledger.exists() else None,
         tuple(extras),
     )
+
+
+def _list_readable(folder: Path) -> list[str]:
+    """The files of a folder that a loader may read, by name, also behind links: all but those in
+    private folders, of which the denoiser's has none."""
+    names = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        inside, above = Path(place).relative_to(folder), Path(place).parents
+        is_private = PRIVATE in inside.parts and inside.parts[0] not in DENOISERS
+        if is_private or Path(place).resolve() in {p.resolve() for p in above}:  # a link upwards
+            folders.clear()
+            continue
+        names += [(inside / name).as_posix() for name in files]
+    return sorted(names)
 
 
 def _is_accounted_for(file: Path) -> bool:

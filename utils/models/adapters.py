@@ -83,7 +83,7 @@ def _load_part(pipeline: DiffusionPipeline, name: str, folder: str) -> None:
     if name in PARTS:
         if name != family.part:
             raise ValueError(f"it holds a {name}, and the model has a {family.part}")
-        tuned = type(family.denoiser).from_pretrained(folder, subfolder=name)
+        tuned = type(family.denoiser).from_pretrained(folder, subfolder=name, use_safetensors=True)
         if list_shapes(tuned) != list_shapes(family.denoiser):
             raise ValueError("its layers have other sizes than those of the model")
         setattr(pipeline, name, freeze(tuned))

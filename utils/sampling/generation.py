@@ -47,6 +47,7 @@ from utils.sampling.prompts import choose_template, read_prompts
 from utils.sampling.shards import (
     Piece,
     hash_set,
+    list_set,
     plan_pieces,
     read_pieces,
     write_piece,
@@ -195,27 +196,26 @@ def generate_folder(
     share = missing[state.process_index :: state.num_processes]
     generate_pieces(prepared, entries, share, sampling, folder)
     state.wait_for_everyone()
-    on_main_process(lambda: finish_folder(folder, pieces, entries, len(prompts), bool(missing)))
+    on_main_process(lambda: finish_folder(folder, pieces, entries, len(prompts)))
 
 
-def finish_folder(
-    folder: Path, pieces: list[Piece], entries: list[dict], num_prompts: int, drew: bool
-) -> None:
+def finish_folder(folder: Path, pieces: list[Piece], entries: list[dict], num_prompts: int) -> None:
     """metadata.jsonl for single files, grid.png, and in sampling.json the digest of the set, so
     that no other is taken for it.
 
-    Args:
-        drew: whether any of its images was missing before.
-
     Raises:
-        UsageError: none was, and the images are not those that were drawn.
+        UsageError: it was whole before, and its images are not those that were drawn; or files lie
+            among them that were never drawn.
     """
     record = folder / SAMPLING_SETTINGS
     settings = read_json(record)
-    if not drew and SET_DIGEST in settings and settings[SET_DIGEST] != hash_set(folder):
+    if SET_DIGEST in settings and settings[SET_DIGEST] != hash_set(folder):
         raise UsageError(f"{folder} holds other images, or files, than were drawn: draw them anew")
     if pieces[0].name.endswith(".png"):
         write_metadata(folder, entries)
+    drawn = {folder / piece.name for piece in pieces} | {folder / METADATA}
+    if others := [path for path in list_set(folder) if path not in drawn]:
+        raise UsageError(f"{others[0]} lies among the images, and was not drawn: move it away")
     save_grid(folder, pieces, min(num_prompts, 10) if num_prompts > 1 else 8)
     write_durably(record, json.dumps(settings | {SET_DIGEST: hash_set(folder)}, indent=2) + "\n")
 

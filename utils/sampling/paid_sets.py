@@ -119,21 +119,39 @@ def find_paid_set(folder: str, ledger: Ledger, argument: str, otherwise: str) ->
 
 def examine(path: str, revision: str | None) -> tuple[Source, list[str], list[str]]:
     """What `path` holds, what is wrong with it (`find_problems`), and what is known of its images,
-    a sentence each, if it is a synthetic set: the weights behind those, which the statement
-    accounts for, are not in their folder.
+    a sentence each, if it is a synthetic set, or left one: the weights behind the images of a set,
+    which the statement accounts for, are not in their folder.
 
     Raises:
         UsageError: see `read_source`.
     """
     source = read_source(path, revision)
     settings = {} if source.folder is None else read_sampling(str(source.folder))
-    if not {SET_DIGEST, ADAPTER_FILES} & set(settings) or source.statement is None:
-        return source, find_problems(source), []
+    is_set = bool({SET_DIGEST, ADAPTER_FILES} & set(settings)) and source.statement is not None
+    if not is_set or source.extras or _holds_any(source.folder, source.statement):
+        return source, *_check_with_set(source)
     alone = replace(source, folder=None, ledger=None)
     problems = find_problems(alone)
     if problems:
         return alone, problems, []
     return alone, *_check_images(source, settings)
+
+
+def _check_with_set(source: Source) -> tuple[list[str], list[str]]:
+    """What is wrong with a run, or with the set that it left in its folder, if there is one; and
+    what is known of its images."""
+    problems = find_problems(source)
+    if problems or source.folder is None or not (source.folder / SET).is_dir():
+        return problems, []
+    _, problems, known = examine(str(source.folder / SET), None)
+    return [f"{SET}/: {problem}" for problem in problems], [f"{SET}/: {said}" for said in known]
+
+
+def _holds_any(folder: Path, statement: dict) -> bool:
+    """Whether files that a statement accounts for are there: then it is no set, whatever it says,
+    and they are what must be checked."""
+    files = statement.get("files")
+    return not isinstance(files, dict) or any((folder / name).exists() for name in files)
 
 
 def _check_images(source: Source, settings: dict) -> tuple[list[str], list[str]]:

@@ -55,7 +55,7 @@ def generate_set(
 
     def finish() -> None:
         shutil.rmtree(folder / DRAWN, ignore_errors=True)  # not before all pieces are there
-        finish_folder(folder, pieces, entries, len(prompts), missing)
+        finish_folder(folder, pieces, entries, len(prompts))
 
     on_main_process(finish)
 

@@ -115,15 +115,20 @@ def read_pieces(folder: Path, pieces: list[Piece]) -> Iterator[bytes]:
                 yield from (row["image"]["bytes"] for row in batch.to_pylist())
 
 
-def hash_set(folder: Path) -> str:
-    """The SHA-256 of every file of a set, whatever its kind, also behind links: one that was added
-    may be read too. Not of what is beside the set and never read as part of it: its grid, statement
-    and settings, and what evaluate.py left."""
+def list_set(folder: Path) -> list[Path]:
+    """Every file of a set, whatever its kind, also behind links: one that was added may be read
+    too. Not what is beside the set and never read as part of it: its grid, statement and settings,
+    and what evaluate.py left."""
     beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
-    digest = hashlib.sha256()
     files = {path for path in folder.rglob("*") if path.is_file()}
-    for path in sorted(files.union(list_files(folder).files)):
-        name = path.relative_to(folder)
-        if str(name) not in beside and name.parts[0] != PRIVATE:
-            digest.update(f"{json.dumps(name.as_posix())} {hash_file(path)}\n".encode())
+    names = {path: path.relative_to(folder) for path in files.union(list_files(folder).files)}
+    return sorted(p for p, n in names.items() if str(n) not in beside and n.parts[0] != PRIVATE)
+
+
+def hash_set(folder: Path) -> str:
+    """The SHA-256 of every file of a set (`list_set`)."""
+    digest = hashlib.sha256()
+    for path in list_set(folder):
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{json.dumps(name)} {hash_file(path)}\n".encode())
     return digest.hexdigest()

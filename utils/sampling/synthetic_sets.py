@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,6 +21,8 @@ from utils.files import (
     SAMPLING_SETTINGS,
     STATEMENT,
     explain_disk_errors,
+    make_private,
+    private_folder,
     write_durably,
 )
 from utils.hub.cards import Maker, build_dataset_card
@@ -37,6 +41,11 @@ from utils.sampling.generation import (
     write_metadata,
 )
 from utils.sampling.shards import SET, hash_set, plan_image_files, plan_shards, write_piece
+
+UNKNOWN_IMAGES = (
+    "has a privacy.json, but no sampling.json that says which images it is about: their epsilon is "
+    "taken as unknown"
+)
 
 
 def write_set(
@@ -105,7 +114,8 @@ def publish_images(
         UsageError: see `make_repo` and `upload`.
     """
     repo_id = make_repo(name, args, "dataset")
-    with TemporaryDirectory(dir=folder) as aside:
+    # In private/, which is no part of the set, whatever is left there if this is killed.
+    with TemporaryDirectory(dir=make_private(private_folder(folder))) as aside:
         files, count = collect_shards(folder, Path(aside))
         card = build_dataset_card(made_by, count, repo_id, args.hub_license)
         files[CARD] = insert_section(card, section).encode()
@@ -143,7 +153,8 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
     model alone; nothing where it is not known.
 
     Raises:
-        UsageError: the statement does not hold, or is not about the weights that made the images.
+        UsageError: the statement does not hold, or is not about the weights that made the images,
+            or a folder's images are others.
     """
     known, record = {"std": None, "covered_by_epsilon": True}, Path(images) / SAMPLING_SETTINGS
     settings = read_json(record) if record.is_file() else {}
@@ -153,6 +164,13 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
         return None, {"epsilon": {"value": 0.0, **known}} if public else {}
     is_private = statement.get("private") is not False
     problems = check_statement(statement) if is_private else []
+    if Path(images).is_dir() and is_private and not problems:
+        if SET_DIGEST not in settings:
+            if PartialState().is_main_process:
+                print(f"warning: {images} {UNKNOWN_IMAGES}", file=sys.stderr)
+            return None, {}
+        if settings[SET_DIGEST] != hash_set(Path(images)):
+            problems.append("its images are not those that were drawn")
     made_by, files = settings.get(ADAPTER_FILES, {}), statement.get("files", {})
     if any(made_by.get(name, digest) != digest for name, digest in files.items()):
         problems.append("it is about other weights than those that made the images")
