@@ -88,13 +88,17 @@ def test_one_more_unit_in_front_rounds_no_other_one_anew(accelerator, micro_batc
     assert (whole - rest).norm() <= 1 + 1e-5
 
 
-@pytest.mark.parametrize("widths", [(1281, 10), (33, 5, 33), (64, 6, 64), (36, 7, 20)])
-def test_one_more_unit_in_front_changes_no_other_gradient(accelerator, widths):
+@pytest.mark.parametrize(
+    "positions, widths",
+    [(3, (1281, 10)), (3, (33, 5, 33)), (3, (64, 6, 64)), (3, (36, 7, 20))]
+    + [(13, (33, 1)), (64, (5, 3)), (16, (1, 33))],
+)
+def test_one_more_unit_in_front_changes_no_other_gradient(accelerator, positions, widths):
     """A processor may add up a row by where it lies in memory, which is one place further on."""
     torch.manual_seed(0)
     layers = [nn.Linear(before, after) for before, after in pairwise(widths)]
     engine = PerUnitGradients(model := nn.Sequential(*layers))
-    x, y = torch.randn(65, 3, widths[0]), torch.randn(65, 3, widths[-1])
+    x, y = (torch.randn(65, positions, width) for width in (widths[0], widths[-1]))
     losses = lambda units: (model(x[units]) * y[units]).square().sum((1, 2))  # noqa: E731
     plan, everyone = build_plan(max_grad_norm=1.0, clipping="automatic"), torch.arange(65)
     whole, rest, alone = (

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from tests.data.test_folders import draw, load
 from utils.arguments.training import DataArguments
@@ -113,6 +114,21 @@ def test_patients_that_differ_by_spaces_alone_are_refused(tmp_path):
         write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)))
         with pytest.raises(UsageError, match="how Unicode spells the same letters"):
             number_units(load(tmp_path), "id")
+
+
+@pytest.mark.parametrize(
+    "same",
+    ["Anna\u00a0Smith", "Anna  Smith", "Anna\u3000Smith", "Anna Smith\ufe0f", "Anna\tSmith"]
+    + ["An\u034fna Smith", "\uff21nna Smith", "Anna\u200b Smith", "Anna Sm\u00adith"],
+)
+def test_a_person_is_one_however_the_name_was_typed(same):
+    rows = Dataset.from_dict({"id": ["Anna Smith", same, "Anna-Smith", "AnnaSmith"]})
+    with pytest.raises(UsageError, match="1 value.s. differ from another only by spaces"):
+        number_units(rows, "id")
+    with pytest.raises(UsageError, match="1 value"):
+        number_units(Dataset.from_dict({"id": ["p-7", "p\u20117"]}), "id")
+    others = Dataset.from_dict({"id": ["Anna Smith", "Anna-Smith", "AnnaSmith", "anna smith"]})
+    assert number_units(others, "id").tolist() == [0, 1, 2, 3]
 
 
 def test_a_caption_that_is_not_a_number_is_none(tmp_path):

@@ -134,12 +134,12 @@ class ImageCanaries:
 
 
 def add_noise_images(ordinary: PrivateSet, count: int, resolution: int) -> PrivateSet:
-    """The ordinary units, then every canary: uniform noise, with the first image's caption."""
+    """The ordinary units, then every canary: uniform noise, without a caption."""
     shape, column = (count, resolution, resolution, 3), ordinary.image_column
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     noise = Dataset.from_dict({column: [Image.fromarray(p) for p in pixels]})
     rows = concatenate_datasets([ordinary.rows.select_columns([column]), noise])
-    captions = list(ordinary.captions) + [ordinary.captions[0]] * count
+    captions = [*ordinary.captions, *[""] * count]  # one of the others would tell of its owner
     units = torch.cat([ordinary.unit_of_row, ordinary.num_units + torch.arange(count)])
     digests = find_readable_rows(ImageRows(rows, column)).digests
     return PrivateSet(rows, column, captions, units, {}, digests)

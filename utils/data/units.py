@@ -8,6 +8,9 @@ from datasets import ClassLabel, Dataset, Value
 from utils.data.rows import require_column
 from utils.errors import UsageError
 
+UNSEEN = ("VARIATION SELECTOR", "COMBINING GRAPHEME JOINER", "HANGUL FILLER")
+HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212"), "-")
+
 
 def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
@@ -39,13 +42,21 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     if merged:
         raise UsageError(
             f"--privacy_unit_column {unit_column}: {merged} value(s) differ from another only by "
-            "spaces around them, or by how Unicode spells the same letters, which would make two "
-            "units of one: mend them"
+            "spaces, or by how Unicode spells the same letters, which would make two units of one: "
+            "mend them"
         )
     return torch.tensor([number.setdefault(value, len(number)) for value in values])
 
 
 def _normalise(text: str) -> str:
     """A name as a reader takes it: without what cannot be seen, and in one spelling."""
-    seen = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
-    return unicodedata.normalize("NFC", seen).strip()
+    one = unicodedata.normalize("NFKC", text)
+    shown = "".join(c for c in one if c.isspace() or not _is_unseen(c))
+    return " ".join(shown.translate(HYPHENS).split())
+
+
+def _is_unseen(character: str) -> bool:
+    """Also what joins letters, or chooses among their forms."""
+    if unicodedata.category(character) in ("Cf", "Cc"):
+        return True
+    return unicodedata.name(character, "").startswith(UNSEEN)

@@ -85,7 +85,7 @@ def rehearse(
             f"{error}: leave that layer out (--target_modules, --scope, --trainable); this model "
             "packs the tokens of all rows together there"
         ) from error
-    if not torch.allclose(alone, measure(captions), rtol=1e-3):
+    if not torch.allclose(alone, measure(captions), rtol=1e-3, atol=0.0):
         raise UsageError(
             "this model gives a unit another gradient beside other units than alone: it mixes the "
             "rows of a batch, so that no unit's gradient can be bounded by itself"
