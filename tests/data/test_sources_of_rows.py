@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from tests.conftest import BUDGET, train_arguments, train_here
 from utils.arguments.training import DataArguments
+from utils.data.diagnostics import warn_of_numbers
 from utils.data.private_set import load_private_set
 from utils.data.rows import (
     find_used_template,
@@ -275,3 +276,21 @@ def test_a_template_is_published_only_if_it_made_the_captions():
     for other in ({"caption": "x"}, {"caption": ""}, {"caption_column": "text"}):
         assert find_used_template(DataArguments(**asked, **other)) is None
     assert find_used_template(DataArguments(caption="x")) is None
+
+
+@pytest.mark.parametrize(
+    "feature, values, warned",
+    [
+        (Value("int64"), [3, 7], True),
+        (Value("string"), ["cat", "dog"], False),
+        (ClassLabel(names=["cat", "dog"]), [0, 1], False),
+        (List(Value("int64")), [[3], [7]], True),
+    ],
+)
+def test_classes_without_names_are_told_of(feature, values, warned, capsys):
+    """Whoever asks for images of cats would get what nobody trained."""
+    rows = Dataset.from_dict({"label": values}).cast_column("label", feature)
+    warn_of_numbers(rows, DataArguments(label_column="label", caption_template="a {label}"))
+    assert ("captions read like 'a 0'" in capsys.readouterr().err) == warned
+    warn_of_numbers(rows, DataArguments(caption="a cat"))
+    assert capsys.readouterr().err == ""

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset, Value
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.arguments.training import DataArguments
 from utils.data.images import read_pixel_batches, tile_images
 from utils.data.private_set import PrivateSet
+from utils.data.rows import fill_template, find_item_feature, find_used_template
 from utils.errors import on_main_process
 from utils.files import (
     DATA_REPORT,
@@ -23,6 +26,20 @@ from utils.files import (
 
 SHOWN, COLUMNS, SIDE = 48, 8, 128  # images on the sheet, of how many pixels at most
 LINES, PER_LINE = 3, 20  # of a caption
+
+
+def warn_of_numbers(rows: Dataset, data: DataArguments) -> None:
+    """Say so if captions are made of numbers: by the names of its classes nobody can ask for
+    images then."""
+    template = find_used_template(data)
+    feature = None if template is None else find_item_feature(rows, data.label_column)
+    if isinstance(feature, Value) and "string" not in feature.dtype:
+        print(
+            f"warning: --label_column {data.label_column} holds numbers without names, so captions "
+            f"read like '{fill_template(template, '0')}': if the classes have names, give a column "
+            "of those",
+            file=sys.stderr,
+        )
 
 
 def show_private_set(private_set: PrivateSet, resolution: int, output_dir: str | Path) -> None:

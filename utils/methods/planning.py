@@ -11,7 +11,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data.diagnostics import show_private_set
+from utils.data.diagnostics import show_private_set, warn_of_numbers
 from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, read_captions
@@ -94,6 +94,7 @@ def load_private_rows(
     captions = read_captions(rows, data)
     if told is not None:
         find_family(told).check_captions(captions)
+        on_main_process(lambda: warn_of_numbers(rows, data))
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
     return PrivateRows(data, rows, num_units)
 
