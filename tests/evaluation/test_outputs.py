@@ -45,6 +45,8 @@ def test_beside_a_set_of_ours_it_is_no_part_of_that(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}))
     (folder / SAMPLING_SETTINGS).write_text("{}")
     assert choose(folder) == folder / "metrics.json"
+    with pytest.raises(UsageError, match="whose images are read"):  # any other name is one of it
+        choose(folder, output_file=str(folder / "second.json"))
     digest = hash_set(folder)
     named = draw(folder / "private" / "patient.png").name
     (folder / "private" / "metadata.jsonl").write_text(

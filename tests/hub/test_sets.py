@@ -101,6 +101,32 @@ def test_an_upload_replaces_what_an_earlier_one_left(hub, finished, monkeypatch)
     assert set(there) == {*files, "notes.md"}
 
 
+def test_a_repository_of_something_else_is_left_alone(hub, on_hub, finished, image_folder):
+    """A base model's weights would be removed, and real scans called synthetic."""
+    scans = finished.parent / "scans"
+    (scans / "data").mkdir(parents=True, exist_ok=True)
+    (scans / "data" / "train-00000-of-00001.parquet").write_bytes(b"scans")
+    hub.put("dataset", "user/scans", scans)
+    before = [
+        hub.repositories[r].files() for r in (("model", "user/base"), ("dataset", "user/scans"))
+    ]
+    push = ["push_to_hub.py", "--output_dir", finished, "--hub_model_id"]
+    run = on_hub(*push, "user/base")
+    assert run.returncode == 2 and "which no upload from here left" in run.stderr, run.stderr
+    draw = ["--pretrained_model_name_or_path", "user/base", "--prompts", "a", "--num_images", 1]
+    draw += ["--num_inference_steps", 1, "--output_dir", finished.parent / "drawn"]
+    run = on_hub("sample.py", *draw, "--push_to_hub", "--hub_dataset_id", "user/scans")
+    assert run.returncode == 2 and "which no upload from here left" in run.stderr, run.stderr
+    after = [
+        hub.repositories[r].files() for r in (("model", "user/base"), ("dataset", "user/scans"))
+    ]
+    assert after == before
+    assert on_hub(*push, "user/again").returncode == 0
+    assert on_hub(*push, "user/again").returncode == 0  # its own may be replaced
+    run = on_hub(*push, "user/again", "--hub_private_repo")
+    assert run.returncode == 2 and "there already, and public" in run.stderr, run.stderr
+
+
 @pytest.mark.slow
 def test_a_curated_set_is_published_with_all_that_it_cost(
     hub, on_hub, image_folder, tmp_path, tiny_base

@@ -27,7 +27,7 @@ def choose_output(args: EvaluateArguments) -> Path:
         raise UsageError(f"--output_file {output} is a folder: name a file in it")
     sets = [args.test_data_dir, args.test_dataset_name]
     sets += [args.private_data_dir, args.private_dataset_name]
-    if not (ours and output.parent.resolve() == folder.resolve()):  # beside it is no part of it
+    if not (ours and output.resolve() == (folder / METRICS).resolve()):  # which is no part of it
         sets.append(args.synthetic)
     refuse_among_images(output.parent, *sets, option="--output_file: the folder")
     check_takes_files(output.parent, "--output_file: the folder")

@@ -118,8 +118,10 @@ What the base model knew, and its flaws, are still there.
 
 
 def name_publicly(model: str) -> str:
-    """A Hub id as it is; of a folder or file, the name alone, not where it lies on this machine."""
-    return Path(model).resolve().name if Path(model).exists() else model
+    """A Hub id as it is; of a folder or file, the name alone, not where it lies, or once lay, on
+    this or another machine."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) and not Path(model).exists()
+    return model if is_id else Path(model).resolve().name
 
 
 def _write_code(facts: Facts, base: str) -> str:

@@ -47,17 +47,40 @@ def make_repo(name: str, args: RepositoryArguments, repo_type: str = "model") ->
     full name, USER/NAME.
 
     Raises:
-        UsageError: the Hub cannot be reached, or refuses the name or the token.
+        UsageError: the Hub cannot be reached, or refuses the name or the token; or there is such a
+            repository, and it holds what no upload left, or everyone may see it against
+            `--hub_private_repo`.
     """
+    api = HfApi(token=args.hub_token)
     try:
-        address = HfApi(token=args.hub_token).create_repo(
+        address = api.create_repo(
             name, repo_type=repo_type, private=args.hub_private_repo or None, exist_ok=True
         )
+        _check_free(api.list_repo_files(address.repo_id, repo_type=repo_type), name, repo_type)
+        is_private = api.repo_info(address.repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         raise UsageError(f"cannot make the repository '{name}': {explain(error)}") from error
+    if args.hub_private_repo and not is_private:
+        raise UsageError(
+            f"the repository '{name}' is there already, and public: make it private in its "
+            "settings, or leave --hub_private_repo out"
+        )
     if args.hub_collection is not None:
         find_collection(address.repo_id, args)
     return address.repo_id
+
+
+def _check_free(published: list[str], name: str, repo_type: str) -> None:
+    """Raises: UsageError if an upload would remove what no earlier one left, or, in a dataset, lie
+    beside it and pass its card on to it."""
+    others = [file for file in published if file not in (CARD, ".gitattributes")]
+    foreign = [file for file in others if not OURS.fullmatch(file)]
+    is_ours = bool({STATEMENT, GRID} & set(others)) and not (foreign and repo_type == "dataset")
+    if others and not is_ours:
+        raise UsageError(
+            f"the repository '{name}' is there already, and holds {(foreign or others)[0]}, which "
+            "no upload from here left: name another one"
+        )
 
 
 def check_license(license: str | None) -> None:

@@ -76,6 +76,13 @@ def show_set(folder: Path, kept: Candidates, paid: PaidSet, hub: PublishSetArgum
     state.print(f"{len(kept.images)} images, grid.png, report.html in {folder}")
     if hub.push_to_hub and state.is_main_process:
         statement = json.loads((folder / STATEMENT).read_text())
-        base, adapter = (paid.settings.get(k) for k in ("pretrained_model_name_or_path", "adapter"))
-        maker = Maker(base, adapter, statement)
+        maker = Maker(*find_maker(paid.settings), statement)
         print(f"published {publish_images(folder, maker, hub.hub_dataset_id, hub)}")
+
+
+def find_maker(settings: dict) -> tuple[str | None, str | None]:
+    """The base model and the adapter that drew a set, or the set that it was chosen from, by its
+    sampling.json; None for what is fitted to released means."""
+    while "from" in settings:
+        settings = settings["from"]
+    return settings.get("pretrained_model_name_or_path"), settings.get("adapter")
