@@ -203,12 +203,14 @@ def plan(args: PlanArguments) -> None:
         steps=int(args.max_train_steps),
         max_grad_norm=1.0,
         delta=args.target_delta,
+        prior=tuple(run["prior"]) if run else (),
     )
-    spent = account([chosen.event()], chosen.delta)
+    spent = account(chosen.events(), chosen.delta)
+    after = "".join(f" after {event['purpose']}" for event in chosen.prior)
     print(
         f"N {chosen.num_units}, B {chosen.expected_batch_size:g} (q = {chosen.sampling_rate:.5g}), "
         f"{chosen.steps} steps, delta {chosen.delta:g}: noise multiplier "
-        f"{chosen.noise_multiplier:.4f} is epsilon {spent.add_or_remove_one:.3f} "
+        f"{chosen.noise_multiplier:.4f}{after} is epsilon {spent.add_or_remove_one:.3f} "
         f"(replace one: {spent.replace_one:.3f})"
     )
     table = calibrate_table(chosen, {0.5, 1.0, 2.0, 4.0, 8.0, args.target_epsilon or 8.0})

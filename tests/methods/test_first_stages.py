@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from tests.conftest import BUDGET, CAPTION, read_json, train_arguments, train_here
 from tests.families import build_family
@@ -214,6 +215,24 @@ def test_first_stages_are_planned_without_images(tiny_base, tmp_path):
     plans = read_plans(train_here([*arguments, "--dry_run", "--num_units", 500]))
     assert [plan["purpose"] for plan in plans] == ["means", "selection", "training"]
     assert [plan["num_units"] for plan in plans] == [500] * 3
+
+
+def test_the_plan_of_a_config_counts_what_was_paid_before(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "first", *SMALL)
+    assert "grid.png" in train_here([*arguments, "--target_epsilon", 5], "release_means")
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--warm_start_steps", 2)
+    arguments += ["--warm_start", tmp_path / "first" / "set"]
+    (planned,) = read_plans(train_here([*arguments, "--dry_run"]))
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    config = {name.removeprefix("--"): str(value) for name, value in pairs}
+    config |= {"target_epsilon": 8, "target_delta": 0.001, "expected_batch_size": 10}
+    config |= {"max_train_steps": 3, "train_batch_size": 4, "noise_multiplicity": 2}
+    config |= {"num_validation_images": 2, "warm_start_steps": 2}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    plan = ["plan", "--config", tmp_path / "c.yaml", "--num_units", 40, "--json"]
+    shown = train_here([*plan, "--plot", tmp_path / "plan.png"], "privacy_report")
+    assert f"noise multiplier {planned['noise_multiplier']:.4f} after means is epsilon" in shown
+    assert f"epsilon {planned['epsilon']['add_or_remove_one']:.3f}" in shown
 
 
 def test_a_selection_after_a_warm_start_shares_its_ledger(tiny_base, image_folder, tmp_path):

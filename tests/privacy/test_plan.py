@@ -84,6 +84,15 @@ def test_a_table_of_targets_is_sorted_and_each_is_reached():
         assert entry["epsilon"] - 0.01 < spent <= entry["epsilon"]
 
 
+def test_a_table_of_targets_is_of_what_is_left():
+    prior = (make_plan(**PLAN | {"noise_multiplier": 2.0}).event(),)
+    spent = pld_epsilon(list(prior), 1e-4)
+    table = calibrate_table(make_plan(**PLAN, prior=prior), {spent / 2, spent, spent + 2})
+    assert [entry["epsilon"] for entry in table] == [spent + 2]
+    again = make_plan(**PLAN | {"noise_multiplier": table[0]["noise_multiplier"]}, prior=prior)
+    assert spent + 1.99 < pld_epsilon(again.events(), 1e-4) <= spent + 2
+
+
 def test_a_plan_in_numbers():
     plan = make_plan(**PLAN)
     assert (plan.noise_multiplicity, plan.clipping, plan.unit_name) == (1, "flat", "image")

@@ -10,7 +10,12 @@ from tqdm import tqdm
 
 from utils.arguments.training import LARGEST_NOISE, SMALLEST_NOISE
 from utils.errors import UsageError
-from utils.privacy.accounting import SMALLEST_DELTA, Spent, calibrate_noise_multiplier
+from utils.privacy.accounting import (
+    SMALLEST_DELTA,
+    Spent,
+    calibrate_noise_multiplier,
+    pld_epsilon,
+)
 
 LARGEST_BOUND = 1e10
 
@@ -175,9 +180,11 @@ def summarise_plan(plan: PrivacyPlan, spent: Spent) -> dict:
 
 
 def calibrate_table(plan: PrivacyPlan, targets: set[float]) -> list[dict]:
-    """The noise multiplier that `plan` would need for each target epsilon, smallest first."""
-    table = []
-    for target in tqdm(sorted(targets), "calibrating", leave=False):
-        sigma = calibrate_noise_multiplier(target, plan.delta, plan.sampling_rate, plan.steps)
+    """The noise multiplier that `plan` would need for each target epsilon, smallest first; of those
+    above what it builds on."""
+    table, spent = [], pld_epsilon(list(plan.prior), plan.delta) if plan.prior else 0.0
+    terms = (plan.delta, plan.sampling_rate, plan.steps, plan.prior)
+    for target in tqdm(sorted(t for t in targets if t > spent), "calibrating", leave=False):
+        sigma = calibrate_noise_multiplier(target, *terms)
         table.append({"epsilon": target, "noise_multiplier": sigma})
     return table

@@ -69,10 +69,11 @@ def plot_noise_trade_off(chosen: PrivacyPlan, path: str) -> None:
         batch = min(factor * chosen.expected_batch_size, chosen.num_units)
         event = {**chosen.event(), "sampling_rate": batch / chosen.num_units}
         values = [
-            pld_epsilon([{**event, "noise_multiplier": sigma}], chosen.delta) for sigma in sigmas
+            pld_epsilon([*chosen.prior, {**event, "noise_multiplier": sigma}], chosen.delta)
+            for sigma in sigmas
         ]
         axes.loglog(sigmas, values, label=f"B = {batch:g}", linewidth=2 if factor == 1 else 1)
-    spent = pld_epsilon([chosen.event()], chosen.delta)
+    spent = pld_epsilon(chosen.events(), chosen.delta)
     axes.plot(chosen.noise_multiplier, spent, "o", color="black", label="the plan")
     axes.set(
         xlabel="noise multiplier",
