@@ -143,6 +143,18 @@ def test_classes_of_one_side_alone_are_told_of_before_anything_is_spent(capsys):
     assert match(rows, "x_y", "cat") == "" == match(unnamed, "cat", "dog")
 
 
+def test_images_of_other_classes_do_not_vote_for_those_of_one(capsys):
+    rows = Dataset.from_dict({"label": ["cat", "dog", "cat"]})
+    data, model = DataArguments(label_column="label"), LaterModelArguments()
+    entries = [{"text": "a cat", "label": "cat"}] * 4
+    _, nearest, of_candidate = match_classes(entries, rows, data, model)
+    assert [nearest(label) for label in rows["label"]] == [0, -1, 0]
+    assert of_candidate.tolist() == [0] * 4 and "whatever" not in capsys.readouterr().err
+    unnamed = [{"text": "a cat"}] * 4
+    assert match_classes(unnamed, rows, data, model)[1] is None
+    assert "votes for any candidate, whatever its label" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("strength", [0.07, 0.3, 1.0])
 def test_a_variation_takes_at_least_one_step(public, image_folder, tmp_path, strength):
     more = ["--target_epsilon", 3, "--rounds", 2, "--variation_strength", strength]

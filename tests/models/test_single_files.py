@@ -197,3 +197,11 @@ def test_what_diffusers_would_not_heed_is_refused(checkpoint, tmp_path, more, sa
 def test_a_name_says_that_a_model_is_distilled(tiny_base, name, word):
     said = None if word is None else f"its name says {word}"
     assert find_distillation(load_pipeline(str(tiny_base)), name) == said
+
+
+def test_a_folder_that_is_no_pipeline_is_named_for_what_it_is(tmp_path):
+    with pytest.raises(UsageError, match="it holds no model_index.json"):
+        load_pipeline(str(tmp_path))
+    (tmp_path / "privacy.json").write_text("{}")
+    with pytest.raises(UsageError, match="a training script left: give it as --adapter"):
+        load_pipeline(str(tmp_path))

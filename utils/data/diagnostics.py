@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Value
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.arguments.training import DataArguments
 from utils.data.images import read_pixel_batches, tile_images
 from utils.data.private_set import PrivateSet
-from utils.data.rows import fill_template, find_item_feature, find_used_template
+from utils.data.rows import fill_template, find_item_feature, find_used_template, read_labels
 from utils.errors import on_main_process
 from utils.files import (
     DATA_REPORT,
@@ -40,6 +41,15 @@ def warn_of_numbers(rows: Dataset, data: DataArguments) -> None:
             "of those",
             file=sys.stderr,
         )
+
+
+def list_class_captions(rows: Dataset, data: DataArguments) -> list[str]:
+    """The captions that `--label_column` makes of the names of its classes, which are public; none
+    if captions come from elsewhere, or a row may have several labels."""
+    template, column = find_used_template(data), data.label_column
+    if template is None or hasattr(rows.features[column], "feature"):
+        return []
+    return [fill_template(template, name) for name in sorted(set(read_labels(rows, column)))]
 
 
 def show_private_set(private_set: PrivateSet, resolution: int, output_dir: str | Path) -> None:
@@ -97,8 +107,9 @@ def _write_below(image: Image.Image, caption: str) -> Image.Image:
     caption = caption or "(no caption)"
     starts = range(0, min(len(caption), LINES * PER_LINE), PER_LINE)
     lines = [caption[start : start + PER_LINE] for start in starts]
+    lines[-1] += "…" if len(caption) > LINES * PER_LINE else ""
     tile = Image.new("RGB", (SIDE + 8, image.height + 12 * LINES + 8), "white")
     tile.paste(image, ((tile.width - image.width) // 2, 4))
-    font = ImageFont.load_default(10)
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
     ImageDraw.Draw(tile).text((4, image.height + 6), "\n".join(lines), fill="black", font=font)
     return tile

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -243,7 +244,8 @@ def export(votes: list[torch.Tensor], candidates: Candidates, folder: Path) -> N
     last = votes[-1].double().numpy()
     num_classes = len(set(candidates.classes.tolist()))
     columns = min(num_classes, 10) if num_classes > 1 else 10
-    rows = [keep_best(sign * last, candidates.classes, SHOWN * num_classes) for sign in (1, -1)]
+    shown = min(SHOWN, max(1, int(np.bincount(candidates.classes).min()) // 2))  # once each
+    rows = [keep_best(sign * last, candidates.classes, shown * num_classes) for sign in (1, -1)]
     side = candidates.images[0].size
     blank = [Image.new("RGB", side, "white")] * columns
     sheet = []

@@ -267,9 +267,11 @@ def match_classes(
             `build_nearest`.
     """
     texts = [entry["text"] or "" for entry in entries]
-    if data.caption is not None or len(set(texts)) == 1:
-        return Classes([], texts[:1]), None, np.zeros(len(entries), dtype=int)
     has_labels = data.label_column is not None and "label" in entries[0]
+    if data.caption is not None or (len(set(texts)) == 1 and not has_labels):
+        if data.label_column is not None and PartialState().is_main_process:
+            print("every image votes for any candidate, whatever its label", file=sys.stderr)
+        return Classes([], texts[:1]), None, np.zeros(len(entries), dtype=int)
     keys = [entry["label"] for entry in entries] if has_labels else texts
     names = list(dict.fromkeys(keys))
     numbers = {name: number for number, name in enumerate(names)}

@@ -262,8 +262,10 @@ def choose_kept(
     accelerator.print(f"{changed} of {len(sure)} images got another label")
     if args.only_agreed:
         agreed = find_agreed(before.classes, after.classes)
+        others = len(agreed) - int((before.classes == after.classes).sum())
         after, sure = after.select(agreed), sure[agreed]
-        accelerator.print(f"{len(agreed)} images are left, about which both agree")
+        more = f", and {others} of classes of which none does" if others else ""
+        accelerator.print(f"{len(agreed) - others} images are left, about which both agree{more}")
     left = after.select(sorted(keep_best(sure, after.classes, args.num_images or len(sure))))
     count = len(left.images)
     if args.equal_classes:

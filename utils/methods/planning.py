@@ -11,7 +11,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data.diagnostics import show_private_set, warn_of_numbers
+from utils.data.diagnostics import list_class_captions, show_private_set, warn_of_numbers
 from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, read_captions
@@ -95,6 +95,7 @@ def load_private_rows(
     if told is not None:
         find_family(told).check_captions(captions)
         on_main_process(lambda: warn_of_numbers(rows, data))
+        find_family(told).check_classes(list_class_captions(rows, data))
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
     return PrivateRows(data, rows, num_units)
 

@@ -96,6 +96,9 @@ class DiT(Family):
     def count_cut(self, captions: list[str]) -> int:
         return 0
 
+    def check_classes(self, captions: list[str]) -> None:
+        """Each label is a class of its own."""
+
     @staticmethod
     def is_attention(name: str) -> bool:
         return ".attn1." in name
