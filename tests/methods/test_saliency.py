@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tests.conftest import build_tiny_pipeline
+from tests.families import build_family
 from tests.worlds import HOSTILE, LinearWorld, UNetWorld, build_plan
 from utils.arguments.methods import LoraArguments, SaliencyArguments
 from utils.arguments.training import PrivacyArguments
+from utils.gradients.leaves import check_leaf
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.saliency import (
@@ -101,6 +103,16 @@ def test_norms_taken_on_the_fly_are_those_of_the_gradients(accelerator):
         squared.append(record.squared_norms())
         assert not norms_only or record.nbytes() == 6 * 8 * len(world.engine.names)
     torch.testing.assert_close(squared[0], squared[1], rtol=1e-4, atol=1e-12)
+
+
+def test_layers_whose_gradients_are_not_known_are_no_candidates():
+    """Sana's convolutions of every channel by itself."""
+    pipeline = build_family("sana")
+    grouped = [m for m in pipeline.transformer.modules() if getattr(m, "groups", 1) > 1]
+    candidates = find_candidates(pipeline, "all")
+    assert grouped and not set(grouped) & set(candidates.values())
+    for name, module in candidates.items():
+        check_leaf(name, module)
 
 
 @pytest.mark.parametrize("scope", ["attention", "convolution", "all"])

@@ -57,6 +57,6 @@ def test_the_notebook_runs_and_trains_on_a_zip(image_folder, tmp_path, monkeypat
     for cell in cells[2:]:
         exec("".join(cell["source"]), known)
     assert Path(os.getcwd()) == copy
-    for adapter in ("runs/digits/adapter", "runs/own/adapter"):
+    for adapter in ("runs/digits/adapter", "runs/own/mine/adapter"):
         assert not find_problems(read_source(str(copy / adapter), None))
-    assert (copy / "runs" / "own" / "synthetic" / "grid.png").exists()
+    assert (copy / "runs" / "own" / "mine" / "synthetic" / "grid.png").exists()

@@ -179,6 +179,9 @@ def publish_model(
     command = ["python", "push_to_hub.py", "--output_dir", output_dir, "--hub_model_id", repo_id]
     if args.hub_collection is not None:
         command += ["--hub_collection", args.hub_collection]
+    if metrics is not None and metrics.metrics_file is not None:
+        command += ["--metrics_file", metrics.metrics_file]
+        command += ["--publish_private_metrics"] if metrics.publish_private_metrics else []
     finish = shlex.join(map(str, command))
     address = upload(repo_id, files, args, "model", finish)
     if args.hub_collection is not None:

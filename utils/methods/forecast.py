@@ -2,6 +2,7 @@
 memory and disk."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -102,6 +103,9 @@ def foresee(
     num_processes, device = stage.accelerator.num_processes, engine.device
     size = min(training.train_batch_size, largest_share(plan, num_processes))
     captions = find_family(stage.pipeline).public_captions
+    if stage.accelerator.is_main_process:
+        what = f"a pass of {size} units, an encoding and an image at {stage.resolution} pixels"
+        print(f"timing {what}: of a large model, on a processor, minutes", file=sys.stderr)
     blanks = make_noise_units(min(size, FEW_IMAGES), captions, stage.resolution, many_rows=False)
     indices = torch.arange(size) % len(blanks.captions)
     with encode_aside(training) as within:

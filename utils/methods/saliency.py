@@ -41,6 +41,8 @@ def find_candidates(pipeline: DiffusionPipeline, scope: str) -> dict[str, nn.Mod
         inside = family.is_attention(name)
         if type(module) not in (nn.Linear, nn.Conv2d) or family.packs_rows(name):
             continue
+        if getattr(module, "groups", 1) != 1:  # whose gradients by unit are not known
+            continue
         if scope == "all" or (inside if scope == "attention" else type(module) is nn.Conv2d):
             if scope != "convolution" or not inside:
                 found[name] = module
