@@ -127,6 +127,24 @@ def test_a_release_that_was_taken_back_shows_nothing_unless_it_was_written():
     assert list_released_steps(records) == {1, 3}
 
 
+def test_a_checkpoint_that_was_taken_back_is_not_that_of_a_later_branch(ledger):
+    """Of the same step: a copy of it would be resumed, and its steps never charged."""
+    first = ledger.reserve(terms(4))
+    first.release(2, "checkpoint")
+    first.void(2)
+    second = ledger.reserve(terms(4), run=first.run, step=0)
+    second.release(2, "checkpoint")
+    second.wrote(2, "checkpoint")
+    about = {"run": first.run, "step": 2, "branch": 0}
+    with pytest.raises(UsageError, match="no checkpoint of step 2"):
+        ledger.check_resuming(about, None)
+    with pytest.raises(UsageError, match="no checkpoint of step 2"):
+        ledger.reserve(terms(4), run=first.run, step=2, of_branch=0)
+    for known in ({"branch": 1}, {"branch": None}):
+        ledger.check_resuming(about | known, None)
+    assert ledger.reserve(terms(4), run=first.run, step=2, of_branch=1).number == 2
+
+
 def test_the_total_counts_the_private_bases_of_other_runs(ledger, tmp_path):
     """Whoever asks: a statement, its card, the ledger by itself, the memory of other ledgers."""
     base = state(3, delta=1e-5) | {"ledger": {"run": "elsewhere", "entry": "e" * 64}}

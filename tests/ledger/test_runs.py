@@ -1,5 +1,6 @@
 """A run's folder, reservation and statement, without a model."""
 
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,17 @@ def test_what_a_crash_left_is_settled(tmp_path):
     assert not was_left_unfinished(run.checkpoints, 3)
     settle(run)
     assert len(run.branch.ledger.records()) == 1 + 2 + 3 + 2
+
+
+def test_what_a_copy_left_unfinished_stays_charged(tmp_path):
+    """The original may hold what was written to it."""
+    run = start(tmp_path / "run")
+    run.branch.release(2, "checkpoint", announce_checkpoint(run.checkpoints, 2))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    settle(replace(run, output_dir=tmp_path / "copy"))
+    assert run.branch.ledger.records()[-1]["kind"] == "release"
+    settle(run)
+    assert run.branch.ledger.records()[-1]["kind"] == "void"
 
 
 def test_fewer_units_reserve_anew_before_the_first_step(tmp_path):

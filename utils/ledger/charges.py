@@ -22,8 +22,13 @@ def select_run(records: list[dict], run: str) -> list[dict]:
     return [record for record in records if record["run"] == run]
 
 
-def check_can_resume(records: list[dict], run: str, step: int, terms: dict, path: Path) -> int:
-    """The last branch of a run that may be resumed from `step` under `terms`.
+def check_can_resume(
+    records: list[dict], run: str, released: tuple[int | None, int], terms: dict, path: Path
+) -> int:
+    """The last branch of a run that may be resumed under `terms`.
+
+    Args:
+        released: the branch, if the checkpoint names it, and the step that it is of.
 
     Raises:
         UsageError: the ledger does not know the run, no checkpoint of that step, or the run has
@@ -32,7 +37,8 @@ def check_can_resume(records: list[dict], run: str, step: int, terms: dict, path
     run_records = select_run(records, run)
     if not run_records:
         raise UsageError(f"the ledger {path} has no run {run}: name the ledger it was started with")
-    if step and step not in list_released_steps(run_records):
+    of_branch, step = released
+    if step and step not in list_released_steps(run_records, of_branch):
         raise UsageError(f"the ledger {path} has no checkpoint of step {step} of run {run}")
     before = [r for r in run_records if r["kind"] == "reserve"][-1]
     changed = [key for key in terms if terms[key] != before[key]]
@@ -91,12 +97,12 @@ def _describe_unfinished(records: list[dict]) -> str:
     )
 
 
-def list_released_steps(records: list[dict]) -> set[int]:
-    """The steps that some branch released and did not take back."""
+def list_released_steps(records: list[dict], of_branch: int | None = None) -> set[int]:
+    """The steps that some branch, or that one, released and did not take back."""
     released = {(r["branch"], r["step"]) for r in records if r["kind"] == "release"}
     written = {(r["branch"], r["step"]) for r in records if r["kind"] == "wrote"}
     voided = {(r["branch"], r["step"]) for r in records if r["kind"] == "void"}
-    return {step for _, step in released - (voided - written)}
+    return {s for b, s in released - (voided - written) if of_branch in (None, b)}
 
 
 def is_live(records: list[dict], run: str) -> bool:

@@ -19,8 +19,9 @@ from utils.files import hash_file, replace_file, sync_folder, write_durably
 SCHEMA_VERSION = 1
 
 
-def announce_checkpoint(folder: Path, step: int) -> None:
+def announce_checkpoint(folder: Path, step: int) -> int:
     """Make the empty folder that `save_checkpoint` will fill; call before the release is on record.
+    Returns what tells it from a copy: its inode.
 
     Raises:
         UsageError: the disk does not take it.
@@ -30,12 +31,16 @@ def announce_checkpoint(folder: Path, step: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         sync_folder(folder)
+        return aside.stat().st_ino
     except OSError as error:
         raise _no_room(folder, step, error) from error
 
 
-def was_left_unfinished(folder: Path, step: int) -> bool:
-    return (folder / f"unfinished-{step}").is_dir()
+def was_left_unfinished(folder: Path, step: int, place: int | None = None) -> bool:
+    """Whether the folder is there that was announced (at `place`, if that is known): of a copy, the
+    original may still hold what was written to it."""
+    aside = folder / f"unfinished-{step}"
+    return aside.is_dir() and place in (None, aside.stat().st_ino)
 
 
 def _no_room(folder: Path, step: int, error: Exception) -> UsageError:

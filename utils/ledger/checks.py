@@ -13,6 +13,8 @@ from utils.ledger.charges import (
     compose_with_bases,
     count_charged_steps,
     list_charged_events,
+    list_released_steps,
+    select_run,
 )
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
 from utils.ledger.statement import SCHEMA_VERSION, begins_with, list_all_events
@@ -198,9 +200,7 @@ def check_checkpoints(records: list[dict], folder: Path) -> list[str]:
         except UsageError as error:
             problems.append(str(error))
             continue
-        announced = {
-            r["step"] for r in records if r["kind"] == "release" and r["run"] == about["run"]
-        }
+        announced = list_released_steps(select_run(records, about["run"]), about.get("branch"))
         if step not in announced or about["step"] != step:
             problems.append(f"the ledger did not release {CHECKPOINT}-{step}")
     return problems

@@ -121,6 +121,7 @@ class Ledger:
         run: str | None = None,
         step: int | None = None,
         made_with: dict | None = None,
+        of_branch: int | None = None,
     ) -> "Branch":
         """Set the whole plan aside, for a new run or for one to resume; returns its `Branch`.
 
@@ -130,6 +131,7 @@ class Ledger:
             run: name of the run; None for a fresh one.
             step: for a run to resume, the step of the checkpoint that it resumes from.
             made_with: `Circumstances.made_with`, of what this branch will release.
+            of_branch: that released the checkpoint; None if it does not say.
 
         Raises:
             UsageError: it would exceed the cap, other entries protect another unit, reproducible
@@ -138,7 +140,7 @@ class Ledger:
         with self.locked() as records:
             run, branch = run or make_run_name(), 0
             if step is not None:
-                branch = 1 + check_can_resume(records, run, step, terms, self.path)
+                branch = 1 + check_can_resume(records, run, (of_branch, step), terms, self.path)
             elif select_run(records, run):
                 raise UsageError(f"the ledger {self.path} has a run {run} already")
             fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step or 0}
@@ -147,12 +149,15 @@ class Ledger:
             self._append(records, **fields)
         return Branch(self, run, branch)
 
-    def check_resuming(self, run: str, step: int, total_epsilon: float | None) -> None:
-        """Raises: UsageError if the run, on its own terms, could not be resumed from `step` now."""
+    def check_resuming(self, about: dict, total_epsilon: float | None) -> None:
+        """Raises: UsageError if a run, on its own terms, could not be resumed now from the
+        checkpoint that says `about` of itself."""
+        run, step = about["run"], about["step"]
         records = self.records()
         plans = [r for r in select_run(records, run) if r["kind"] == "reserve"]
         terms = {key: plans[-1][key] for key in TERMS} if plans else {}
-        branch = 1 + check_can_resume(records, run, step, terms, self.path)
+        released = about.get("branch"), step
+        branch = 1 + check_can_resume(records, run, released, terms, self.path)
         fields = {"kind": "reserve", "run": run, "branch": branch, "from_step": step}
         check_admissible([*records, fields | terms], terms, total_epsilon, self.path)
 
@@ -165,13 +170,17 @@ class Branch:
     run: str
     number: int
 
-    def release(self, step: int, output: str) -> None:
+    def release(self, step: int, output: str, place: int | None = None) -> None:
         """Say that `output` will show the weights after `step` steps; call before it exists.
+
+        Args:
+            place: of a checkpoint, what `announce_checkpoint` gave.
 
         Raises:
             UsageError: the run was resumed or given up elsewhere, so this process must stop.
         """
-        self._append("release", step=step, output=output)
+        where = {} if place is None else {"place": place}
+        self._append("release", step=step, output=output, **where)
 
     def wrote(self, step: int, output: str, files: dict[str, str] | None = None) -> dict:
         """Say that `output` is on disk, whole; `files` gives the SHA-256 of each published file."""

@@ -55,7 +55,7 @@ def open_run(
         checkpoint = _find_checkpoint(output_dir, training.resume_from_checkpoint)
         known = read_about(checkpoint)
         _refuse_changes(checkpoint, known["agreed"] | {"plan": None}, agreed | {"plan": None})
-        ledger.check_resuming(known["run"], known["step"], cap)
+        ledger.check_resuming(known, cap)
         _check_base(ledger, [*plan.builds_on, known["run"]], about)
         return Run(output_dir, find_branch(ledger, known["run"]), agreed, about, checkpoint)
     with explain_disk_errors(output_dir):
@@ -115,7 +115,8 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan) -> Run:
     about = read_about(run.checkpoint)
     _refuse_changes(run.checkpoint, about["agreed"], agreed)
     settle(run)
-    branch = ledger.reserve(terms, cap, run.branch.run, about["step"], made_with)
+    of_branch = about.get("branch")
+    branch = ledger.reserve(terms, cap, run.branch.run, about["step"], made_with, of_branch)
     for step in list_steps(run.checkpoints):
         if step > about["step"]:  # damaged, or passed over: never the latest again
             aside = f"set-aside-{step}-of-branch-{branch.number - 1}"
@@ -155,9 +156,9 @@ def _round_trip(plan: PrivacyPlan) -> dict:
 def settle(run: Run) -> None:
     """Bring the ledger up to date with the checkpoints on disk after a crash.
 
-    If a released checkpoint has an unfinished folder, what that holds is destroyed unread, and the
+    If a released checkpoint has its unfinished folder, what that holds is destroyed unread, and the
     release is taken back. Else, if the checkpoint exists, it is recorded as written. Else it may
-    have been moved or copied: it stays charged.
+    have been moved, or this be a copy: it stays charged.
     """
     records, folder = run.branch.ledger.records(), run.checkpoints
     branch_records = [
@@ -166,10 +167,10 @@ def settle(run: Run) -> None:
         if r["branch"] == run.branch.number and r.get("output") == CHECKPOINT
     ]
     settled = {r["step"] for r in branch_records if r["kind"] in ("wrote", "void")}
-    pending = sorted({r["step"] for r in branch_records if r["kind"] == "release"} - settled)
+    places = {r["step"]: r.get("place") for r in branch_records if r["kind"] == "release"}
     empty_unfinished(folder)
-    for step in pending:
-        if was_left_unfinished(folder, step):
+    for step in sorted(places.keys() - settled):
+        if was_left_unfinished(folder, step, places[step]):
             run.branch.void(step)
         elif locate_checkpoint(folder, step).exists():
             run.branch.wrote(step, CHECKPOINT)

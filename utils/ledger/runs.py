@@ -181,9 +181,9 @@ class Run:
         on_main_process(lambda: self._save(step, state_dict, limit))
 
     def _save(self, step: int, state_dict: Callable[[], dict], limit: int) -> None:
-        about = {"run": self.branch.run, "agreed": self.agreed}
-        announce_checkpoint(self.checkpoints, step)
-        self.branch.release(step, CHECKPOINT)
+        about = {"run": self.branch.run, "branch": self.branch.number, "agreed": self.agreed}
+        place = announce_checkpoint(self.checkpoints, step)
+        self.branch.release(step, CHECKPOINT, place)
         save_checkpoint(self.checkpoints, step, state_dict(), about)
         self.branch.wrote(step, CHECKPOINT)
         rotate(self.checkpoints, limit)
