@@ -177,6 +177,7 @@ def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
     checkpoint = locate_checkpoint(private / "checkpoints", 3)
     state = read_state(checkpoint)
     assert set(state) == {"adapter", "optimizer", "lr_scheduler", "average", "step"}
+    known = {"schema_version", "step", "run", "branch", "agreed", "sha256"}
     assert set(read_about(checkpoint)) == known
     assert {path.name for path in checkpoint.iterdir()} == {"state.pt", "about.json"}
     assert sum("lora_A" in name for name in state["adapter"])  # frozen, at its random start
