@@ -193,6 +193,7 @@ def test_nothing_secret_is_in_a_checkpoint_or_the_ledger(finished):
         "output",
         "files",
         "builds_on",
+        "place",
     }
     for record in Ledger(private / "ledger.jsonl").records():
         assert set(record) <= known | {"previous", "hash", "made_with"}
