@@ -6,8 +6,10 @@ import pytest
 
 from utils.arguments.audit import AuditArguments
 from utils.arguments.evaluation import EvaluateArguments
+from utils.arguments.means import MeansArguments
 from utils.arguments.methods import LoraArguments
 from utils.arguments.reports import PlanArguments
+from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
 
@@ -43,3 +45,10 @@ NEEDED = {TrainingArguments: {"output_dir": "unused"}, EvaluateArguments: {"synt
 def test_a_number_that_must_be_positive(kind, name, value):
     with pytest.raises(UsageError, match=f"--{name}"):
         kind(**NEEDED.get(kind, {}) | {name: value})
+
+
+@pytest.mark.parametrize("kind", [MeansArguments, SamplingArguments])
+def test_a_class_is_named_once(kind):
+    with pytest.raises(UsageError, match="--class_names names a class twice"):
+        kind(class_names=["cat", "dog", "cat"])
+    assert kind(class_names=["cat", "dog"]).class_names == ["cat", "dog"]

@@ -68,6 +68,13 @@ def test_two_processes_name_a_set_together(public, image_folder, tmp_path):
         torch.testing.assert_close(one[public_part], two[public_part], rtol=1e-3, atol=1e-4)
 
 
+def test_the_ledger_of_a_set_is_found_by_the_file_of_its_adapter(drawn, tmp_path):
+    adapter = drawn / "adapter" / "pytorch_lora_weights.safetensors"
+    for named in (adapter, adapter.parent):
+        (tmp_path / "sampling.json").write_text(json.dumps({"adapter": str(named)}))
+        assert find_set_ledger(str(tmp_path)) == adapter.parent / "private" / "ledger.jsonl"
+
+
 def test_more_images_are_named_and_nothing_is_spent(labeller, drawn, later, tmp_path):
     ledger = drawn / "adapter" / "private" / "ledger.jsonl"
     before = ledger.read_bytes()

@@ -86,5 +86,7 @@ class SamplingArguments(DrawingArguments):
         check_between("reject", self.reject, 0, 1)
         if self.reject_by is not None and not self.reject:
             raise UsageError("--reject_by needs --reject, the share to leave out")
+        if len(set(self.class_names or [])) < len(self.class_names or []):
+            raise UsageError("--class_names names a class twice")
         if min(self.num_images, 1 if self.batch_size is None else self.batch_size) < 1:
             raise UsageError("--num_images and --batch_size must be at least 1")

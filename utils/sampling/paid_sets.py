@@ -55,7 +55,7 @@ def find_set_ledger(folder: str) -> Path | None:
     beside = [Path(folder).resolve().parent]
     adapter = read_sampling(folder).get("adapter")
     if adapter is not None:
-        beside.append(Path(adapter))
+        beside.append(Path(adapter).parent if Path(adapter).is_file() else Path(adapter))
     found = (private_folder(place) / LEDGER for place in beside)
     return next((ledger for ledger in found if ledger.exists()), None)
 
