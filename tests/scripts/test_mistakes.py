@@ -103,6 +103,22 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
+    "budget, said",
+    [
+        (["--target_delta", 1e-3], "give exactly one of --target_epsilon and --noise_multiplier"),
+        (["--target_epsilon", 8, "--noise_multiplier", 1], "give exactly one of --target_epsilon"),
+        (["--target_epsilon", 8], "give --target_delta, below 1/N"),
+    ],
+)
+def test_a_missing_budget_waits_for_no_model(image_folder, tmp_path, budget, said):
+    """Which would be downloaded first."""
+    data = ["--train_data_dir", image_folder, "--caption", "", "--output_dir", tmp_path / "run"]
+    for more in ([], ["--release_means"], ["--select_saliency"]):
+        base = ["--pretrained_model_name_or_path", "no/such/model", *more]
+        assert said in train_here([*base, *data, *budget])
+
+
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),

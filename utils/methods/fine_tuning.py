@@ -42,7 +42,7 @@ from utils.methods.private_run import (
 )
 from utils.methods.public_passes import leave_out_unused, measure_unit, rehearse
 from utils.methods.publishing import (
-    check_repository,
+    check_early,
     choose_license,
     describe_setup,
     save_samples,
@@ -117,7 +117,7 @@ def run_method(
     if training.validation_prompt is None:
         training = replace(training, validation_prompt=[data.caption or ""])
     accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
-    check_repository(hub, privacy, training)
+    check_early(hub, privacy, training)
     privacy = join_ledger(privacy, method.stages)
 
     # Adapt the public model, and choose what was not asked for.

@@ -23,7 +23,7 @@ from utils.ledger.statement import Circumstances
 from utils.methods.means import read_means, run_release
 from utils.methods.planning import ALONE, OtherStages, check_later_training
 from utils.methods.public_passes import leave_out_unused
-from utils.methods.publishing import check_repository
+from utils.methods.publishing import check_early
 from utils.methods.saliency_file import Saliency, read_saliency
 from utils.methods.selection import plan_selection, run_selection
 from utils.methods.stages import find_base_statement, load_stage, start
@@ -53,7 +53,7 @@ def do_first_stages(
         UsageError: see `run_release` and `run_selection`; or an earlier attempt had other settings.
     """
     model, data, privacy, training, hub = common
-    check_repository(hub, privacy, training)
+    check_early(hub, privacy, training)
     if privacy.replay_audit:  # which comes when they are paid for
         need_one_process(REPLAY)
     check_adapter(model, data, privacy, training, lora)

@@ -28,20 +28,25 @@ from utils.files import (
 from utils.hub.upload import check_license, make_repo
 from utils.methods.film import list_sheets, save_film
 from utils.models.drawing import DrawingSettings
-from utils.privacy.plan import PrivacyPlan
+from utils.privacy.plan import PrivacyPlan, check_budget
 from utils.sampling.batches import generate_all
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import read_privacy
 
 
-def check_repository(
+def check_early(
     hub: PublishArguments, privacy: PrivacyArguments, training: TrainingArguments
 ) -> None:
-    """With `--push_to_hub`, create the repository, unless it exists, before anything is spent.
+    """What need not wait for the model: a budget is named; and, with `--push_to_hub`, the
+    repository is created, unless it exists, before anything is spent.
 
     Raises:
-        UsageError: see `make_repo`; or it was not named, or the result must not be published.
+        UsageError: there is no budget, or there are two; see `make_repo`; or the repository was not
+            named, or the result must not be published.
     """
+    check_budget(privacy.target_epsilon, privacy.noise_multiplier)
+    if privacy.target_delta is None:
+        raise UsageError("give --target_delta, below 1/N, for N privacy units")
     if not hub.push_to_hub or training.dry_run:
         return
     refuse_reproducible(privacy)

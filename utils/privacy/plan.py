@@ -138,6 +138,12 @@ def make_plan(
     return replace(plan, noise_multiplier=sigma)
 
 
+def check_budget(target_epsilon: float | None, noise_multiplier: float | None) -> None:
+    """Raises: UsageError if neither is given, or both are."""
+    if (target_epsilon is None) == (noise_multiplier is None):
+        raise UsageError("give exactly one of --target_epsilon and --noise_multiplier")
+
+
 def _check_plan(plan: PrivacyPlan, target_epsilon: float | None) -> None:
     units, delta, sigma = plan.num_units, plan.delta, plan.noise_multiplier
     if delta is None:
@@ -166,8 +172,7 @@ def _check_plan(plan: PrivacyPlan, target_epsilon: float | None) -> None:
             f"--max_grad_norm {plan.max_grad_norm} must be between {1 / LARGEST_BOUND:g} and "
             f"{LARGEST_BOUND:g}, for sums in fp32"
         )
-    if (target_epsilon is None) == (sigma is None):
-        raise UsageError("give exactly one of --target_epsilon and --noise_multiplier")
+    check_budget(target_epsilon, sigma)
     if sigma is not None and not SMALLEST_NOISE <= sigma <= LARGEST_NOISE:
         raise UsageError(
             f"--noise_multiplier {sigma} must be between {SMALLEST_NOISE} and {LARGEST_NOISE:g}"
