@@ -190,6 +190,8 @@ def plan(args: PlanArguments) -> None:
         else:
             args.expected_batch_size = run["expected_batch_size"]
             args.max_train_steps = run["steps"]
+    if unseen := [s for s in ("warm_start", "saliency_file") if config.get(s) and run is None]:
+        print(f"warning: what --{unseen[0]} of the config cost is left out here", file=sys.stderr)
     fill_in(args, config)
     from utils.privacy.accounting import account
     from utils.privacy.plan import calibrate_table, make_plan

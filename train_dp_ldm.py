@@ -32,9 +32,10 @@ def main():
     from utils.models.own_weights import describe_denoiser, save_denoiser, unfreeze
     from utils.privacy.defaults import WEIGHTS_RATE
 
-    selected = None
+    selection = selected = None
     if stages.saliency_file is not None:
-        selected = read_saliency(stages.saliency_file).selected
+        selection = read_saliency(stages.saliency_file)
+        selected = selection.selected
     method = Method(
         NAMES[args.trainable],
         lambda pipeline: unfreeze(pipeline, args, selected),
@@ -43,6 +44,7 @@ def main():
         args,
         stages,
         WEIGHTS_RATE,
+        selection=selection,
     )
     run_method(method, model, data, privacy, training, hub)
 

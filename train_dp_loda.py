@@ -28,8 +28,10 @@ def main():
     from utils.methods.saliency_file import read_saliency
     from utils.models.loda.adapter import add_loda, describe_loda, save_loda
 
+    selection = None
     if stages.saliency_file is not None:
-        args = replace(args, target_modules=read_saliency(stages.saliency_file).selected)
+        selection = read_saliency(stages.saliency_file)
+        args = replace(args, target_modules=selection.selected)
     method = Method(
         "dp-loda",
         lambda pipeline: add_loda(pipeline, args),
@@ -37,6 +39,7 @@ def main():
         describe_loda,
         args,
         stages,
+        selection=selection,
     )
     run_method(method, model, data, privacy, training, hub)
 

@@ -66,8 +66,8 @@ def main():
         describe_lora,
         lora,
         stages,
-        selection,
         to_come=to_come,
+        selection=selection,
     )
     run_method(method, *common)
 

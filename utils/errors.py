@@ -120,7 +120,8 @@ def require_alike(told: dict) -> None:
 
 def _flatten(told: dict) -> Iterator[tuple[str, object]]:
     for name, value in told.items():
-        yield from _flatten(value) if isinstance(value, dict) else [(name, value)]
+        inside = _flatten(value) if isinstance(value, dict) else None
+        yield from [(name, value)] if inside is None else ((f"{name}.{n}", v) for n, v in inside)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -119,7 +119,8 @@ def test_patients_that_differ_by_spaces_alone_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "same",
     ["Anna\u00a0Smith", "Anna  Smith", "Anna\u3000Smith", "Anna Smith\ufe0f", "Anna\tSmith"]
-    + ["An\u034fna Smith", "\uff21nna Smith", "Anna\u200b Smith", "Anna Sm\u00adith"],
+    + ["An\u034fna Smith", "\uff21nna Smith", "Anna\u200b Smith", "Anna Sm\u00adith"]
+    + ["Anna Smith\u3164", "Anna Smith\uffa0", "Anna\u2800 Smith"],
 )
 def test_a_person_is_one_however_the_name_was_typed(same):
     rows = Dataset.from_dict({"id": ["Anna Smith", same, "Anna-Smith", "AnnaSmith"]})

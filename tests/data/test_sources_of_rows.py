@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import BUDGET, train_arguments, train_here
 from utils.arguments.training import DataArguments
-from utils.data.diagnostics import warn_of_numbers
+from utils.data.diagnostics import warn_of_captions
 from utils.data.private_set import load_private_set
 from utils.data.rows import (
     find_used_template,
@@ -290,7 +290,7 @@ def test_a_template_is_published_only_if_it_made_the_captions():
 def test_classes_without_names_are_told_of(feature, values, warned, capsys):
     """Whoever asks for images of cats would get what nobody trained."""
     rows = Dataset.from_dict({"label": values}).cast_column("label", feature)
-    warn_of_numbers(rows, DataArguments(label_column="label", caption_template="a {label}"))
+    warn_of_captions(rows, DataArguments(label_column="label", caption_template="a {label}"))
     assert ("captions read like 'a 0'" in capsys.readouterr().err) == warned
-    warn_of_numbers(rows, DataArguments(caption="a cat"))
+    warn_of_captions(rows, DataArguments(caption="a cat"))
     assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 """Means, then a selection, then training: one command, one ledger, one budget."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from tests.families import build_family
 from utils.errors import UsageError
 from utils.files import hash_file
 from utils.ledger.charges import list_charged_events
-from utils.ledger.ledger import Ledger
+from utils.ledger.ledger import Ledger, find_branch
 from utils.ledger.verification import find_problems, read_source
 from utils.methods.saliency_file import read_saliency
 from utils.sampling.shards import hash_set
@@ -181,17 +182,53 @@ def test_a_dry_run_judges_the_training_after_means(tiny_base, image_folder, tmp_
     assert len(list((tmp_path / "run").rglob("ledger.jsonl"))) == 0
 
 
-def test_a_plan_does_not_follow_from_what_was_selected(tiny_base, image_folder, tmp_path, capsys):
+@pytest.mark.parametrize("keep", [["--top_count", 3], ["--top_ratio", "0.2"], ["--top_mass", 0.2]])
+def test_a_plan_does_not_follow_from_what_was_selected(
+    tiny_base, image_folder, tmp_path, capsys, keep
+):
     """Composed mechanisms are worth what is stated only if their sizes were fixed beforehand."""
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", image_folder]
     arguments += [*CAPTION, *BUDGET, "--output_dir", tmp_path / "run", *PICK, "--dry_run"]
     trained, plans = set(), []
     for seed in range(4):  # which decides what stands for the selection
-        plan = read_plans(train_here([*arguments, "--top_count", 3, "--seed", seed]))[-1]
+        plan = read_plans(train_here([*arguments, *keep, "--seed", seed]))[-1]
         trained.add(plan.pop("trainable_parameters"))
-        chosen = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
-        plans.append((plan["steps"], plan["noise_multiplier"], plan["sampling_rate"], chosen))
+        plans.append(read_plan(plan, capsys))
     assert len(trained) > 1 and plans[1:] == plans[:-1] and len(plans[0][-1]) == 4
+
+
+def read_plan(plan: dict, capsys) -> tuple:
+    chosen = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
+    return plan["steps"], plan["noise_multiplier"], plan["sampling_rate"], chosen
+
+
+@pytest.mark.parametrize("method", ["dp_lora", "dp_loda", "dp_ldm"])
+def test_no_method_plans_by_what_a_file_selected(tiny_base, image_folder, tmp_path, capsys, method):
+    run = tmp_path / "run"
+    data = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", image_folder]
+    data += [*CAPTION, "--target_delta", 1e-3]
+    select = ["--selection_epsilon", 1, "--top_count", 3, "--output_dir", run]
+    assert "selected 3 of" in train_here([*data, *select], "select_saliency")
+    saliency, plans = read_saliency(run / "saliency.json"), []
+    others = sorted(set(saliency.candidates) - set(saliency.selected))
+    again = ["--privacy_ledger", run / "private" / "ledger.jsonl", "--target_epsilon", 8]
+    again += [
+        "--saliency_file",
+        tmp_path / "file.json",
+        "--dry_run",
+        "--output_dir",
+        tmp_path / "r",
+    ]
+    ledger = Ledger(run / "private" / "ledger.jsonl")
+    for selected in (saliency.selected, others[:3], others[-3:]):
+        (tmp_path / "file.json").write_text(replace(saliency, selected=selected).to_json())
+        find_branch(ledger, saliency.run).wrote(  # as if noise had come out otherwise
+            1, "weights", {"saliency.json": hash_file(tmp_path / "file.json")}
+        )
+        (plan,) = read_plans(train_here([*data, *again, "--dry_run"], f"train_{method}"))
+        plans.append((plan["trainable_parameters"], *read_plan(plan, capsys)))
+    assert len({plan[0] for plan in plans}) > 1
+    assert len({str(plan[1:]) for plan in plans}) == 1
 
 
 def test_a_dry_run_judges_as_many_matrices_as_will_be_selected(

@@ -203,5 +203,5 @@ def test_a_folder_that_is_no_pipeline_is_named_for_what_it_is(tmp_path):
     with pytest.raises(UsageError, match="it holds no model_index.json"):
         load_pipeline(str(tmp_path))
     (tmp_path / "privacy.json").write_text("{}")
-    with pytest.raises(UsageError, match="a training script left: give it as --adapter"):
+    with pytest.raises(UsageError, match="a training.s result: give it as --adapter"):
         load_pipeline(str(tmp_path))

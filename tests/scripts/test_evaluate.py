@@ -204,7 +204,7 @@ def test_a_statement_is_credited_to_no_other_images(folders, tmp_path):
     assert read_privacy(str(images), None)[0] == state()
     first, second, *_ = sorted(images.rglob("*.png"))
     first.write_bytes(second.read_bytes())
-    with pytest.raises(UsageError, match="its images are not those that were drawn"):
+    with pytest.raises(UsageError, match="its images, or files among them, are not"):
         read_privacy(str(images), None)
 
 

@@ -71,10 +71,7 @@ MISTAKES = [
     (["--adam_weight_decay", "-1"], "at least 0"),
     (["--snr_gamma", "nan"], "must be positive"),
     (["--debug_noise_seed", "-1"], "at least 0"),
-    (
-        ["--caption_column", "label"],
-        "--caption_column and --caption_template both say what captions are",
-    ),
+    (["--caption_column", "label"], "holds classes, whose captions would be numbers"),
     (["--privacy_unit_column", "image"], "a unit is named by a text or a number"),
 ]
 

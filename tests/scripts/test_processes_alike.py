@@ -36,7 +36,7 @@ def test_the_engine_itself_compares_the_plans_of_processes(monkeypatch):
     require_alike(told)
     others = [told, told | {"method": {"votes": 20}}]
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: others)
-    with pytest.raises(UsageError, match=r"not started alike \(votes: 2 and 20\)"):
+    with pytest.raises(UsageError, match=r"not started alike \(method.votes: 2 and 20\)"):
         require_alike(told)
     layer = torch.nn.Linear(2, 2)
     state = TrainingState(PerUnitGradients(layer), torch.optim.SGD(layer.parameters(), 1.0), None)

@@ -29,10 +29,13 @@ SHOWN, COLUMNS, SIDE = 48, 8, 128  # images on the sheet, of how many pixels at 
 LINES, PER_LINE = 3, 20  # of a caption
 
 
-def warn_of_numbers(rows: Dataset, data: DataArguments) -> None:
-    """Say so if captions are made of numbers: by the names of its classes nobody can ask for
-    images then."""
+def warn_of_captions(rows: Dataset, data: DataArguments) -> None:
+    """Say so if captions are not made of labels, though a template is given; or of numbers: by the
+    names of its classes nobody can ask for images then."""
     template = find_used_template(data)
+    if template is None and data.caption_template is not None:
+        used = "--caption" if data.caption is not None else "--caption_column"
+        print(f"captions are those of {used}: --caption_template is not used", file=sys.stderr)
     feature = None if template is None else find_item_feature(rows, data.label_column)
     if isinstance(feature, Value) and "string" not in feature.dtype:
         print(
@@ -44,8 +47,8 @@ def warn_of_numbers(rows: Dataset, data: DataArguments) -> None:
 
 
 def list_class_captions(rows: Dataset, data: DataArguments) -> list[str]:
-    """The captions that `--label_column` makes of the names of its classes, which are public; none
-    if captions come from elsewhere, or a row may have several labels."""
+    """The captions that `--label_column` makes of the names of its classes, as far as they are
+    known; none if captions come from elsewhere, or a row may have several labels."""
     template, column = find_used_template(data), data.label_column
     if template is None or hasattr(rows.features[column], "feature"):
         return []

@@ -182,15 +182,9 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
 
 
 def refuse_unfilled(data: DataArguments) -> None:
-    """Raises: UsageError if there is a template, but no column of labels to fill it with; or it
-    would not be used, since captions come from elsewhere."""
-    if data.caption_template is None:
-        return
-    if data.label_column is None:
+    """Raises: UsageError if there is a template, but no column of labels to fill it with."""
+    if data.caption_template is not None and data.label_column is None:
         raise UsageError("--caption_template is filled with labels: give their --label_column")
-    if data.caption is not None or data.caption_column is not None:
-        other = "--caption" if data.caption is not None else "--caption_column"
-        raise UsageError(f"{other} and --caption_template both say what captions are: give one")
 
 
 def find_used_template(data: DataArguments) -> str | None:

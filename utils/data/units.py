@@ -8,7 +8,8 @@ from datasets import ClassLabel, Dataset, Value
 from utils.data.rows import require_column
 from utils.errors import UsageError
 
-UNSEEN = ("VARIATION SELECTOR", "COMBINING GRAPHEME JOINER", "HANGUL FILLER")
+UNSEEN = ("VARIATION SELECTOR", "COMBINING GRAPHEME JOINER", "HANGUL JUNGSEONG FILLER")
+UNSEEN += ("HANGUL CHOSEONG FILLER", "BRAILLE PATTERN BLANK")
 HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212"), "-")
 
 

@@ -29,7 +29,7 @@ from utils.hub.collection import find_collection, join_collection
 from utils.hub.evaluation_card import build_evaluation_section, insert_section
 from utils.hub.failures import HUB_ERRORS, explain, is_temporary
 from utils.ledger.signatures import check_signature
-from utils.ledger.verification import find_problems, read_source
+from utils.ledger.verification import WEIGHT_SUFFIXES, find_problems, read_source
 from utils.models.drawing import read_settings
 
 # What an earlier upload may have left, of a model or a synthetic set.
@@ -39,6 +39,8 @@ OURS = re.compile(
     r"adapter_(config\.json|model\.safetensors)|(loda|pipeline)\.py|"
     r"pytorch_lora_weights\.safetensors"
 )
+DATA = re.compile(r".*\.(parquet|arrow|csv|tsv|jsonl|zip|tar|gz)")
+WEIGHTS = re.compile(rf"model_index\.json|.*({'|'.join(map(re.escape, WEIGHT_SUFFIXES))})")
 ATTEMPTS = 4
 
 
@@ -74,9 +76,9 @@ def _check_free(published: list[str], name: str, repo_type: str) -> None:
     """Raises: UsageError if an upload would remove what no earlier one left, or, in a dataset, lie
     beside it and pass its card on to it."""
     others = [file for file in published if file not in (CARD, ".gitattributes")]
-    foreign = [file for file in others if not OURS.fullmatch(file)]
-    is_ours = bool({STATEMENT, GRID} & set(others)) and not (foreign and repo_type == "dataset")
-    if others and not is_ours:
+    read = DATA if repo_type == "dataset" else WEIGHTS
+    foreign = [file for file in others if read.fullmatch(file) and not OURS.fullmatch(file)]
+    if foreign or others and not {STATEMENT, GRID} & set(others):
         raise UsageError(
             f"the repository '{name}' is there already, and holds {(foreign or others)[0]}, which "
             "no upload from here left: name another one"

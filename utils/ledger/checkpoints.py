@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 def announce_checkpoint(folder: Path, step: int) -> int:
     """Make the empty folder that `save_checkpoint` will fill; call before the release is on record.
-    Returns what tells it from a copy: its inode.
+    Returns what tells it from a copy on the same disk: its inode.
 
     Raises:
         UsageError: the disk does not take it.

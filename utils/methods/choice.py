@@ -12,13 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from utils.arguments.methods import LoraArguments, SaliencyArguments
+from utils.arguments.methods import LoDAArguments, LoraArguments, SaliencyArguments
 from utils.methods.saliency import Scoring
 from utils.methods.saliency_file import Saliency
 from utils.models.families import find_family
 from utils.privacy.defaults import PublicFacts, median_width
 from utils.privacy.plan import PrivacyPlan
 
+Adapter = LoraArguments | LoDAArguments
 USUAL_SHARE = 0.3  # of the candidates, where noisy scores will say how many are kept
 
 
@@ -68,36 +69,51 @@ def build_keep(candidates: dict[str, nn.Module], scoring: Scoring, lora: LoraArg
     for module, group in zip(candidates.values(), scoring.groups, strict=True):
         shape, index = module.weight.shape, scoring.names.index(group)
         sizes[index] += shape.numel()
-        trained[index] += _count_lora(shape, lora)
+        trained[index] += count_trained(shape, lora)
     return Keep(sizes, trained)
 
 
-def _count_lora(shape: torch.Size, lora: LoraArguments) -> int:
-    """How many weights of a LoRA train beside a weight of this shape."""
-    return lora.rank * (shape[0] + (not lora.freeze_lora_a) * shape[1:].numel())
+def list_trained(shape: torch.Size, adapter: Adapter | None) -> list[torch.Size]:
+    """The shapes of what trains for a weight of this shape: A, unless it is frozen, and B beside
+    it; without an adapter, itself."""
+    if adapter is None:
+        return [shape]
+    a, b = torch.Size([adapter.rank, *shape[1:]]), torch.Size([shape[0], adapter.rank])
+    return [b] if getattr(adapter, "freeze_lora_a", False) else [a, b]
 
 
-def foresee(
-    saliency: Saliency, lora: LoraArguments, pipeline: DiffusionPipeline, facts: PublicFacts
+def count_trained(shape: torch.Size, adapter: Adapter | None) -> int:
+    return sum(part.numel() for part in list_trained(shape, adapter))
+
+
+def find_facts_before(
+    saliency: Saliency, adapter: Adapter | None, pipeline: DiffusionPipeline, facts: PublicFacts
 ) -> PublicFacts:
-    """`facts` of a training, as they were before the selection: the same share of all candidates.
+    """`facts` of a training, as they were before the selection: the same share of all candidates,
+    and whatever else trains.
 
     A plan by what was selected would be one by the private images: mechanisms compose to what is
     stated if their sizes are fixed beforehand, and else to a little more.
+
+    Args:
+        adapter: what trains beside the selected weights; None where they train themselves.
     """
     if saliency.mechanism == "random":
         return facts
     denoiser, asked = find_family(pipeline).denoiser, saliency.settings
-    candidates = map(denoiser.get_submodule, saliency.candidates)
-    shapes = [getattr(module, "base_layer", module).weight.shape for module in candidates]
-    share = USUAL_SHARE if asked["top_ratio"] == "auto" else float(asked["top_ratio"])
-    if asked["top_mass"] is not None:
-        share = USUAL_SHARE
+    modules = {name: denoiser.get_submodule(name) for name in saliency.candidates}
+    shapes = {n: getattr(m, "base_layer", m).weight.shape for n, m in modules.items()}
+    counts = {name: count_trained(shape, adapter) for name, shape in shapes.items()}
+    outside = facts.num_parameters - sum(counts[name] for name in saliency.selected)
     if asked["top_count"] is not None:
-        share = asked["top_count"] / len(set(saliency.scored))
-    trained = sum(_count_lora(shape, lora) for shape in shapes)
-    number = max(1, round(min(share, 1.0) * trained))
-    return replace(facts, num_parameters=number, width=median_width(shapes))
+        share = min(1.0, asked["top_count"] / len(set(saliency.scored)))
+    elif asked["top_mass"] is not None or asked["top_ratio"] == "auto":
+        share = USUAL_SHARE
+    else:
+        share = float(asked["top_ratio"])
+    number = max(1, outside + round(share * sum(counts.values())))
+    parts = [part for shape in shapes.values() for part in list_trained(shape, adapter)]
+    return replace(facts, num_parameters=number, width=median_width(parts))
 
 
 def stability(

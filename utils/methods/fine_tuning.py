@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from utils.arguments.methods import LoDAArguments, LoraArguments, StageArguments
+from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments, StageArguments
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.training import (
     DataArguments,
@@ -24,7 +24,7 @@ from utils.hub.cards import Facts, build_model_card
 from utils.hub.upload import publish_model
 from utils.ledger.runs import Run
 from utils.ledger.statement import UNKNOWN_BASE, describe_cost
-from utils.methods.choice import foresee
+from utils.methods.choice import find_facts_before
 from utils.methods.forecast import Sizes
 from utils.methods.outlook import JudgedPlans, collect_facts, replay_if_asked, show_plan
 from utils.methods.planning import (
@@ -69,9 +69,9 @@ class Method:
         describe_usage: Python for the card that makes `pipeline` from them (`Facts.usage`).
         settings: the method's arguments; a run that is resumed must have the same.
         stages: what it builds on: a selection, a warm start.
-        selection: of the matrices that it adapts, by private images; None if there is none.
         rate: see `PublicFacts`.
         to_come: events of first stages that a dry run planned, and that nothing was paid for yet.
+        selection: of the matrices that it trains, or adapts; None if there is none.
     """
 
     name: str
@@ -80,20 +80,21 @@ class Method:
     describe_usage: Callable[[DiffusionPipeline], str]
     settings: object
     stages: StageArguments
-    selection: Saliency | None = None
     rate: float = ADAPTER_RATE
     to_come: tuple[dict, ...] = ()
+    selection: Saliency | None = None
 
     def has_warm_start(self) -> bool:
         """Also one that is only planned."""
         planned = any(event["purpose"] == "means" for event in self.to_come)
         return planned or bool(self.stages.warm_start)
 
-    def foresee(self, stage: Stage, facts: PublicFacts) -> PublicFacts:
+    def before(self, stage: Stage, facts: PublicFacts) -> PublicFacts:
         """`facts`, as far as they were known before a selection."""
         if self.selection is None:
             return facts
-        return foresee(self.selection, self.settings, stage.pipeline, facts)
+        adapter = None if isinstance(self.settings, LdmArguments) else self.settings
+        return find_facts_before(self.selection, adapter, stage.pipeline, facts)
 
     def measure(self, num_rows: int, unit_bytes: int) -> Sizes:
         """How large a run is, of private rows whose gradients take so much memory a unit."""
@@ -126,7 +127,7 @@ def run_method(
     modules, data = leave_out_unused(stage.pipeline, stage.resolution), adopt_template(data, model)
     found = load_private_rows(accelerator, data, training, stage.pipeline, method.stages.warm_start)
     facts = collect_facts(modules, found.num_units, method.rate, method.has_warm_start())
-    privacy, training, reasons = choose_missing(privacy, training, method.foresee(stage, facts))
+    privacy, training, reasons = choose_missing(privacy, training, method.before(stage, facts))
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)
     rehearse(stage.pipeline, engine, stage.resolution)
     if training.base_precision == "bf16":

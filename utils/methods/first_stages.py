@@ -21,13 +21,19 @@ from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS, SELECTION, claim_output_dir, is_free
 from utils.ledger.statement import Circumstances
 from utils.methods.means import read_means, run_release
-from utils.methods.planning import ALONE, OtherStages, check_later_training
+from utils.methods.planning import (
+    ALONE,
+    OtherStages,
+    check_later_training,
+    load_private_rows,
+)
 from utils.methods.public_passes import leave_out_unused
 from utils.methods.publishing import check_early
 from utils.methods.saliency_file import Saliency, read_saliency
 from utils.methods.selection import plan_selection, run_selection
 from utils.methods.stages import find_base_statement, load_stage, start
 from utils.methods.warm_start import find_earlier_stages, join_ledger
+from utils.models.drawing import adopt_template
 from utils.models.lora import add_lora
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.paid_sets import find_paid_set
@@ -44,7 +50,7 @@ def do_first_stages(
     means: MeansArguments,
 ) -> tuple[BothStagesArguments, Saliency | None, tuple[dict, ...]]:
     """Do what `--release_means` and `--select_saliency` ask for, unless an earlier attempt at this
-    run has paid for it. Returns the stages to build on, and nothing else.
+    run has paid for it. Returns the stages to build on, None, and no events.
 
     After a dry run the stages lack what was not made, and are followed by a selection of as many
     matrices as will be selected, at random, and by the events of what was planned.
@@ -84,15 +90,17 @@ def check_adapter(
     training: TrainingArguments,
     lora: LoraArguments,
 ) -> None:
-    """Refuse, before a stage is paid for, a base or an adapter that could not be trained after it.
+    """Refuse, before a stage is paid for, a base, an adapter or captions that could not be trained
+    with after it.
 
     Raises:
-        UsageError: see `load_stage`, `add_lora` and `leave_out_unused`.
+        UsageError: see `load_stage`, `add_lora`, `leave_out_unused` and `load_private_rows`.
     """
     accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
     stage = load_stage(accelerator, model, data, privacy, training)
     add_lora(stage.pipeline, lora)
     leave_out_unused(stage.pipeline, stage.resolution, silently=True)  # training says what
+    load_private_rows(accelerator, adopt_template(data, model), training, stage.pipeline)
 
 
 def select_first(

@@ -105,7 +105,7 @@ def foresee(
     captions = find_family(stage.pipeline).public_captions
     if stage.accelerator.is_main_process:
         what = f"a pass of {size} units, an encoding and an image at {stage.resolution} pixels"
-        print(f"timing {what}: of a large model, on a processor, minutes", file=sys.stderr)
+        print(f"timing {what}", file=sys.stderr)
     blanks = make_noise_units(min(size, FEW_IMAGES), captions, stage.resolution, many_rows=False)
     indices = torch.arange(size) % len(blanks.captions)
     with encode_aside(training) as within:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
-from utils.data.diagnostics import list_class_captions, show_private_set, warn_of_numbers
+from utils.data.diagnostics import list_class_captions, show_private_set, warn_of_captions
 from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, read_captions
@@ -24,7 +24,7 @@ from utils.ledger.remembered import remember_run, warn_of_other_ledgers
 from utils.ledger.reservations import check_new, check_room_for, confirm, find_ledger, open_run
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
-from utils.models.families import find_family
+from utils.models.families import Family, find_family
 from utils.privacy.accounting import account
 from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
 from utils.version import find_commit
@@ -94,10 +94,21 @@ def load_private_rows(
     captions = read_captions(rows, data)
     if told is not None:
         find_family(told).check_captions(captions)
-        on_main_process(lambda: warn_of_numbers(rows, data))
-        find_family(told).check_classes(list_class_captions(rows, data))
+        on_main_process(lambda: _check_classes(find_family(told), rows, data))
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
     return PrivateRows(data, rows, num_units)
+
+
+def _check_classes(family: Family, rows: Dataset, data: DataArguments) -> None:
+    """Raises: UsageError if the model cannot tell the classes apart; it names none."""
+    warn_of_captions(rows, data)
+    captions = list_class_captions(rows, data)
+    if alike := family.count_alike(captions):
+        raise UsageError(
+            f"{alike} of the {len(captions)} classes have captions that are the same to the model, "
+            f"which reads {family.longest_caption} tokens, and perhaps no capitals: give a shorter "
+            "--caption_template, or other names"
+        )
 
 
 def plan_training(num_units: int, privacy: PrivacyArguments, **terms) -> PrivacyPlan:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from utils.errors import CannotLoad, UsageError
-from utils.files import DENOISERS, SAMPLING_SETTINGS, STATEMENT
+from utils.files import DENOISERS, GRID, STATEMENT
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.short_attention import use_fast_attention
 from utils.models.families import FAMILIES, find_family
@@ -147,9 +147,9 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
     if Path(name).is_file() and name.endswith(".safetensors") and isinstance(error, OSError):
         return f"its configuration is not on this machine ({reason}). {_how_to_convert(name)}"
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        ours = any((Path(name) / file).is_file() for file in (STATEMENT, SAMPLING_SETTINGS))
-        result = "what a training script left: give it as --adapter, and here the base model of it"
-        return f"it is {result}" if ours else "it holds no model_index.json, as pipelines do"
+        if (Path(name) / STATEMENT).is_file() and not (Path(name) / GRID).is_file():
+            return "it is a training's result: give it as --adapter, and here its base model"
+        return "it holds no model_index.json, as pipelines do"
     paths = [path for part in DENOISERS for path in Path(name).glob(f"{part}/*")]
     files = [path.name.split(".") for path in paths]
     variants = {parts[1] for parts in files if len(parts) == 3 and parts[2] != "index"}

@@ -190,6 +190,9 @@ def calibrate_table(plan: PrivacyPlan, targets: set[float]) -> list[dict]:
     table, spent = [], pld_epsilon(list(plan.prior), plan.delta) if plan.prior else 0.0
     terms = (plan.delta, plan.sampling_rate, plan.steps, plan.prior)
     for target in tqdm(sorted(t for t in targets if t > spent), "calibrating", leave=False):
-        sigma = calibrate_noise_multiplier(target, *terms)
+        try:
+            sigma = calibrate_noise_multiplier(target, *terms)
+        except UsageError:  # hardly more than what it builds on
+            continue
         table.append({"epsilon": target, "noise_multiplier": sigma})
     return table

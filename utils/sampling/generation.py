@@ -210,7 +210,9 @@ def finish_folder(folder: Path, pieces: list[Piece], entries: list[dict], num_pr
     record = folder / SAMPLING_SETTINGS
     settings = read_json(record)
     if SET_DIGEST in settings and settings[SET_DIGEST] != hash_set(folder):
-        raise UsageError(f"{folder} holds other images, or files, than were drawn: draw them anew")
+        raise UsageError(
+            f"{folder} holds other images, or files, than were drawn: remove it, and draw it anew"
+        )
     if pieces[0].name.endswith(".png"):
         write_metadata(folder, entries)
     drawn = {folder / piece.name for piece in pieces} | {folder / METADATA}

@@ -143,6 +143,8 @@ def _check_with_set(source: Source) -> tuple[list[str], list[str]]:
     problems = find_problems(source)
     if problems or source.folder is None or not (source.folder / SET).is_dir():
         return problems, []
+    if SET_DIGEST not in read_sampling(str(source.folder / SET)):
+        return [f"{SET}/: not all of its images were drawn: give its command again"], []
     _, problems, known = examine(str(source.folder / SET), None)
     return [f"{SET}/: {problem}" for problem in problems], [f"{SET}/: {said}" for said in known]
 

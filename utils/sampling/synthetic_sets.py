@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,8 +44,8 @@ from utils.sampling.generation import (
 from utils.sampling.shards import SET, hash_set, plan_image_files, plan_shards, write_piece
 
 UNKNOWN_IMAGES = (
-    "has a privacy.json, but no sampling.json that says which images it is about: their epsilon is "
-    "taken as unknown"
+    "has a privacy.json, but no sampling.json that says which images it is about, so their epsilon "
+    "is taken as unknown: of a set of the Hub, name its id; else give its sample.py command again"
 )
 
 
@@ -114,8 +115,8 @@ def publish_images(
         UsageError: see `make_repo` and `upload`.
     """
     repo_id = make_repo(name, args, "dataset")
-    # In private/, which is no part of the set, whatever is left there if this is killed.
-    with TemporaryDirectory(dir=make_private(private_folder(folder))) as aside:
+    hidden = make_private(private_folder(folder))  # no part of the set, if this is killed
+    with TemporaryDirectory(dir=hidden) as aside:
         files, count = collect_shards(folder, Path(aside))
         card = build_dataset_card(made_by, count, repo_id, args.hub_license)
         files[CARD] = insert_section(card, section).encode()
@@ -124,6 +125,8 @@ def publish_images(
             files[STATEMENT] = (json.dumps(made_by.statement, indent=2) + "\n").encode()
         finish = f"the same command again: the images in {folder} are not generated anew"
         address = upload(repo_id, files, args, "dataset", finish)
+    with suppress(OSError):  # there may be results of an evaluation
+        hidden.rmdir()
     if args.hub_collection is not None:
         join_collection(repo_id, "dataset", made_by.statement, args, finish)
     return address
@@ -170,7 +173,7 @@ def read_privacy(images: str, revision: str | None) -> tuple[dict | None, dict]:
                 print(f"warning: {images} {UNKNOWN_IMAGES}", file=sys.stderr)
             return None, {}
         if settings[SET_DIGEST] != hash_set(Path(images)):
-            problems.append("its images are not those that were drawn")
+            problems.append("its images, or files among them, are not those that were drawn")
     made_by, files = settings.get(ADAPTER_FILES, {}), statement.get("files", {})
     if any(made_by.get(name, digest) != digest for name, digest in files.items()):
         problems.append("it is about other weights than those that made the images")

@@ -96,8 +96,8 @@ class DiT(Family):
     def count_cut(self, captions: list[str]) -> int:
         return 0
 
-    def check_classes(self, captions: list[str]) -> None:
-        """Each label is a class of its own."""
+    def count_alike(self, captions: list[str]) -> int:
+        return 0
 
     @staticmethod
     def is_attention(name: str) -> bool:

@@ -245,16 +245,10 @@ class Family(ABC):
         tokens = self.tokenizers[-1](captions, verbose=False).input_ids
         return sum(len(ids) > self.longest_caption for ids in tokens)
 
-    def check_classes(self, captions: list[str]) -> None:
-        """Raises: UsageError if two of them are the same to the model, which cuts long ones."""
-        read, longest = {}, self.longest_caption
-        for caption in captions:
-            ids = self.tokenizers[-1](caption, verbose=False).input_ids[: longest - 1]
-            if (other := read.setdefault(tuple(ids), caption)) != caption:
-                raise UsageError(
-                    f"the model reads {longest} tokens, to which '{other}' and '{caption}' are the "
-                    "same: give a shorter --caption_template, or shorter names of classes"
-                )
+    def count_alike(self, captions: list[str]) -> int:
+        """How many captions are to the (last) text encoder, which cuts long ones, as another is."""
+        tokens = self.tokenizers[-1](captions, verbose=False).input_ids if captions else []
+        return len(tokens) - len({tuple(ids[: self.longest_caption - 1]) for ids in tokens})
 
     @property
     def longest_caption(self) -> int:
