@@ -5,6 +5,9 @@ import stat
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
 
 from tests.conftest import read_json
 from utils.arguments.audit import MUTANTS
@@ -15,7 +18,10 @@ from utils.audit.auditing import (
     measure,
     spread,
 )
+from utils.audit.canaries import add_noise_images
 from utils.audit.mutants import PIECES
+from utils.data.images import ImageRows, find_readable_rows
+from utils.data.private_set import PrivateSet
 from utils.data.rows import load_split
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
@@ -151,3 +157,14 @@ def test_an_audit_of_private_images_is_recorded_and_stays_private(
     run = run_script("audit_privacy.py", *public, tmp_path / "other.jsonl")
     assert run.returncode == 0 and (tmp_path / "audit" / "audit.json").exists()
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_no_canary_carries_the_caption_of_somebody_else():
+    """Whose presence would then change the gradient of every canary."""
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(2)]
+    rows = Dataset.from_dict({"image": images})
+    digests = find_readable_rows(ImageRows(rows, "image")).digests
+    ordinary = PrivateSet(rows, "image", ["a rare disease", "b"], torch.arange(2), {}, digests)
+    together = add_noise_images(ordinary, 3, 8)
+    assert list(together.captions) == ["a rare disease", "b", "", "", ""]
+    assert together.unit_of_row.tolist() == [0, 1, 2, 3, 4] and len(together.rows) == 5
