@@ -59,10 +59,12 @@ def train_arguments(base, images, output, *more):
     ]
 
 
-def build_tiny_pipeline(prediction_type: str = "v_prediction", channels: tuple = (8, 16)):
+def build_tiny_pipeline(
+    prediction_type: str = "v_prediction", channels: tuple = (8, 16), text_length: int = 8
+):
     """A StableDiffusionPipeline of about 100,000 random weights, for 16 x 16 images."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer([f"the digit {d}" for d in range(10)], 600, 8)
+    tokenizer = build_tokenizer([f"the digit {d}" for d in range(10)], 600, text_length)
     return assemble_pipeline(
         build_autoencoder((8, 16)),
         build_text_encoder(tokenizer, 16, 1),

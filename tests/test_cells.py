@@ -168,6 +168,6 @@ def test_rows_are_described_as_they_are():
 def test_a_step_that_shares_its_work_is_started_by_torchrun(tmp_path):
     log = tmp_path / "log"
     assert table.call(["sample.py", "--help"], log, 2).count("usage:") == 2
-    assert table.call(["relabel.py", "--help"], log, 2).count("usage:") == 1
+    assert table.call(["release_means.py", "--help"], log, 2).count("usage:") == 1
     with pytest.raises(RuntimeError, match="^privacy_report.py failed: see"):
         table.call(["privacy_report.py", "verify", "nowhere"], log, 2)

@@ -173,19 +173,19 @@ SMALL = {
 @pytest.mark.parametrize(
     "recipe", [r for r in RECIPES if not str(r).startswith(LOCAL) and r.stem != "base"], ids=str
 )
-def test_it_runs_to_the_end_on_a_small_model_of_its_makers_layout(
-    recipe, monkeypatch, tmp_path, tiny_base
-):
+def test_it_runs_to_the_end_on_a_small_model_of_its_makers_layout(recipe, monkeypatch, tmp_path):
     """The command in its head, all that it sets but the sizes; then its adapter draws."""
     train, _ = read_commands(recipe)
     module, arguments = find_main(train)
     base = read_yaml(ROOT / recipe)["pretrained_model_name_or_path"]
-    small, side = tiny_base, 16
+    small, side = tmp_path / "base", 32
     if base in MAKERS:
-        small, side = build_layout(MAKERS[base], tmp_path / "base"), 32
-    if base in FLOWS:
-        small, side = tmp_path / "base", 32
+        small = build_layout(MAKERS[base], small)
+    elif base in FLOWS:
         build_family(FLOWS[base]).save_pretrained(small)
+    else:
+        side = 16
+        build_tiny_pipeline(text_length=77).save_pretrained(small)
     more = ["--pretrained_model_name_or_path", small, "--output_dir", tmp_path / "run"]
     more += ["--resolution", side, *make_private_set(recipe.parts[1], tmp_path / "private")]
     more += [word for name, value in SMALL.items() for word in (f"--{name}", value)]

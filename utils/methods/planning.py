@@ -230,7 +230,7 @@ def reserve(
     """
     plan = plan_for(found.num_units)
     content = {"dataset_name", "train_data_dir"}  # of which `load_private_set` compares what counts
-    data = {k: v for k, v in agreed["data"].items() if k not in content}
+    data = {k: v for k, v in agreed.get("data", {}).items() if k not in content}
     require_alike(plan.bounds() | agreed | {"data": data, "code": find_commit()})
     spent = account(plan.events(), plan.delta)  # if the accountants disagree, nothing is reserved
 
