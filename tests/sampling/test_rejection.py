@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import read_json, train_arguments, train_here
 from utils.ledger.statement import STOPPED
@@ -94,6 +95,20 @@ def test_a_finished_set_with_other_images_is_not_taken_for_it(
     first.write_bytes(second.read_bytes())
     assert "other images, or files, than were drawn" in draw(tiny_base, tmp_path / "set", *more)
     assert read_sampling(str(tmp_path / "set"))["set"] == digest
+
+
+def test_a_picture_among_those_that_are_being_drawn_is_none_of_them(tiny_base, tmp_path):
+    """The digest of the whole set would else call it drawn."""
+    draw(tiny_base, tmp_path / "set")
+    record = tmp_path / "set" / "sampling.json"
+    unfinished = {k: v for k, v in json.loads(record.read_text()).items() if k != "set"}
+    record.write_text(json.dumps(unfinished))
+    (tmp_path / "set" / "000003.png").unlink()
+    Image.new("RGB", (16, 16)).save(tmp_path / "set" / "scan.png")
+    assert "scan.png lies among the images, and was not drawn" in draw(tiny_base, tmp_path / "set")
+    assert "set" not in read_sampling(str(tmp_path / "set"))
+    (tmp_path / "set" / "scan.png").unlink()
+    assert "10 images" in draw(tiny_base, tmp_path / "set")
 
 
 def test_another_set_may_judge(tiny_base, tmp_path, monkeypatch):
