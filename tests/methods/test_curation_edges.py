@@ -155,6 +155,14 @@ def test_images_of_other_classes_do_not_vote_for_those_of_one(capsys):
     assert "votes for any candidate, whatever its label" in capsys.readouterr().err
 
 
+def test_a_vote_states_the_precision_of_what_sees_the_images(
+    public, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(story, "name_precision", lambda _: "bf16")  # a process can have but one
+    curate(public, image_folder, tmp_path / "run", "--target_epsilon", 3)
+    assert read_json(tmp_path / "run" / "privacy.json")["precision"] == "bf16"
+
+
 @pytest.mark.parametrize("strength", [0.07, 0.3, 1.0])
 def test_a_variation_takes_at_least_one_step(public, image_folder, tmp_path, strength):
     more = ["--target_epsilon", 3, "--rounds", 2, "--variation_strength", strength]
