@@ -190,8 +190,8 @@ def plan(args: PlanArguments) -> None:
         else:
             args.expected_batch_size = run["expected_batch_size"]
             args.max_train_steps = run["steps"]
-    if unseen := [s for s in ("warm_start", "saliency_file") if config.get(s) and run is None]:
-        print(f"warning: what --{unseen[0]} of the config cost is left out here", file=sys.stderr)
+    if unseen := [f"--{s}" for s in BEFORE if config.get(s) and run is None]:
+        print(f"warning: without what {' and '.join(unseen)} cost", file=sys.stderr)
     fill_in(args, config)
     from utils.privacy.accounting import account
     from utils.privacy.plan import calibrate_table, make_plan
@@ -248,6 +248,7 @@ def give_up(args: GiveUpArguments) -> None:
     print(f"run {args.run} is charged for the {released} steps that it released, and no more")
 
 
+BEFORE = ("warm_start", "saliency_file")  # what a run may build on
 PICTURES = (".png", ".pdf", ".svg")
 WORK = {
     ShowArguments: show,

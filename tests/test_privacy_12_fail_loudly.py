@@ -145,8 +145,9 @@ def test_a_lora_whose_layer_packs_tokens_is_an_error():
             model(torch.ones(6, 4, 4)).sum().backward()
 
 
+@pytest.mark.parametrize("faint", [1.0, 1e-6])  # as the gradients of large models are
 @pytest.mark.parametrize("mixed", ["images", "captions"])
-def test_a_model_that_mixes_rows_is_found_before_any_image_is_read(mixed):
+def test_a_model_that_mixes_rows_is_found_before_any_image_is_read(mixed, faint):
     pipeline = build_tiny_pipeline()
     unet = pipeline.unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -158,7 +159,9 @@ def test_a_model_that_mixes_rows_is_found_before_any_image_is_read(mixed):
             sample = sample - sample.mean(0, keepdim=True) / 2
         else:
             words = words.flip(0)
-        return whole(sample, timesteps, words, **more)
+        found = whole(sample, timesteps, words, **more)
+        found.sample = faint * found.sample
+        return found
 
     unet.forward = mix
     with pytest.raises(UsageError, match="mixes the rows"):

@@ -107,21 +107,24 @@ def require_alike(told: dict) -> None:
     """
     from accelerate.utils import gather_object
 
-    every = [dict(_flatten(each)) for each in gather_object([told])]
-    names = dict.fromkeys(name for each in every for name in each)
-    values = {name: dict.fromkeys(str(each.get(name)) for each in every) for name in names}
-    differ = [f"{name}: {' and '.join(v)}" for name, v in values.items() if len(v) > 1]
-    if differ:
+    first, *others = gather_object([told])
+    found = [difference for other in others for difference in find_differences(first, other)]
+    if found:
+        differ = dict.fromkeys(f"{name}: {here} and {there}" for name, here, there in found)
         raise UsageError(
             f"the processes were not started alike ({'; '.join(differ)}): give all of them the "
             "same command, files and version of this code"
         )
 
 
-def _flatten(told: dict) -> Iterator[tuple[str, object]]:
-    for name, value in told.items():
-        inside = _flatten(value) if isinstance(value, dict) else None
-        yield from [(name, value)] if inside is None else ((f"{name}.{n}", v) for n, v in inside)
+def find_differences(one: dict, other: dict) -> Iterator[tuple[str, object, object]]:
+    """What two nested dictionaries do not share: its name, and both values; None where it lacks."""
+    for name in dict.fromkeys([*one, *other]):
+        mine, theirs = one.get(name), other.get(name)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            yield from find_differences(mine, theirs)
+        elif mine != theirs:
+            yield name, mine, theirs
 
 
 def run_script(main: Callable[[], None]) -> None:

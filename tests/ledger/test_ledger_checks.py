@@ -125,12 +125,22 @@ def test_checkpoints_must_be_of_steps_that_their_run_released(tmp_path):
     released = [record("release", step=1), record("release", run="b", step=2)]
     found = check_checkpoints([RESERVE, *released, record("wrote", step=3)], tmp_path)
     assert found == [f"the ledger did not release checkpoint-{step}" for step in (2, 3)]
+    taken_back = [RESERVE, record("release", step=1), record("void", step=1)]
+    assert "the ledger did not release checkpoint-1" in check_checkpoints(taken_back, tmp_path)
     locate_checkpoint(tmp_path, 2).rename(locate_checkpoint(tmp_path, 4))
     (locate_checkpoint(tmp_path, 3) / "state.pt").unlink()
     released = [record("release", step=step) for step in (1, 2, 3, 4)]
     damaged, renamed = check_checkpoints(released, tmp_path)
     assert "checkpoint-3 is missing or damaged" in damaged
     assert renamed == "the ledger did not release checkpoint-4"
+
+
+def test_a_checkpoint_must_be_of_the_branch_that_it_names(tmp_path):
+    announce_checkpoint(tmp_path, 1)
+    save_checkpoint(tmp_path, 1, {}, {"run": "a", "branch": 0, "agreed": {}})
+    later = [record("release", step=1), record("void", step=1), record("release", 1, step=1)]
+    assert check_checkpoints(later, tmp_path) == ["the ledger did not release checkpoint-1"]
+    assert check_checkpoints([*later, record("wrote", step=1)], tmp_path) == []
 
 
 def record(kind: str, branch: int = 0, run: str = "a", **fields) -> dict:

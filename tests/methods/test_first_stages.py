@@ -254,7 +254,9 @@ def test_first_stages_are_planned_without_images(tiny_base, tmp_path):
     assert [plan["num_units"] for plan in plans] == [500] * 3
 
 
-def test_the_plan_of_a_config_counts_what_was_paid_before(tiny_base, image_folder, tmp_path):
+def test_the_plan_of_a_config_counts_what_was_paid_before(
+    tiny_base, image_folder, tmp_path, capsys
+):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "first", *SMALL)
     assert "grid.png" in train_here([*arguments, "--target_epsilon", 5], "release_means")
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--warm_start_steps", 2)
@@ -270,6 +272,13 @@ def test_the_plan_of_a_config_counts_what_was_paid_before(tiny_base, image_folde
     shown = train_here([*plan, "--plot", tmp_path / "plan.png"], "privacy_report")
     assert f"noise multiplier {planned['noise_multiplier']:.4f} after means is epsilon" in shown
     assert f"epsilon {planned['epsilon']['add_or_remove_one']:.3f}" in shown
+    capsys.readouterr()
+    for more in (["--noise_multiplier", 1], []):  # of another budget; of a base that is not here
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+        alone = train_here([*plan, *more, "--plot", tmp_path / "plan.png"], "privacy_report")
+        assert " after means" not in alone and "is epsilon" in alone
+        assert "without what --warm_start cost" in capsys.readouterr().err
+        config["pretrained_model_name_or_path"] = "no/such/model"
 
 
 def test_a_selection_after_a_warm_start_shares_its_ledger(tiny_base, image_folder, tmp_path):

@@ -111,6 +111,14 @@ def test_an_adapter_that_does_not_fit_is_refused(misfit, tmp_path):
         load_adapter(pipeline, tmp_path / "adapter")
 
 
+def test_a_denoiser_is_not_read_from_a_pickle(tiny_base, tmp_path):
+    """Which may run anything, and no statement names."""
+    load_pipeline(str(tiny_base)).unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
+    assert list(tmp_path.glob("unet/*.bin"))
+    with pytest.raises(UsageError, match="cannot load the adapter"):
+        load_adapter(load_pipeline(str(tiny_base)), tmp_path)
+
+
 def test_alpha_is_among_the_digests_of_a_peft_adapter(tmp_path):
     save_adapted("dit", tmp_path / "adapter", lora_alpha=5)
     before, path = hash_adapter(tmp_path / "adapter"), tmp_path / "adapter" / "adapter_config.json"

@@ -14,20 +14,31 @@ from utils.privacy.training import TrainingState, private_steps
 
 OTHERWISE = """
 import os, runpy, sys
+from utils.methods import planning
 sys.argv[0] = os.path.join(os.environ["PYTHONPATH"], "train_dp_lora.py")
+planning.find_commit = lambda: "a"
 if os.environ["RANK"] == "1":
-    sys.argv += ["--max_grad_norm", "1000"]
+    DIFFERENCE
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_processes_that_were_told_different_bounds_stop(tiny_base, image_folder, tmp_path):
-    """Two machines, each with a command of its own: but one bound is on record."""
-    (script := tmp_path / "otherwise.py").write_text(OTHERWISE)
+@pytest.mark.parametrize(
+    "difference, said",
+    [
+        ('sys.argv += ["--max_grad_norm", "1000"]', "max_grad_norm: 0.1 and 1000.0"),
+        ('planning.find_commit = lambda: "b"', "code: a and b"),
+    ],
+)
+def test_processes_that_were_not_started_alike_stop(
+    tiny_base, image_folder, tmp_path, difference, said
+):
+    """Two machines, each with a command and a checkout of its own: but one bound is on record."""
+    (script := tmp_path / "otherwise.py").write_text(OTHERWISE.replace("DIFFERENCE", difference))
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--max_grad_norm", 0.1)
     found = forked(2, script, *arguments)
     assert found.returncode == 2
-    assert "not started alike (max_grad_norm: 0.1 and 1000.0)" in found.stderr
+    assert f"not started alike ({said})" in found.stderr
     assert not list(tmp_path.rglob("ledger.jsonl"))
 
 
@@ -36,7 +47,7 @@ def test_the_engine_itself_compares_the_plans_of_processes(monkeypatch):
     require_alike(told)
     others = [told, told | {"method": {"votes": 20}}]
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: others)
-    with pytest.raises(UsageError, match=r"not started alike \(method.votes: 2 and 20\)"):
+    with pytest.raises(UsageError, match=r"not started alike \(votes: 2 and 20\)"):
         require_alike(told)
     layer = torch.nn.Linear(2, 2)
     state = TrainingState(PerUnitGradients(layer), torch.optim.SGD(layer.parameters(), 1.0), None)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import ClassLabel, Dataset, Value
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
@@ -52,7 +52,9 @@ def list_class_captions(rows: Dataset, data: DataArguments) -> list[str]:
     template, column = find_used_template(data), data.label_column
     if template is None or hasattr(rows.features[column], "feature"):
         return []
-    return [fill_template(template, name) for name in sorted(set(read_labels(rows, column)))]
+    feature = rows.features[column]
+    names = feature.names if isinstance(feature, ClassLabel) else read_labels(rows, column)
+    return [fill_template(template, name) for name in sorted(set(names))]
 
 
 def show_private_set(private_set: PrivateSet, resolution: int, output_dir: str | Path) -> None:

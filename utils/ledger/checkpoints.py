@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, find_differences
 from utils.files import hash_file, replace_file, sync_folder, write_durably
 
 SCHEMA_VERSION = 1
@@ -155,11 +155,4 @@ def find_newest_intact(folder: Path) -> tuple[Path, list[str]]:
 
 def list_differences(then: dict, now: dict) -> list[str]:
     """What changed between two nested dictionaries, as "name was ..., is ...", for people."""
-    changed = []
-    for key in [*then, *(key for key in now if key not in then)]:
-        old, new = then.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += list_differences(old, new)
-        elif old != new:
-            changed.append(f"{key} was {old}, is {new}")
-    return changed
+    return [f"{name} was {old}, is {new}" for name, old, new in find_differences(then, now)]

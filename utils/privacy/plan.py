@@ -186,13 +186,13 @@ def summarise_plan(plan: PrivacyPlan, spent: Spent) -> dict:
 
 def calibrate_table(plan: PrivacyPlan, targets: set[float]) -> list[dict]:
     """The noise multiplier that `plan` would need for each target epsilon, smallest first; of those
-    above what it builds on."""
+    that are above what it builds on, and that some noise reaches."""
     table, spent = [], pld_epsilon(list(plan.prior), plan.delta) if plan.prior else 0.0
     terms = (plan.delta, plan.sampling_rate, plan.steps, plan.prior)
     for target in tqdm(sorted(t for t in targets if t > spent), "calibrating", leave=False):
         try:
             sigma = calibrate_noise_multiplier(target, *terms)
-        except UsageError:  # hardly more than what it builds on
+        except UsageError:
             continue
         table.append({"epsilon": target, "noise_multiplier": sigma})
     return table
