@@ -4,6 +4,7 @@ images: it goes to OUTPUT_DIR/private.
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,9 @@ def draw_sheet(private_set: PrivateSet, resolution: int) -> Image.Image:
 
 def _write_below(image: Image.Image, caption: str) -> Image.Image:
     """On a tile wide enough to read it."""
-    caption = caption or "(no caption)"
-    starts = range(0, min(len(caption), LINES * PER_LINE), PER_LINE)
-    lines = [caption[start : start + PER_LINE] for start in starts]
-    lines[-1] += "…" if len(caption) > LINES * PER_LINE else ""
+    whole = textwrap.wrap(caption, PER_LINE) or ["(no caption)"]
+    lines = whole[:LINES]
+    lines[-1] += "…" if len(whole) > LINES else ""
     tile = Image.new("RGB", (SIDE + 8, image.height + 12 * LINES + 8), "white")
     tile.paste(image, ((tile.width - image.width) // 2, 4))
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 10)
