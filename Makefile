@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
+TESTS ?= not slow
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-latest test-lowest audit mutants style format space base
@@ -20,10 +21,10 @@ demo: .venv/.installed  ## a private adapter for real handwritten digits, from n
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed  ## run the tests but the slowest (12 to 20 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal -m "$(TESTS)"
 
 test-all: .venv/.installed  ## run all tests (half an hour or more)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(nproc) --dist worksteal
+	$(MAKE) test TESTS=
 
 test-latest:  ## make test with the newest of everything but torch: which pins can move?
 	$(PYTHON) -m venv .venv-latest

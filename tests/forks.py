@@ -46,9 +46,9 @@ def run_in_fork(
     read = {key: value for key, value in environment.items() if key.startswith("HF_")}
     read.pop("HF_TOKEN", None)
     server = _start(tuple(sorted(read.items())))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as held:
         streams = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        ranks = _list_ranks(processes) if processes else [{}]
+        ranks = _list_ranks(held, processes) if processes else [{}]
         work = [command, str(cwd), [environment | rank for rank in ranks], streams]
         print(json.dumps(work), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
@@ -56,13 +56,13 @@ def run_in_fork(
     return subprocess.CompletedProcess(command, code, *shown)
 
 
-def _list_ranks(processes: int) -> list[dict]:
-    """What torchrun tells each process of one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _list_ranks(held: socket.socket, processes: int) -> list[dict]:
+    """What torchrun tells each process of one machine, where `held` keeps their port from others:
+    the first process may listen there all the same, nobody else is given it."""
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
     common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": held.getsockname()[1]}
     each = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [{name: str(value) for name, value in rank.items()} for rank in each]
 

@@ -200,7 +200,7 @@ def main():
     args = parser.parse_args()
     arguments = train_arguments(args.base, args.images, args.folder / "reference")[:-2]
     arguments += ["--max_train_steps", STEPS, "--checkpointing_steps", EVERY, "--rank", 2]
-    arguments += ["--num_validation_images", 1, "--noise_multiplicity", 1]
+    arguments += ["--num_validation_images", int(args.random > 0), "--noise_multiplicity", 1]
     at = arguments.index("--target_epsilon")
     arguments[at : at + 2] = ["--noise_multiplier", SIGMA]
 

@@ -120,6 +120,7 @@ def kill_last_stages(base: Path, images: Path, folder: Path, before: list[dict])
         assert in_a_child(command, script=script) == 0
         expected = read_charges(ledger)
         assert expected[:-1] == before and expected[-1]["steps"] == steps, expected
+        account(expected, DELTA), membership_power(expected)  # what the forks would compute again
         ledger = output.with_suffix(".jsonl")
         go_on(script, [*options, "--privacy_ledger", ledger], output, ledger, expected, points)
 
@@ -138,7 +139,7 @@ def main():
     at = command.index("--output_dir")
     del command[at : at + 2]
     command += ["--rank", 2, "--checkpointing_steps", 2, "--noise_multiplicity", 1]
-    command += ["--num_validation_images", 1, "--warm_start_steps", 1]
+    command += ["--num_validation_images", 0, "--warm_start_steps", 1]
     command += ["--release_means", "--select_saliency"]
     whole = args.folder / "whole"
     assert in_a_child([*command, "--output_dir", whole], script=train_dp_lora) == 0

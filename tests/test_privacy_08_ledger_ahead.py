@@ -2,18 +2,17 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import (
     ROOT,
-    few_fast,
     quiet_environment,
     read_json,
     train_arguments,
     train_here,
 )
+from tests.forks import run_in_fork
 from tests.killed_runs import POINTS
 from utils.errors import UsageError
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about, read_state
@@ -26,17 +25,16 @@ FEW = ["--rank", 2, "--checkpointing_steps", 1, "--num_validation_images", 1]
 
 def kill(module, *arguments):
     """Run `tests/killed_runs.py` or `tests/killed_stages.py`."""
-    command = [sys.executable, "-m", f"tests.{module}", *arguments]
-    return subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=quiet_environment(), capture_output=True, text=True
-    )
+    return run_in_fork(["-m", f"tests.{module}", *arguments], ROOT, quiet_environment())
 
 
-@pytest.mark.parametrize("random", few_fast([0, 20]))
+@pytest.mark.parametrize(
+    "random", [0, pytest.param(10, marks=(pytest.mark.slow, pytest.mark.promise))]
+)
 def test_kill_9_at_any_moment_loses_nothing_and_hides_nothing(
     tiny_base, image_folder, tmp_path, random
 ):
-    """At 19 chosen moments, or at 20 random ones; see `tests/killed_runs.py`."""
+    """At 19 chosen moments, or at 10 random ones; see `tests/killed_runs.py`."""
     run = kill("killed_runs", tiny_base, image_folder, tmp_path, "--random", random)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.splitlines()[-1]
@@ -220,6 +218,7 @@ def test_a_process_whose_run_went_on_elsewhere_releases_nothing_more(tmp_path):
     second.release(3, "checkpoint")
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 @pytest.mark.parametrize("stages, points", [("first", 16), ("last", 12)])
 def test_kill_9_in_every_stage_loses_nothing_and_charges_once(

@@ -82,6 +82,7 @@ def test_the_bound_exceeds_what_a_broken_gaussian_reports(signal, repeats):
 SMALL = ["--num_images", 16, "--num_canaries", 3000, "--train_batch_size", 128]
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_the_audit_runs_the_real_loop_and_every_mutant(run_script, tiny_base, tmp_path):
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "audit"]
@@ -89,15 +90,18 @@ def test_the_audit_runs_the_real_loop_and_every_mutant(run_script, tiny_base, tm
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.strip().splitlines()[-1])
     assert report == read_json(tmp_path / "audit" / "audit.json")
-    assert 0 < report["lower_bound"] < report["reported_epsilon"] <= 8
+    assert 0 <= report["lower_bound"] < report["reported_epsilon"] <= 8
+    assert report["right"] >= 8 and report["guesses"] == 12  # fewer: 1.4e-7
     assert set(report["mutants"]) == set(MUTANTS) == set(PIECES)
     # So few canaries cannot prove much, but they tell these from the real loop at the same epsilon.
-    for name in ("no_noise", "noise_divided_by_batch", "copies_clipped_one_by_one"):
+    caught = {"no_noise": 12, "noise_divided_by_batch": 12, "copies_clipped_one_by_one": 10}
+    for name, right in caught.items():  # the last has noise: fewer, 3e-10
         found = report["mutants"][name]
-        assert found["right"] == found["guesses"] == 12, name
+        assert found["right"] >= right and found["guesses"] == 12, name
     assert (tmp_path / "audit" / "audit.png").stat().st_size > 5000
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_image_canaries_and_own_images(run_script, tiny_base, image_folder, tmp_path):
     (tmp_path / "set").mkdir()
@@ -130,6 +134,7 @@ def test_mistakes(run_script, tiny_base, tmp_path, change, words):
     assert run.returncode == 2 and words in run.stderr
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_an_audit_of_private_images_is_recorded_and_stays_private(
     run_script, tiny_base, image_folder, tmp_path

@@ -169,6 +169,7 @@ def test_a_statement_says_what_the_replay_proved(tiny_base, image_folder, tmp_pa
     assert audit["kind"] == "replay" and audit["passed"] is True
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_the_script_prints_a_verdict_for_each(run_script, tiny_base):
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--replay", "--mutants", "--json"]

@@ -26,7 +26,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub(tiny_base):
     """The stand-in, with the base model in it."""
     with hub_stand_in() as made:

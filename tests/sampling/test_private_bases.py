@@ -193,8 +193,8 @@ def test_weights_that_were_trained_are_no_public_base_wherever_they_are_saved(ti
     pipeline.to(torch.float16).save_pretrained(tmp_path / "merged")
     with pytest.raises(UsageError, match="put it beside model_index.json"):
         find(tmp_path / "merged")
-    (tmp_path / "merged" / STATEMENT).write_text(json.dumps(state()))
-    assert find(tmp_path / "merged").statement == state()
+    (tmp_path / "merged" / STATEMENT).write_text(json.dumps(told := state()))
+    assert find(tmp_path / "merged").statement == told
 
 
 def test_a_base_that_protects_another_unit_is_refused(private_base, adapter):

@@ -23,7 +23,7 @@ def parquet(tmp_path_factory):
     """60 and 20 grey images of two classes, as a folder of parquet files."""
     folder = tmp_path_factory.mktemp("parquet")
     generator = np.random.default_rng(0)
-    for split, count in (("train", 60), ("test", 20)):
+    for split, count in (("train", 600), ("test", 20)):
         pixels = generator.integers(0, 120, (count, 28, 28), dtype=np.uint8)
         pixels[1::2] += 120
         columns = {
@@ -37,7 +37,7 @@ def parquet(tmp_path_factory):
 
 def test_the_dp_sgd_classifier_learns_and_says_what_it_spent(run_script, parquet):
     arguments = ["--dataset_name", parquet, "--noise_multiplier", 0.5, "--target_delta", 1e-3]
-    arguments += ["--expected_batch_size", 30, "--max_train_steps", 12, "--learning_rate", 1.0]
+    arguments += ["--expected_batch_size", 300, "--max_train_steps", 12, "--learning_rate", 1.0]
     run = run_script("benchmarks/dp_sgd_classifier.py", *arguments, "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])

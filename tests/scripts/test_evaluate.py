@@ -199,9 +199,9 @@ def test_a_statement_that_claims_too_little_is_not_believed(folders, tmp_path, c
 
 def test_a_statement_is_credited_to_no_other_images(folders, tmp_path):
     images = shutil.copytree(folders / "synthetic", tmp_path / "images")
-    (images / "privacy.json").write_text(json.dumps(state()))
+    (images / "privacy.json").write_text(json.dumps(told := state()))
     (images / "sampling.json").write_text(json.dumps({"set": hash_set(images)}))
-    assert read_privacy(str(images), None)[0] == state()
+    assert read_privacy(str(images), None)[0] == told
     first, second, *_ = sorted(images.rglob("*.png"))
     first.write_bytes(second.read_bytes())
     with pytest.raises(UsageError, match="its images, or files among them, are not"):

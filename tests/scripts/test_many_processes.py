@@ -219,7 +219,7 @@ def test_a_mistake_that_one_process_sees_ends_all(tiny_base, image_folder, tmp_p
     (tmp_path / "run" / "other.txt").write_text("somebody else's")
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run")
     process = together(2, ROOT / "train_dp_lora.py", *arguments)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=600)[1]
     assert process.returncode != 0 and "already holds files" in said
 
 
@@ -269,7 +269,7 @@ def test_one_killed_process_ends_the_others_and_the_ledger_is_true(
     while len(list_steps(checkpoints)) < 2 and process.poll() is None:
         time.sleep(0.1)
     os.kill(list_children(process.pid)[victim], signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=600)[1]
     assert process.returncode != 0 and "another process ended" in said, said
 
     records = Ledger(output / "private" / "ledger.jsonl").records()

@@ -85,7 +85,7 @@ def test_sampling_and_evaluation(run_script, tiny_base, trained, image_folder, t
     ]
     arguments += ["--classifier_steps", 3, "--classifier_seeds", 2, "--evaluation_resolution", 16]
     arguments += ["--metrics", "utility"]
-    run = run_script("evaluate.py", *arguments, launch=True)
+    run = run_script("evaluate.py", *arguments)
     assert run.returncode == 0, run.stderr
     metrics = read_json(folder / "metrics.json")["accuracy"]
     assert 0 <= metrics["value"] <= 1 and metrics["covered_by_epsilon"] is False
@@ -105,7 +105,7 @@ def test_every_method_trains_and_what_it_leaves_can_be_sampled(
     run_script, tiny_base, image_folder, tmp_path, script, more, files
 ):
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *more)
-    run = run_script(script, *arguments, launch=True)
+    run = run_script(script, *arguments)
     assert run.returncode == 0, run.stderr
     there = {path.name for path in (tmp_path / "run").iterdir()}
     assert there == files | {"privacy.json", "sampling.json", "README.md", "samples", "private"}
@@ -138,8 +138,8 @@ def test_the_text_encoder_trains_under_the_same_clip_and_reloads(
     from utils.models.pipelines import load_pipeline
 
     pipeline = load_pipeline(str(tiny_base))
-    unfreeze(pipeline, LdmArguments(train_text_encoder=True))
     torch.manual_seed(0)
+    unfreeze(pipeline, LdmArguments(train_text_encoder=True))
     for name, parameter in pipeline.text_encoder.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.3)

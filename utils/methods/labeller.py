@@ -55,7 +55,8 @@ def fit_whitening(features: torch.Tensor) -> Whitening:
     centred = features.double() - mean
     values, directions = torch.linalg.eigh(centred.T @ centred / len(features))
     floor = FLOOR * values.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return Whitening(mean.float(), (directions / (values.clamp_min(0) + floor).sqrt()).float())
+    matrix = directions / (values.clamp_min(0) + floor).sqrt()
+    return Whitening(mean.float(), matrix.float().contiguous())  # in memory as it will be read back
 
 
 @dataclass(frozen=True)
