@@ -7,7 +7,8 @@
         means               the story of released means: sum, add noise, publish, draw a set
         curation            the story of a curation: votes, noise, publish; keep, or vary and repeat
         relabelling         the story of a relabelling: a private classifier, then new labels
-        naming              what that classifier says of images, now or later, at no cost
+        naming              what that classifier says of images, later, at no cost
+        agreement           ... where that is how they were drawn, and which are kept
         labeller            that classifier: linear, of features made white
         rendered            both as an autoencoder gives them back, before that classifier
         kept_sets           the set that a vote or a relabelling leaves

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from utils.arguments.relabelling import RelabellingArguments
 from utils.files import LABELLER, hash_file
 from utils.ledger.statement import STOPPED, UNKNOWN_BASE
 from utils.ledger.verification import find_problems, read_source
-from utils.methods import naming, relabelling
+from utils.methods import agreement, relabelling
 from utils.methods.election import Candidates
 from utils.sampling.paid_sets import find_set_ledger
 from utils.sampling.shards import hash_set
@@ -217,8 +218,8 @@ def test_a_run_that_has_released_nothing_keeps_its_folder(
 
 def test_a_class_that_nobody_agrees_about_is_not_lost():
     before, after = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 1, 1])
-    assert naming.find_agreed(before, after) == [0, 1, 3, 4, 5]
-    assert naming.find_agreed(before, before) == list(range(6))
+    assert agreement.find_agreed(before, after) == [0, 1, 3, 4, 5]
+    assert agreement.find_agreed(before, before) == list(range(6))
 
 
 def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
@@ -226,6 +227,24 @@ def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
     drawn = Candidates([*range(11)], [{"label": str(c)} for c in classes], classes)
     for equal, count in [(False, 11), (True, 9)]:
         args = RelabellingArguments(synthetic="unused", equal_classes=equal)
-        named = naming.Named(drawn, np.linspace(0.1, 0.9, 11))
-        kept = naming.choose_kept(drawn, named, args, accelerator)
+        named = agreement.Named(drawn, np.linspace(0.1, 0.9, 11))
+        kept = agreement.choose_kept(drawn, named, args, accelerator)
         assert kept.images == [0, 2, 4, 1, 6, 5, 3, 9, 8, 7, 10][:count]
+
+
+def test_labels_that_agree_by_chance_are_told_of(capsys):
+    """Cohen's kappa 0.2 is the most that is called slight."""
+    before, args = np.arange(100) % 4, RelabellingArguments(synthetic="unused")
+    named = {"as drawn": before, "by chance": np.roll(before, 1), "of one class": 0 * before}
+    named["in part"] = np.where(np.arange(100) < 60, before, np.roll(before, 1))
+    said = {}
+    for name, after in named.items():
+        agreement.warn_of_slight_agreement(before, after, args)
+        said[name] = capsys.readouterr().err
+    assert said["as drawn"] == said["in part"] == ""
+    assert "kappa -0.33" in said["by chance"] and "--autoencoder" in said["by chance"]
+    assert "kappa 0.00" in said["of one class"]
+    agreement.warn_of_slight_agreement(0 * before, 0 * before, args)
+    agreement.warn_of_slight_agreement(before, np.roll(before, 1), replace(args, autoencoder="b"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--autoencoder" not in line

@@ -94,9 +94,12 @@ def test_an_interrupted_run_goes_on_and_pays_once(public, image_folder, tmp_path
     assert read_json(tmp_path / "run" / "privacy.json")["precision"] == "bf16"
 
 
-def test_labels_follow_the_published_classifier_alone(public, image_folder, tmp_path):
+def test_labels_follow_the_published_classifier_alone(
+    public, tiny_base, image_folder, tmp_path, capfd
+):
     shown = relabel(public, image_folder, tmp_path / "run", "--target_epsilon", 3)
     assert "of 24 images got another label" in shown
+    assert f"--autoencoder {tiny_base} lets it see both alike" in capfd.readouterr().err
     file = load_file(tmp_path / "run" / "labeller.safetensors")
     assert file["weights"].shape == (4, 257)
     # From what is public alone, features were made white, and the images named.
@@ -148,7 +151,7 @@ def test_only_agreed_leaves_what_kept_its_label(public, image_folder, tmp_path):
 
 
 def test_private_and_synthetic_images_pass_through_the_autoencoder(
-    public, image_folder, tiny_base, tmp_path, monkeypatch
+    public, image_folder, tiny_base, tmp_path, monkeypatch, capfd
 ):
     """What made the features white is of the synthetic images as the autoencoder gives them back,
     and private images are read by the same extractor."""
@@ -161,6 +164,7 @@ def test_private_and_synthetic_images_pass_through_the_autoencoder(
     monkeypatch.setattr(story, "read_images", read)
     more = ["--target_epsilon", 3, "--autoencoder", tiny_base, "--relabel_steps", 4]
     assert "24 images" in relabel(public, image_folder, tmp_path / "run", *more)
+    assert "lets it see both alike" not in capfd.readouterr().err
     file = load_file(tmp_path / "run" / "labeller.safetensors")
     vae, side = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae"), 16
     pixels = [crop_to_pixels(Image.open(p), side) for p in sorted(public.glob("0*.png"))]

@@ -1,9 +1,9 @@
-"""What a published classifier says of synthetic images, and which of them are kept.
+"""What a published classifier says of synthetic images, later ones or again.
 
 The private images were paid for when the classifier learned from them (`relabelling`); naming
 images by it costs nothing, and can be done again, for more of them, or to keep others.
 
-Shapes: M images, of C classes; features of d numbers.
+Shapes: C classes; features of d numbers.
 """
 
 import json
@@ -12,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from utils.arguments.evaluation import ExtractorArguments
 from utils.arguments.publishing import PublishSetArguments
 from utils.arguments.relabelling import RelabellingArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
-from utils.data.images import tile_images
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
 from utils.files import LABELLER, LEDGER, explain_disk_errors, private_folder
@@ -30,31 +27,16 @@ from utils.ledger.reservations import find_ledger
 from utils.ledger.runs import find_earlier_branch
 from utils.ledger.statement import add_doubts, list_doubts
 from utils.ledger.verification import find_problems, read_source
+from utils.methods.agreement import choose_kept, name_images, save_changes
 from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
 from utils.methods.kept_sets import plan_files, prepare_repository, show_set
 from utils.methods.labeller import Whitening
 from utils.methods.rendered import see_rendered
 from utils.methods.stages import start
-from utils.methods.votes import keep_best
 from utils.sampling.generation import ADAPTER_FILES, hash_adapter
 from utils.sampling.paid_sets import PaidSet, find_covered_set
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import write_files
-
-CHANGES = "relabelled.png"
-SHOWN = 5  # rows of it
-
-
-@dataclass(frozen=True)
-class Named:
-    """Images under the classes that were found for them.
-
-    Attributes:
-        images: all M, renamed. sure: [M], the probability of that class.
-    """
-
-    images: Candidates
-    sure: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -238,61 +220,3 @@ def find_prompts(candidates: Candidates, names: list[str], args: RelabellingArgu
             f"--num_images {args.num_images}: there are {len(candidates.images)} images"
         )
     return [texts[name].pop() for name in names]
-
-
-def name_images(
-    candidates: Candidates, scores: torch.Tensor, names: list[str], prompts: list[str]
-) -> Named:
-    """Each image under the likeliest of its classes, by the scores [M, C], and its prompt."""
-    sure, found = scores.softmax(1).max(1)
-    entries = [
-        entry | {"text": prompts[number], "label": names[number]}
-        for entry, number in zip(candidates.entries, found.tolist(), strict=True)
-    ]
-    return Named(Candidates(candidates.images, entries, found.numpy()), sure.numpy())
-
-
-def choose_kept(
-    before: Candidates, named: Named, args: RelabellingArguments, accelerator: Accelerator
-) -> Candidates:
-    """The images that are left under their new names: the surest of every class, as they were
-    drawn one after another; the classes take turns."""
-    after, sure = named.images, named.sure
-    changed = int((after.classes != before.classes).sum())
-    accelerator.print(f"{changed} of {len(sure)} images got another label")
-    if args.only_agreed:
-        agreed = find_agreed(before.classes, after.classes)
-        others = len(agreed) - int((before.classes == after.classes).sum())
-        after, sure = after.select(agreed), sure[agreed]
-        more = f", and {others} of classes of which none does" if others else ""
-        accelerator.print(f"{len(agreed) - others} images are left, about which both agree{more}")
-    left = after.select(sorted(keep_best(sure, after.classes, args.num_images or len(sure))))
-    count = len(left.images)
-    if args.equal_classes:
-        sizes = np.unique(left.classes, return_counts=True)[1]
-        count = len(sizes) * int(sizes.min())
-        accelerator.print(f"{count} images are left, {sizes.min()} of each of {len(sizes)} classes")
-    as_drawn = -np.arange(len(left.images))  # so that the sheet does not show the surest
-    return left.select(keep_best(as_drawn, left.classes, count))
-
-
-def find_agreed(before: np.ndarray, after: np.ndarray) -> list[int]:
-    """Images whose class [M] stays; and those of a new class that no image of it stays in."""
-    agree = before == after
-    lost = ~np.isin(after, after[agree])
-    return (agree | lost).nonzero()[0].tolist()
-
-
-def save_changes(before: Candidates, named: Named, num_classes: int, folder: Path) -> None:
-    """relabelled.png: images that changed their class, the surest first; a column for each that
-    they came to."""
-    after = named.images.classes
-    changed = (before.classes != after).nonzero()[0]
-    order = changed[(-named.sure[changed]).argsort(kind="stable")]
-    blank = Image.new("RGB", before.images[0].size, "white")
-    columns = [
-        [before.images[i] for i in order[after[order] == number][:SHOWN].tolist()]
-        for number in range(num_classes)
-    ]
-    cells = [c[row] if row < len(c) else blank for row in range(SHOWN) for c in columns]
-    tile_images(cells, len(columns)).save(folder / CHANGES)

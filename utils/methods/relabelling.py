@@ -27,6 +27,7 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.trained_extractors import list_public_data
 from utils.files import LABELLER
 from utils.ledger.runs import Run
+from utils.methods.agreement import choose_kept, name_images, save_changes
 from utils.methods.classes import number_rows
 from utils.methods.election import Election, call_election, extract_candidates, join_ledger
 from utils.methods.kept_sets import leave_set, prepare_repository
@@ -38,10 +39,10 @@ from utils.methods.labeller import (
     fit_whitening,
     read_images,
 )
-from utils.methods.naming import choose_kept, find_prompts, name_images, save_changes
+from utils.methods.naming import find_prompts
 from utils.methods.planning import load_private_rows, preview, print_plan, reserve
 from utils.methods.private_run import save_between
-from utils.methods.rendered import see_rendered
+from utils.methods.rendered import see_rendered, tell_of_blur
 from utils.methods.stages import collect_settings, start
 from utils.models.drawing import adopt_template
 from utils.privacy.plan import PrivacyPlan
@@ -75,6 +76,7 @@ def run_relabelling(
     election, side = replace(election, extractor=extractor), extractor.resolution
     names, candidates = election.classes.names, election.candidates
     prompts = find_prompts(candidates, names, args)
+    tell_of_blur(args.autoencoder, args.synthetic, election.paid.settings)
     told = election.describe_circumstances(randomness, name_precision(accelerator))
 
     def plan_for(num_units: int) -> PrivacyPlan:
@@ -108,8 +110,7 @@ def run_relabelling(
 
     on_main_process(lambda: run.publish(export, plan))
     kept = choose_kept(candidates, named, args, accelerator)
-    did = {"relabelled": asdict(args) | about}
-    leave_set(kept, did, election.paid, plan, run, training, hub)
+    leave_set(kept, {"relabelled": asdict(args) | about}, election.paid, plan, run, training, hub)
 
 
 def learn(

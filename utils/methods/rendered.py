@@ -1,9 +1,11 @@
 """Images as an autoencoder gives them back, so that synthetic ones do not stand out by its blur."""
 
+import sys
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 
 from utils.data.images import scale_to_unit_range
 from utils.errors import UsageError
@@ -44,3 +46,15 @@ def see_rendered(extractor: Extractor, name: str | None, device: torch.device) -
     return replace(
         extractor, resolution=side, network=network, rendered_by=hash_weights(autoencoder)
     )
+
+
+def tell_of_blur(name: str | None, synthetic: str, settings: dict) -> None:
+    """Without an autoencoder `name`, say whose blur the images of the set `synthetic` may have, by
+    its sampling.json `settings`: that of the pipeline that drew them, if one did."""
+    drawn_by = settings.get("pretrained_model_name_or_path")
+    if name is None and drawn_by is not None and PartialState().is_main_process:
+        print(
+            f"the classifier learns from the private images as they are. If those of {synthetic} "
+            f"look softer, it may misread them: --autoencoder {drawn_by} lets it see both alike",
+            file=sys.stderr,
+        )
