@@ -234,7 +234,7 @@ def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
 
 def test_labels_that_agree_by_chance_are_told_of(capsys):
     """Cohen's kappa 0.2 is the most that is called slight."""
-    before, args = np.arange(100) % 4, RelabellingArguments(synthetic="unused")
+    before, args = np.arange(100) % 4, RelabellingArguments(synthetic="-", autoencoder="none")
     named = {"as drawn": before, "by chance": np.roll(before, 1), "of one class": 0 * before}
     named["in part"] = np.where(np.arange(100) < 60, before, np.roll(before, 1))
     said = {}
@@ -245,6 +245,6 @@ def test_labels_that_agree_by_chance_are_told_of(capsys):
     assert "kappa -0.33" in said["by chance"] and "--autoencoder" in said["by chance"]
     assert "kappa 0.00" in said["of one class"]
     agreement.warn_of_slight_agreement(0 * before, 0 * before, args)
-    agreement.warn_of_slight_agreement(before, np.roll(before, 1), replace(args, autoencoder="b"))
+    agreement.warn_of_slight_agreement(before, np.roll(before, 1), replace(args, autoencoder=None))
     (line,) = capsys.readouterr().err.splitlines()
     assert "--autoencoder" not in line

@@ -35,8 +35,8 @@ class RelabellingArguments:
     )
     autoencoder: str | None = option(
         "a public pipeline, folder or Hub id: the classifier sees private and synthetic images as "
-        "its autoencoder gives them back, so that its blur tells neither apart; name the base that "
-        "the images were drawn from",
+        "its autoencoder gives them back, so that its blur tells neither apart; default: the one "
+        "that drew the latter, if one did; none: as they are",
         None,
     )
     relabel_steps: int = option("private steps of the classifier, each on all private images", 200)

@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import multiclass_cohen_kappa
 from utils.arguments.relabelling import RelabellingArguments
 from utils.data.images import tile_images
 from utils.methods.election import Candidates
+from utils.methods.rendered import AS_THEY_ARE
 from utils.methods.votes import keep_best
 
 CHANGES = "relabelled.png"
@@ -82,7 +83,8 @@ def warn_of_slight_agreement(
     count = int(max(1, before.max(), after.max())) + 1
     kappa = multiclass_cohen_kappa(torch.tensor(after), torch.tensor(before), num_classes=count)
     if kappa <= SLIGHT:  # not a number if there is one class only
-        sharper = "" if args.autoencoder else ", or was taught by sharper ones (--autoencoder)"
+        as_they_are = args.autoencoder == AS_THEY_ARE
+        sharper = ", or was taught by sharper ones (--autoencoder)" if as_they_are else ""
         print(
             f"warning: the labels agree with how the images were drawn little more than by chance "
             f"(Cohen's kappa {kappa:.2f}; 1 is always). Either the prompts hardly show (more "

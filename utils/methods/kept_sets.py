@@ -83,6 +83,12 @@ def show_set(folder: Path, kept: Candidates, paid: PaidSet, hub: PublishSetArgum
 def find_maker(settings: dict) -> tuple[str | None, str | None]:
     """The base model and the adapter that drew a set, or the set that it was chosen from, by its
     sampling.json; None for what is fitted to released means."""
+    origin = find_origin(settings)
+    return origin.get("pretrained_model_name_or_path"), origin.get("adapter")
+
+
+def find_origin(settings: dict) -> dict:
+    """The sampling.json of the set that a set was chosen from, and that from, by its own."""
     while "from" in settings:
         settings = settings["from"]
-    return settings.get("pretrained_model_name_or_path"), settings.get("adapter")
+    return settings

@@ -31,7 +31,7 @@ from utils.methods.agreement import choose_kept, name_images, save_changes
 from utils.methods.election import OTHERWISE, Candidates, extract_candidates, read_candidates
 from utils.methods.kept_sets import plan_files, prepare_repository, show_set
 from utils.methods.labeller import Whitening
-from utils.methods.rendered import see_rendered
+from utils.methods.rendered import AS_THEY_ARE, choose_autoencoder, see_rendered
 from utils.methods.stages import start
 from utils.sampling.generation import ADAPTER_FILES, hash_adapter
 from utils.sampling.paid_sets import PaidSet, find_covered_set
@@ -58,6 +58,10 @@ class Labeller:
     @property
     def ledger(self) -> Ledger:
         return Ledger(private_folder(self.folder) / LEDGER)
+
+    @property
+    def sees_rendered(self) -> bool:
+        return self.extractor.get("rendered_by") is not None
 
     def check_extractor(self, extractor: Extractor) -> None:
         """Raises: UsageError if it learned from the features of another network."""
@@ -96,7 +100,9 @@ def name_more(
     candidates = number_classes(read_candidates(args.synthetic), labeller, args.synthetic)
     prompts = find_prompts(candidates, labeller.names, args)
     extractor = build_extractor(extracting, accelerator.device)
-    extractor = see_rendered(extractor, args.autoencoder, accelerator.device)
+    as_then = args.autoencoder or (None if labeller.sees_rendered else AS_THEY_ARE)
+    source = choose_autoencoder(as_then, paid.settings)
+    extractor = see_rendered(extractor, source, accelerator.device)
     labeller.check_extractor(extractor)
     accelerator.print(
         f"{len(candidates.images)} images are named by {labeller.folder}: no private image is "

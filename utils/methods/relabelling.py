@@ -42,7 +42,7 @@ from utils.methods.labeller import (
 from utils.methods.naming import find_prompts
 from utils.methods.planning import load_private_rows, preview, print_plan, reserve
 from utils.methods.private_run import save_between
-from utils.methods.rendered import see_rendered, tell_of_blur
+from utils.methods.rendered import choose_autoencoder, see_rendered
 from utils.methods.stages import collect_settings, start
 from utils.models.drawing import adopt_template
 from utils.privacy.plan import PrivacyPlan
@@ -72,11 +72,11 @@ def run_relabelling(
     public = on_main_process(lambda: list_public_data(extracting))
     found = load_private_rows(accelerator, data, training, public=public)
     election = call_election(args.synthetic, extracting, model, found, privacy, training)
-    extractor = see_rendered(election.extractor, args.autoencoder, accelerator.device)
+    source = choose_autoencoder(args.autoencoder, election.paid.settings)
+    extractor = see_rendered(election.extractor, source, accelerator.device)
     election, side = replace(election, extractor=extractor), extractor.resolution
     names, candidates = election.classes.names, election.candidates
     prompts = find_prompts(candidates, names, args)
-    tell_of_blur(args.autoencoder, args.synthetic, election.paid.settings)
     told = election.describe_circumstances(randomness, name_precision(accelerator))
 
     def plan_for(num_units: int) -> PrivacyPlan:

@@ -12,26 +12,51 @@ from utils.errors import UsageError
 from utils.evaluation.features import Extractor, hash_weights
 from utils.ledger.bases import read_base_statement
 from utils.memory import images_at_once
+from utils.methods.kept_sets import find_origin
 from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 
+AS_THEY_ARE = "none"  # in place of a pipeline's name
+Source = tuple[str, str | None, str | None]  # of a pipeline: folder or Hub id, revision, variant
 
-def see_rendered(extractor: Extractor, name: str | None, device: torch.device) -> Extractor:
+
+def choose_autoencoder(name: str | None, settings: dict) -> Source | None:
+    """Whose autoencoder private and synthetic images are seen through: of the pipeline `name`; by
+    default, of the one that drew the set whose sampling.json is `settings`, and say so. None, for
+    the name none or if no pipeline drew the set: as they are."""
+    if name is not None:
+        return None if name == AS_THEY_ARE else (name, None, None)
+    origin = find_origin(settings)
+    drawn_by = origin.get("pretrained_model_name_or_path")
+    if drawn_by is None:
+        return None
+    if PartialState().is_main_process:
+        print(
+            f"private and synthetic images are seen as the autoencoder of {drawn_by}, which drew "
+            f"the latter, gives them back (--autoencoder {AS_THEY_ARE}: as they are)",
+            file=sys.stderr,
+        )
+    return drawn_by, origin.get("revision"), origin.get("variant")
+
+
+def see_rendered(extractor: Extractor, source: Source | None, device: torch.device) -> Extractor:
     """`extractor`, of images that the autoencoder of a public pipeline has encoded and decoded.
 
     Args:
-        name: of the pipeline: a folder or Hub id; None leaves the extractor as it is.
+        source: of the pipeline; None leaves the extractor as it is.
 
     Raises:
         UsageError: the pipeline is a private result; see `load_pipeline`.
     """
-    if name is None:
+    if source is None:
         return extractor
-    if read_base_statement(name, None)[0] is not None:
+    name, revision, _ = source
+    if read_base_statement(name, revision)[0] is not None:
         raise UsageError(
-            f"--autoencoder {name} is a private result itself: name the public model it began as"
+            f"--autoencoder {name} is a private result itself: name the public model it began as; "
+            f"or {AS_THEY_ARE}, to see images as they are"
         )
-    pipeline = load_pipeline(name)
+    pipeline = load_pipeline(*source, allow_distilled=True)  # nothing of it is trained
     autoencoder, side = pipeline.vae.to(device), find_family(pipeline).native_resolution
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -46,15 +71,3 @@ def see_rendered(extractor: Extractor, name: str | None, device: torch.device) -
     return replace(
         extractor, resolution=side, network=network, rendered_by=hash_weights(autoencoder)
     )
-
-
-def tell_of_blur(name: str | None, synthetic: str, settings: dict) -> None:
-    """Without an autoencoder `name`, say whose blur the images of the set `synthetic` may have, by
-    its sampling.json `settings`: that of the pipeline that drew them, if one did."""
-    drawn_by = settings.get("pretrained_model_name_or_path")
-    if name is None and drawn_by is not None and PartialState().is_main_process:
-        print(
-            f"the classifier learns from the private images as they are. If those of {synthetic} "
-            f"look softer, it may misread them: --autoencoder {drawn_by} lets it see both alike",
-            file=sys.stderr,
-        )
