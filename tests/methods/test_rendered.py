@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import train_here
+from tests.families import SIDE
 from tests.methods.test_relabelling import EXTRACTOR, relabel
 from utils.arguments.evaluation import ExtractorArguments
 from utils.data.images import crop_to_pixels
@@ -49,7 +50,7 @@ def test_private_and_synthetic_images_pass_through_the_autoencoder(
         extractor, ((seen.clamp(-1, 1) + 1) * 127.5).round().byte(), Accelerator()
     )
     assert torch.allclose(fit_whitening(features).mean, file["mean"], atol=1e-3)
-    rendered = see_rendered(extractor, (str(tiny_base), None, None), torch.device("cpu"))
+    rendered = see_rendered(extractor, (str(tiny_base), None, None, side), torch.device("cpu"))
     assert rendered.resolution == side and "rendered_by" in rendered.about()
     assert [reader.about() for reader in readers] == [rendered.about()]
     assert "rendered_by" not in extractor.about()
@@ -79,12 +80,13 @@ def test_the_autoencoder_of_a_private_result_is_refused(drawn, image_folder, tmp
 
 def test_it_is_that_of_the_pipeline_that_drew_the_set(capfd):
     base = {"pretrained_model_name_or_path": "user/base", "revision": "v1", "variant": "fp16"}
+    base["resolution"] = 256
     chosen = {"curated": {}, "from": {"relabelled": {}, "from": base}}
     for settings in (base, chosen):
-        assert choose_autoencoder(None, settings) == ("user/base", "v1", "fp16")
+        assert choose_autoencoder(None, settings) == ("user/base", "v1", "fp16", 256)
         assert "--autoencoder none: as they are" in capfd.readouterr().err
         assert choose_autoencoder("none", settings) is None
-        assert choose_autoencoder("other", settings) == ("other", None, None)
+        assert choose_autoencoder("other", settings) == ("other", None, None, 256)
     assert choose_autoencoder(None, {"release": ["moments"]}) is None  # no pipeline drew those
     assert capfd.readouterr().err == ""
 
@@ -93,7 +95,7 @@ def test_every_family_gives_images_back(family_base):
     """In rows that are functions of their own image, and of nothing else."""
     weights = ExtractorArguments("classifier", classifier_weights=str(EXTRACTOR[-1]))
     extractor = build_extractor(weights, torch.device("cpu"))
-    source = (str(family_base), None, None)
+    source = (str(family_base), None, None, SIDE)
     rendered = see_rendered(extractor, source, torch.device("cpu"))
     pixels = torch.randint(0, 256, (2, 3, rendered.resolution, rendered.resolution)).byte()
     both, one = (extract_pixels(rendered, p, Accelerator()) for p in (pixels, pixels[1:]))

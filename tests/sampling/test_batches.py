@@ -82,7 +82,7 @@ def test_others_take_a_few_at_a_time(tiny_base, passes):
     weights = str(ROOT / "examples/digits/extractor.safetensors")
     asked = ExtractorArguments("classifier", classifier_weights=weights)
     extractor = build_extractor(asked, torch.device("cpu"))
-    rendered = see_rendered(extractor, (str(tiny_base), None, None), torch.device("cpu"))
+    rendered = see_rendered(extractor, (str(tiny_base), None, None, None), torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         assert len(rendered.network(pixels)[0]) == 7
     assert max(passes) == 3 and passes.count(1) >= 4

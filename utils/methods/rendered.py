@@ -17,17 +17,18 @@ from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 
 AS_THEY_ARE = "none"  # in place of a pipeline's name
-Source = tuple[str, str | None, str | None]  # of a pipeline: folder or Hub id, revision, variant
+# Of a pipeline: folder or Hub id, revision, variant; and a side in pixels, if not its native one.
+Source = tuple[str, str | None, str | None, int | None]
 
 
 def choose_autoencoder(name: str | None, settings: dict) -> Source | None:
-    """Whose autoencoder private and synthetic images are seen through: of the pipeline `name`; by
-    default, of the one that drew the set whose sampling.json is `settings`, and say so. None, for
-    the name none or if no pipeline drew the set: as they are."""
-    if name is not None:
-        return None if name == AS_THEY_ARE else (name, None, None)
+    """Whose autoencoder private and synthetic images are seen through, at the size that they were
+    drawn: of the pipeline `name`; by default, of the one that drew the set whose sampling.json is
+    `settings`, and say so. None, for the name none or if no pipeline drew the set: as they are."""
     origin = find_origin(settings)
-    drawn_by = origin.get("pretrained_model_name_or_path")
+    side, drawn_by = (origin.get(k) for k in ("resolution", "pretrained_model_name_or_path"))
+    if name is not None:
+        return None if name == AS_THEY_ARE else (name, None, None, side)
     if drawn_by is None:
         return None
     if PartialState().is_main_process:
@@ -36,7 +37,7 @@ def choose_autoencoder(name: str | None, settings: dict) -> Source | None:
             f"the latter, gives them back (--autoencoder {AS_THEY_ARE}: as they are)",
             file=sys.stderr,
         )
-    return drawn_by, origin.get("revision"), origin.get("variant")
+    return drawn_by, origin.get("revision"), origin.get("variant"), side
 
 
 def see_rendered(extractor: Extractor, source: Source | None, device: torch.device) -> Extractor:
@@ -50,14 +51,16 @@ def see_rendered(extractor: Extractor, source: Source | None, device: torch.devi
     """
     if source is None:
         return extractor
-    name, revision, _ = source
+    name, revision, variant, side = source
     if read_base_statement(name, revision)[0] is not None:
         raise UsageError(
             f"--autoencoder {name} is a private result itself: name the public model it began as; "
             f"or {AS_THEY_ARE}, to see images as they are"
         )
-    pipeline = load_pipeline(*source, allow_distilled=True)  # nothing of it is trained
-    autoencoder, side = pipeline.vae.to(device), find_family(pipeline).native_resolution
+    # Nothing of it is trained, so it may be distilled.
+    pipeline = load_pipeline(name, revision, variant, allow_distilled=True)
+    autoencoder = pipeline.vae.to(device)
+    side = side or find_family(pipeline).native_resolution
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = scale_to_unit_range(pixels).split(images_at_once(side))
