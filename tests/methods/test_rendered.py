@@ -97,7 +97,8 @@ def test_every_family_gives_images_back(family_base):
     extractor = build_extractor(weights, torch.device("cpu"))
     source = (str(family_base), None, None, SIDE)
     rendered = see_rendered(extractor, source, torch.device("cpu"))
-    pixels = torch.randint(0, 256, (2, 3, rendered.resolution, rendered.resolution)).byte()
+    assert rendered.resolution == SIDE  # as it is told, not the base's own
+    pixels = torch.randint(0, 256, (2, 3, SIDE, SIDE)).byte()
     both, one = (extract_pixels(rendered, p, Accelerator()) for p in (pixels, pixels[1:]))
     assert both.isfinite().all() and torch.allclose(both[1:], one, atol=1e-3)
     assert not torch.allclose(both[0], both[1])
