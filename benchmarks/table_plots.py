@@ -11,6 +11,8 @@ from PIL import Image
 
 from utils.data.images import tile_images
 
+CEILINGS = {"real images": "--", "no privacy": ":"}  # methods without an epsilon, and their lines
+
 
 def draw_strip(images: Path, target: Path) -> None:
     """Two images of each class of a set, at random."""
@@ -26,7 +28,7 @@ def plot(rows: list[dict], target: Path) -> None:
     """A line of panels a set: accuracy by epsilon and by trained weights, distance by epsilon.
 
     Args:
-        rows: one a cell, as `gather` leaves them; that of real images is the dashed ceiling.
+        rows: one a cell, as `gather` leaves them; those of `CEILINGS` are level lines.
     """
     import matplotlib.pyplot as plt
 
@@ -44,11 +46,12 @@ def plot(rows: list[dict], target: Path) -> None:
             draw(line[1], own, "trained", "accuracy", "o", colours[method], method)
             draw(line[2], own, "epsilon", "frechet_distance", "o-", colours[method], method)
         for row in rows:
-            if row["set"] == name and row["method"] == "real images":
+            if row["set"] == name and row["method"] in CEILINGS:
+                look = {"color": "grey", "linestyle": CEILINGS[row["method"]], "linewidth": 1}
                 for axis in line[:2]:
-                    axis.axhline(100 * row["accuracy"], color="grey", linestyle="--", linewidth=1)
+                    axis.axhline(100 * row["accuracy"], label=row["method"], **look)
         labels = (
-            ("epsilon", "accuracy, %; dashed: real images"),
+            ("epsilon", "accuracy, %"),
             ("trained weights; open: epsilon below 10", "accuracy, %"),
             ("epsilon", "Fréchet distance"),
         )
@@ -57,7 +60,7 @@ def plot(rows: list[dict], target: Path) -> None:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for axis in axes[:, 0] for h in axis.get_lines()[::-1]}
-    handles = {label: handle for label, handle in handles.items() if label in colours}
+    handles = {label: handle for label, handle in handles.items() if label in {*colours, *CEILINGS}}
     figure.legend(handles.values(), handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(target, dpi=130)
