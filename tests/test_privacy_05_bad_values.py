@@ -1,5 +1,7 @@
 """Clause 5: bad values cost their owner only."""
 
+import time
+
 import pytest
 import torch
 from datasets import Dataset, Image
@@ -7,7 +9,8 @@ from PIL import Image as PILImage
 
 import utils.privacy.training
 from tests.worlds import LinearWorld
-from utils.data.images import ImageRows, keep_readable
+from utils.data import images
+from utils.data.images import ImageRows, keep_readable, open_image
 from utils.errors import UsageError
 from utils.privacy.dp_sgd import clip_scales
 
@@ -38,13 +41,54 @@ def test_the_test_catches_bad_values_that_spread(accelerator, monkeypatch, mutan
         test_a_bad_unit_leaves_the_others_unchanged(accelerator, False)
 
 
+def image_rows(cells: list[dict]) -> ImageRows:
+    return ImageRows(Dataset.from_dict({"image": cells}).cast_column("image", Image()))
+
+
 def test_an_unreadable_image_removes_its_own_row_only(tmp_path):
     good = PILImage.new("RGB", (8, 8))
     good.save(tmp_path / "good.png")
     raw = (tmp_path / "good.png").read_bytes()
     cells = [{"bytes": b, "path": None} for b in (raw, b"broken", raw, raw[:40])]
-    rows = Dataset.from_dict({"image": cells}).cast_column("image", Image())
-    kept, left_out = keep_readable(ImageRows(rows))
+    rows = image_rows(cells)
+    kept, left_out = keep_readable(rows)
     assert (len(kept), left_out) == (2, {"unreadable": 2})
     with pytest.raises(UsageError, match="row 1"):
-        keep_readable(ImageRows(rows), strict=True)
+        keep_readable(rows, strict=True)
+
+
+def test_what_fails_beside_others_alone_is_not_left_out(tmp_path, monkeypatch):
+    """Several threads decode: one image must not cost another its place, as by its memory."""
+    under_way, together = [], []
+
+    def open_alone(*arguments):
+        under_way.append(1)
+        try:
+            time.sleep(0.01)
+            if len(under_way) > 1:
+                together.append(1)
+                raise OSError("insufficient memory")
+            return open_image(*arguments)
+        finally:
+            under_way.pop()
+
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    cell = {"bytes": (tmp_path / "good.png").read_bytes(), "path": None}
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(images, "open_image", open_alone)
+    kept, left_out = keep_readable(image_rows([cell] * 16 + [cell | {"bytes": b"broken"}]))
+    assert (len(kept), left_out) == (16, {"unreadable": 1}) and together
+
+    def run_out(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "open_image", run_out)
+    with pytest.raises(MemoryError):
+        keep_readable(image_rows([cell]))
+
+
+def test_a_disk_that_fails_is_no_damaged_image(tmp_path):
+    folder = tmp_path / "no_file.png"
+    folder.mkdir()
+    with pytest.raises(UsageError, match="no_file.png cannot be read: Is a directory"):
+        keep_readable(image_rows([{"bytes": None, "path": str(folder)}]))

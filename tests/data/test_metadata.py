@@ -1,6 +1,7 @@
 """Image folders: rows that name a picture several times, paths, scans, and splits."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,47 @@ def test_a_caption_that_is_not_a_number_is_none(tmp_path):
     lines = '{"file_name": "0.png", "text": NaN}\n{"file_name": "1.png", "text": null}\n'
     write(tmp_path, "metadata.jsonl", lines, 2)
     assert list(read_captions(load(tmp_path), DataArguments(caption_column="text"))) == ["", ""]
+
+
+@pytest.mark.parametrize("other", [1.5, 1.0, float("nan"), None, 3, "3", True, [4.5], ["x"]])
+@pytest.mark.parametrize("values", [(1, 2), (1.0, 2.0), ([1], [2]), ("1", "2.0"), ([], ["x"])])
+def test_what_one_row_says_changes_no_other_caption_or_label(tmp_path, values, other):
+    """A column has one type: one person's 1.5 must not make "2.0" of another's 2."""
+
+    def read(values) -> dict[str, list]:
+        lines = [{"file_name": f"{i}.png", "about": value} for i, value in enumerate(values)]
+        write(tmp_path, "metadata.jsonl", "\n".join(map(json.dumps, lines)), len(values))
+        found = {}
+        for name in ("caption_column", "label_column"):
+            with suppress(UsageError):  # a set that is refused releases nothing
+                captions = read_captions(load(tmp_path), DataArguments(**{name: "about"}))
+                found[name] = list(captions[:2])
+        return found
+
+    before, after = read(values), read((*values, other))
+    for name in before.keys() & after.keys():
+        assert after[name] == before[name]
+    if isinstance(values[0], str):
+        assert before["caption_column"] == list(values)
+
+
+def test_numbers_are_no_captions(tmp_path):
+    for value in (7, 7.5, [7]):
+        write(tmp_path, "metadata.jsonl", json.dumps({"file_name": "0.png", "text": value}))
+        with pytest.raises(UsageError, match="not a text; .* or give --label_column"):
+            read_captions(load(tmp_path), DataArguments(caption_column="text"))[0]
+
+
+def test_a_table_decides_about_the_images_of_its_own_folder_only(tmp_path):
+    """One patient's export brings a table, the others' do not: it must not be the whole set."""
+    for name in ("ann/0.png", "bob/0.png", "bob/1.png"):
+        draw(tmp_path / name)
+    assert len(load(tmp_path)) == 3
+    (tmp_path / "bob" / "metadata.csv").write_text("file_name,text\n0.png,a scan\n")
+    with pytest.raises(UsageError, match="1 images, such as .*ann/0.png, are in no table"):
+        load(tmp_path)
+    (tmp_path / "ann" / "metadata.csv").write_text("file_name,text\n0.png,a scan\n")
+    assert load(tmp_path)["text"] == ["a scan"] * 2  # its own second image is not used
 
 
 def test_paths_as_windows_writes_them(tmp_path):

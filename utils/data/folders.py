@@ -19,7 +19,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
 from PIL import Image as PILImage
 
-from utils.data.metadata import FILE_NAME, METADATA_NAMES, explain_paths, read_metadata
+from utils.data.metadata import FILE_NAME, METADATA_NAMES, read_metadata, require_images
 from utils.errors import UsageError
 from utils.files import METRICS, PRIVATE, SAMPLING_SETTINGS, STATEMENT, read_text
 
@@ -136,8 +136,8 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     the `.txt` files beside them. With metadata, the images that it names are the set.
 
     Raises:
-        UsageError: there is no such split or no image; metadata cannot be read, or names no image;
-            or some images have a `.txt` beside them, and others have not.
+        UsageError: there is no such split or no image; metadata cannot be read, names no image, or
+            is of some folders only; or some images have a `.txt` beside them, and others have not.
     """
     folder = folder.resolve() if ".." in folder.parts else folder  # metadata has paths without
     root = find_split(folder, split)
@@ -183,8 +183,7 @@ def _follow_metadata(
     others = [path for path in entries if path not in present]
     absent = [path for path in others if path.is_relative_to(root) and not path.is_file()]
     named = [path for path in images for _ in entries.get(path, ())]  # a row each time it is named
-    if not named:
-        raise UsageError(explain_paths(tables[0], absent or list(entries), images))
+    require_images(tables, entries, absent, images)
     unused |= {path: "not in the metadata" for path in images if path not in entries}
     for path in others:
         if path.is_relative_to(root) or not any(map(path.is_relative_to, homes)):

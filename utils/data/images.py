@@ -104,11 +104,12 @@ def read_synthetic(folder: str, argument: str) -> ImageRows:
 def find_readable_rows(images: ImageRows, strict: bool = False) -> Checked:
     """The rows whose image can be decoded.
 
-    The rule looks at one row alone, so adding or removing a row changes nothing about the others.
+    The rule looks at one row alone, so one more changes nothing about the others: what cannot be
+    decoded beside others is tried again by itself; if memory or a disk fails, nothing is decided.
 
     Raises:
-        UsageError: the column is missing or holds no images, no image can be used, or, with
-            `strict`, any cannot.
+        UsageError: the column is missing or holds no images; a disk fails, or forbids; no image
+            can be used, or, with `strict`, any cannot. MemoryError: there was too little for one.
     """
     _check_column(images)
     good, digests, left_out = [], [], Counter()
@@ -116,6 +117,8 @@ def find_readable_rows(images: ImageRows, strict: bool = False) -> Checked:
     with tqdm(total=len(images), desc="checking images", bar_format=PERCENT, leave=False) as bar:
         for start, checked in _map_rows(images, 256, work):
             for index, found in enumerate(checked, start):
+                if found == UNREADABLE:
+                    found = work(_read_undecoded(images)[index][images.column])
                 if isinstance(found, bytes):
                     good.append(index)
                     digests.append(found)
@@ -184,11 +187,18 @@ def _check(raw: dict | None, window: Window) -> bytes | str:
     """A digest of the bytes of an image that can be used; or why it cannot."""
     try:
         content = _read_bytes(raw)
+    except (TypeError, FileNotFoundError):  # there is none
+        return UNREADABLE
+    except OSError as error:
+        raise UsageError(f"the image {raw['path']} cannot be read: {error.strerror}") from error
+    try:
         open_image(content, window).convert("RGB")
         return hashlib.sha256(content).digest()
     except MoreBitsError:
         return MORE_BITS
-    except Exception:  # Pillow's decoders raise many kinds of errors on damaged files
+    except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
+        if isinstance(error, MemoryError):
+            raise
         return UNREADABLE
 
 
@@ -196,12 +206,17 @@ def _read_bytes(raw: dict) -> bytes:
     return raw["bytes"] or Path(raw["path"]).read_bytes()
 
 
+def _read_undecoded(images: ImageRows) -> Dataset:
+    """The column of the images alone, each as its bytes or its path."""
+    rows, column = images.rows, images.column
+    return rows.select_columns([column]).cast_column(column, Image(decode=False))
+
+
 def _map_rows(
     images: ImageRows, batch_size: int, work: Callable[[dict | None], object]
 ) -> Iterator[tuple[int, list]]:
     """(first row, `work` of each row's undecoded image) a batch, in order; on several threads."""
-    column = images.column
-    raw = images.rows.select_columns([column]).cast_column(column, Image(decode=False))
+    raw, column = _read_undecoded(images), images.column
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(raw), batch_size):
             yield start, list(pool.map(work, raw[start : start + batch_size][column]))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
@@ -92,7 +93,31 @@ def _read_parquet(table: Path) -> list[dict]:
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def explain_paths(table: Path, named: list[Path], images: list[Path]) -> str:
+def require_images(
+    tables: list[Path], named: Collection[Path], absent: list[Path], images: list[Path]
+) -> None:
+    """Refuse tables that name no image; or that would throw out those of other folders than theirs:
+    whoever comes with a table must not decide about others.
+
+    Args:
+        named: what the tables name. absent: those of it that are not there.
+
+    Raises:
+        UsageError: they do. It says what may be meant.
+    """
+    unnamed = [path for path in images if path not in named]
+    if len(unnamed) == len(images):
+        raise UsageError(_explain_paths(tables[0], absent or list(named), images))
+    homes = {table.parent for table in tables}
+    beyond = [path for path in unnamed if homes.isdisjoint(path.parents)]
+    if beyond:
+        raise UsageError(
+            f"{len(beyond)} images, such as {beyond[0]}, are in no table, and not in the folder of "
+            f"one, such as {tables[0]}: name them in a table, or take that one away"
+        )
+
+
+def _explain_paths(table: Path, named: list[Path], images: list[Path]) -> str:
     """Why none of the images that a table names is one of `images`, and what may be meant."""
     if not named:
         return f"{table} names no image"

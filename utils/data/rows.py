@@ -155,10 +155,11 @@ def read_captions(rows: Dataset, data: DataArguments) -> Sequence[str]:
     """One caption a row: the same for all; or that of a caption column; or a template filled with
     the name of its label.
 
-    Of a list of captions the first counts; a row without any has the empty caption.
+    Of a list of captions the first counts; a row without any has the empty caption. Numbers are
+    refused: a column of them has one type, so one row's 1.5 would make "2.0" of another's 2.
 
     Raises:
-        UsageError: a missing column, or a template without `{label}`.
+        UsageError: a missing column, one that holds no texts, or a template without `{label}`.
     """
     if data.caption is not None:
         return [data.caption] * len(rows)
@@ -215,12 +216,13 @@ def _choose_first(column: str, value: object) -> str:
         value = value[0] if value else None
     if value is None or value != value:  # NaN is how pandas writes that there is none
         return ""
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str):
         raise UsageError(
             f"--caption_column {column}: a row holds a {type(value).__name__}, not a text; make a "
-            "column of texts of it"
+            "column of texts of it, or give --label_column and --caption_template if they are "
+            "numbers of classes"
         )
-    return str(value)
+    return value
 
 
 def read_labels(
