@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -65,6 +65,15 @@ def test_rows_that_nobody_owns_are_refused(hole):
         number_units(Dataset.from_dict({"patient": values}), "patient")
     with pytest.raises(UsageError, match="the columns are patient"):
         number_units(Dataset.from_dict({"patient": values}), "user")
+
+
+def test_a_class_that_is_missing_is_nobody():
+    """`datasets` keeps a missing class as -1, which would be a unit of many people's rows."""
+    names = Features({"patient": ClassLabel(names=["ann", "bob"])})
+    for features in (names, None):
+        rows = Dataset.from_dict({"patient": [0, -1, 1, -1]}, features=features)
+        with pytest.raises(UsageError, match="2 row.s. have no value"):
+            number_units(rows, "patient")
 
 
 @settings(max_examples=100, deadline=None)

@@ -16,6 +16,7 @@ from utils.privacy.accounting import (
     ADD_OR_REMOVE_ONE,
     NOISE_TOLERANCE,
     REPLACE_ONE,
+    SMALLEST_DELTA,
     account,
     calibrate_noise_multiplier,
     epsilon_curve,
@@ -53,6 +54,12 @@ def test_whole_batches_equal_the_exact_gaussian_epsilon(sigma, steps):
     exact = gaussian_epsilon(1e-5, sigma / math.sqrt(steps))
     ours = pld_epsilon([event(sigma, steps=steps)], 1e-5)
     assert exact - 1e-9 <= ours <= exact + 0.02 + 0.001 * exact
+
+
+@pytest.mark.parametrize("steps, epsilon", [(10**4, 60), (10**5, 20), (10**6, 20), (10**6, 60)])
+def test_pld_is_an_upper_bound_at_the_smallest_delta_that_may_be_asked_for(steps, epsilon):
+    sigma = brentq(lambda s: gaussian_delta(epsilon, s) - SMALLEST_DELTA, 0.1, 50)
+    assert pld_epsilon([event(sigma * steps**0.5, steps=steps)], SMALLEST_DELTA) >= epsilon - 1e-3
 
 
 def test_what_was_asked_before_with_the_same_beginning_changes_nothing():
@@ -153,9 +160,9 @@ def test_an_accountant_that_gives_no_number_stops_the_run(monkeypatch, value):
 
 
 EXTREMES = [  # sigma, q, steps, delta
-    *((0.3, 0.1, 1000, 1e-5), (0.2, 0.001, 100, 1e-5), (0.2, 0.5, 10, 1e-5), (1.0, 1.0, 1, 1e-12)),
-    *((1e4, 1.0, 10, 1e-12), (1e4, 0.01, 1, 0.4), (5.0, 0.5, 10, 0.4), (1.0, 1e-6, 1000, 1e-7)),
-    *((1.0, 0.01, 1000, 1e-12), (0.9, 1.0, 100, 1e-5)),
+    *((0.3, 0.1, 1000, 1e-5), (0.2, 0.001, 100, 1e-5), (0.2, 0.5, 10, 1e-5), (1.0, 1.0, 1, 1e-9)),
+    *((1e4, 1.0, 10, 1e-9), (1e4, 0.01, 1, 0.4), (5.0, 0.5, 10, 0.4), (1.0, 1e-6, 1000, 1e-7)),
+    *((1.0, 0.01, 1000, 1e-9), (0.9, 1.0, 100, 1e-5)),
 ]
 
 
@@ -235,7 +242,7 @@ GOOD = {
         ({"expected_batch_size": 1001}, "number of units"),
         ({"expected_batch_size": 0}, "between 1 and"),
         ({"target_epsilon": 0.0}, "positive, finite number"),
-        ({"target_epsilon": 1e-6, "delta": 1e-12}, "allow a larger epsilon"),
+        ({"target_epsilon": 1e-6, "delta": 1e-9}, "allow a larger epsilon"),
         ({"target_epsilon": None}, "exactly one"),
         ({"noise_multiplier": 1.0}, "exactly one"),
         ({"target_epsilon": None, "noise_multiplier": -1.0}, "must be between"),

@@ -49,6 +49,26 @@ def test_a_resumed_run_states_how_all_of_its_steps_were_made(tmp_path, more, ran
     assert statement["randomness"] == "secure" and statement["audit"] == BETTER.audit
 
 
+def test_a_statement_cannot_say_that_a_run_was_made_otherwise_than_the_ledger_does(tmp_path):
+    """Each of these changes what the guarantee rests on, and none an event."""
+    about = Circumstances(randomness="Philox", precision="bf16", is_base_known=False)
+    run = start(tmp_path / "run", about)
+    statement = run.publish(lambda folder: None, build_plan(steps=2))  # of four
+    records = run.branch.ledger.records()
+    assert check_ledger(statement, records) == []
+    covered = [doubt for doubt in statement["not_covered"] if doubt not in (STOPPED, UNKNOWN_BASE)]
+    for changes, sentences in (
+        ({"randomness": "secure"}, ["randomness Philox, the statement secure"]),
+        ({"precision": "fp32"}, ["precision bf16, the statement fp32"]),
+        ({"audit": {"result": "passed"}}, ["an audit, of which the ledger has none"]),
+        ({"not_covered": covered}, [UNKNOWN_BASE, STOPPED]),
+    ):
+        problems = check_ledger(statement | changes, records)
+        assert len(problems) == len(sentences)
+        for problem, sentence in zip(problems, sentences, strict=True):
+            assert sentence in problem
+
+
 def test_a_statement_names_the_randomness_of_the_runs_that_it_builds_on(tmp_path):
     shared = str(tmp_path / "shared.jsonl")
     first = start(tmp_path / "means", PLAIN, privacy_ledger=shared)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UsageError
+from utils.files import PRIVATE_MARK
 from utils.ledger import bases
 from utils.ledger.bases import read_base_statement
 from utils.ledger.verification import Source, find_problems, read_source
@@ -71,6 +72,28 @@ def test_a_base_has_no_other_denoiser_than_its_statement_is_about(published):
     (published / "unet" / "a.fp16.safetensors").write_bytes(b"other")  # --variant fp16
     with pytest.raises(UsageError, match="unet/a.fp16.safetensors: the statement does not account"):
         read_base_statement(str(published))
+
+
+def test_the_statement_beside_a_single_file_counts(published):
+    """As for adapters: it is named by its file, but its statement lies in its folder."""
+    statement = json.loads((published / "privacy.json").read_text())
+    assert read_base_statement(str(published / "a.safetensors")) == (statement, True)
+    converted = published / "converted.safetensors"
+    converted.write_bytes(b"the same weights, for another program")
+    with pytest.raises(UsageError, match="converted.safetensors: the statement does not account"):
+        read_base_statement(str(converted))
+    (published / "privacy.json").unlink()
+    assert read_base_statement(str(converted)) == (None, True)
+
+
+def test_a_denoiser_of_private_images_needs_a_statement_that_counts_it(published):
+    """Not that of a LoRA, which says nothing of what the denoiser cost."""
+    (published / "unet").mkdir()
+    (published / "unet" / "config.json").write_text(json.dumps({PRIVATE_MARK: True}))
+    with pytest.raises(UsageError, match="it is not of the denoiser"):
+        read_base_statement(str(published))
+    (published / "unet" / "config.json").write_text("{}")
+    assert read_base_statement(str(published))[1]
 
 
 def test_a_base_on_the_hub_is_compared_too(published, monkeypatch):

@@ -31,7 +31,7 @@ PLAN = {
         ),
         ({"delta": -1e-4}, "--target_delta -0.0001 must be positive"),
         ({"delta": 0.0}, "--target_delta 0 must be positive"),
-        ({"delta": 9.99e-13}, "--target_delta 9.99e-13 is below 1e-12, where the rounding"),
+        ({"delta": 9.99e-10}, "--target_delta 9.99e-10 is below 1e-09, where the rounding"),
         (
             {"expected_batch_size": 200.5},
             "--expected_batch_size 200.5 must be between 1 and the number of units, 200",
@@ -59,7 +59,7 @@ def test_a_plan_out_of_range_is_refused_with_its_numbers(changes, sentence):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"delta": 1e-12},
+        {"delta": 1e-9},
         {"delta": 0.00499},
         {"expected_batch_size": 200},
         {"expected_batch_size": 0.5},

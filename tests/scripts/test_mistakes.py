@@ -32,7 +32,7 @@ MISTAKES = [
     (["--latents_dir", "A_FILE"], "A_FILE takes no files"),
     (["--caption", "a", "--caption_column", "label"], "not both"),
     (["--train_data_dir", "A_FILE"], "A_FILE is a file: name its folder"),
-    (["--target_epsilon", "1e-6", "--target_delta", "1e-12"], "larger epsilon"),
+    (["--target_epsilon", "1e-6", "--target_delta", "1e-9"], "larger epsilon"),
     (["--expected_batch_size", "0"], "number of units"),
     (["--target_modules", "to_out"], "did you mean to_out.0"),
     (["--target_modules", "to_qq"], "did you mean to_q"),

@@ -16,7 +16,8 @@ HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212"), "-")
 def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     """The privacy unit that each row belongs to: integers 0 ... N - 1, [rows].
 
-    Rows with the same value in `unit_column` are one unit; without a column, each row is.
+    Rows with the same value in `unit_column` are one unit; without a column, each row is. The
+    number -1 is no value, as in a column of classes.
 
     Raises:
         UsageError: the column is missing, or has rows without a value; or two values look alike.
@@ -31,7 +32,10 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
             "named by a text or a number"
         )
     values = rows.with_format(None)[unit_column]  # a tensor is equal to nothing but itself
-    missing = sum(v is None or v != v or (isinstance(v, str) and not _normalise(v)) for v in values)
+    missing = sum(
+        value in (None, -1) or value != value or (isinstance(value, str) and not _normalise(value))
+        for value in values
+    )
     if missing:
         raise UsageError(
             f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, so nobody knows "

@@ -2,7 +2,7 @@
 
 import sys
 from functools import cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from utils.errors import UsageError
 from utils.fetching import fetch_file
@@ -12,18 +12,25 @@ from utils.ledger.verification import fetch_statement, find_changed, read_json, 
 
 
 def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | None, bool]:
-    """`fetch_statement` of a base model: one that is a private result brings its epsilon along.
-    Says so, once, if nobody can tell.
+    """`fetch_statement` of a base model, or of the folder of a single file: one that is a private
+    result brings its epsilon along. Says so, once, if nobody can tell.
 
     Raises:
-        UsageError: its statement does not hold, or was left behind.
+        UsageError: its statement does not hold, is of other weights, or was left behind.
     """
+    file = Path(name).name if Path(name).is_file() else None
+    name = name if file is None else str(Path(name).parent)
     statement, is_known = fetch_statement(name, revision)
+    is_marked = _is_marked(name, revision)
     if statement is not None and statement.get("private") is not False:
         problems = check_statement(statement) or _check_weights(statement, name, revision)
+        if not problems and file is not None and file not in statement["files"]:
+            problems.append(f"{file}: the statement does not account for it")
+        if not problems and is_marked and not _knows_denoiser(statement):
+            problems.append("it is not of the denoiser, which was trained on private images")
         if problems:
             raise UsageError(f"the privacy.json of the base model {name}: {'; '.join(problems)}")
-    if statement is None and _is_marked(name, revision):
+    if statement is None and is_marked:
         raise UsageError(
             f"the base model {name} was trained on private images, and the privacy.json that came "
             "with its weights is not there: put it beside model_index.json"
@@ -41,6 +48,12 @@ def _check_weights(statement: dict, name: str, revision: str | None) -> list[str
     unpaid = [f for f in source.extras if PurePosixPath(f).parts[0] in parts and f not in paid]
     problems = find_changed(statement, source.folder)
     return problems + [f"{file}: the statement does not account for it" for file in unpaid]
+
+
+def _knows_denoiser(statement: dict) -> bool:
+    """Whether it is about a whole denoiser, or about what was trained on one and counts that."""
+    parts = {PurePosixPath(file).parts[0] for file in statement["files"]}
+    return "base" in statement or not parts.isdisjoint(DENOISERS)
 
 
 def _is_marked(name: str, revision: str | None) -> bool:

@@ -11,7 +11,7 @@ results exist already.
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.ledger.statement import begins_with, list_base_entries
+from utils.ledger.statement import NOT_STATED, begins_with, list_base_entries
 from utils.privacy.accounting import pld_epsilon
 
 CHECKPOINT, WEIGHTS = "checkpoint", "weights"  # what a release shows
@@ -142,7 +142,7 @@ def is_stopped_short(records: list[dict], run: str) -> bool:
 def list_made_with(records: list[dict], runs: list[str]) -> list[dict]:
     """How each branch of `runs` that released steps was made, oldest first
     (`Circumstances.made_with`)."""
-    unknown = {"randomness": "not stated", "precision": "not stated", "is_audited": False}
+    unknown = {"randomness": NOT_STATED, "precision": NOT_STATED, "is_audited": False}
     return [
         reservation.get("made_with", unknown)
         for run in runs

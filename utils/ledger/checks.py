@@ -12,12 +12,23 @@ from utils.ledger.charges import (
     WEIGHTS,
     compose_with_bases,
     count_charged_steps,
+    is_stopped_short,
     list_charged_events,
+    list_made_with,
     list_released_steps,
     select_run,
 )
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
-from utils.ledger.statement import SCHEMA_VERSION, begins_with, list_all_events
+from utils.ledger.statement import (
+    NOT_STATED,
+    SCHEMA_VERSION,
+    STOPPED,
+    UNKNOWN_BASE,
+    Circumstances,
+    begins_with,
+    list_all_events,
+    recall,
+)
 from utils.privacy.accounting import (
     membership_power,
     pld_both_relations,
@@ -188,7 +199,30 @@ def check_entry(statement: dict, records: list[dict]) -> list[str]:
     for key in ("delta", "num_units", "privacy_unit", "private"):
         if terms[key] != statement[key]:
             problems.append(f"the ledger says {key} {terms[key]}, the statement {statement[key]}")
-    return problems
+    runs = [*terms["builds_on"], run]
+    return problems + _check_circumstances(statement, records[: index + 1], runs)
+
+
+def _check_circumstances(statement: dict, records: list[dict], runs: list[str]) -> list[str]:
+    """Where a statement says otherwise than the ledger how `runs`, of which the last is its own,
+    were made: what the guarantee rests on."""
+    own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
+    made, problems = recall(Circumstances(audit={}), own, every), []
+    for key, there in (("randomness", made.randomness), ("precision", made.precision)):
+        here = statement.get(key, NOT_STATED)
+        if NOT_STATED not in there and here != there:
+            problems.append(f"the ledger says {key} {there}, the statement {here}")
+    if statement.get("audit") is not None and made.audit is None:
+        problems.append("the statement has an audit, of which the ledger has none")
+    doubts = {
+        UNKNOWN_BASE: not made.is_base_known,
+        STOPPED: any(is_stopped_short(records, run) for run in runs),
+    }
+    return problems + [
+        f"the statement does not say that it leaves out {doubt}"
+        for doubt, is_due in doubts.items()
+        if is_due and doubt not in statement.get("not_covered", ())
+    ]
 
 
 def check_checkpoints(records: list[dict], folder: Path) -> list[str]:

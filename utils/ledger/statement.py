@@ -12,6 +12,7 @@ from utils.privacy.plan import PrivacyPlan
 from utils.version import VERSION, find_commit
 
 SCHEMA_VERSION = 2
+NOT_STATED = "not stated"
 UNKNOWN_BASE = "the base model, of which nobody could tell offline whether it is a private result"
 BASE_CHECKSUM = "base_model_checksum"
 STOPPED = "the choice of the step to stop at, if that was made by looking at what the run had shown"
@@ -36,7 +37,7 @@ class Circumstances:
     """
 
     is_private: bool = True
-    randomness: str = "not stated"
+    randomness: str = NOT_STATED
     precision: str = "fp32"
     audit: dict | None = None
     base: dict | None = None
