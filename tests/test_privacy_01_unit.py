@@ -21,7 +21,7 @@ from utils.data.latents import (
     unit_losses,
 )
 from utils.data.private_set import PrivateSet, load_private_set
-from utils.data.rows import load_split
+from utils.data.rows import load_rows, load_split
 from utils.data.units import number_units
 from utils.errors import UsageError
 from utils.ledger.statement import Circumstances, build_statement
@@ -181,6 +181,25 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     assert (private_set.num_units, plan.num_units) == (3, 3)
     assert private_set.left_out == {"unreadable": 1}
     assert len(private_set.captions) == 10
+
+
+def test_another_image_caption_or_unit_makes_another_set(tmp_path):
+    """What a run that is resumed is told by."""
+
+    def digest(colour: int = 0, **changes) -> str:
+        rows = [{"file_name": f"{i}.png", "text": f"{i}", "of": f"{i}"} for i in range(3)]
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(tmp_path / "2.png")
+        lines = [json.dumps(row) for row in (*rows[:2], rows[2] | changes)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+        data = DataArguments(
+            train_data_dir=str(tmp_path), caption_column="text", privacy_unit_column="of"
+        )
+        return load_private_set(load_rows(data), data).digest
+
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    found = {digest(), digest(9), digest(text="other"), digest(of="0")}
+    assert len(found) == 4 and digest() in found
 
 
 def test_processes_that_read_different_rows_stop(image_folder, tmp_path, monkeypatch):

@@ -77,6 +77,7 @@
         evaluation_card     a card's section on evaluate.py's figures
     data/           rows to images, captions, latents and losses
         folders             an image folder: its files and classes, as rows
+        listing             what lies below a folder: files, images, splits
         metadata            the tables of an image folder, as text
         parquet             whether a folder's parquet files all belong to a split
         rows                loading a split; the caption and label of each row

@@ -157,3 +157,13 @@ def test_a_file_may_have_the_options_of_others(monkeypatch, tmp_path, capsys):
     path.write_text("rank: 5\nwidth: 2\n")
     with pytest.raises(UsageError, match="unknown argument width"):
         parse(Options, description="a script", others=[OfOthers])
+
+
+def test_one_file_and_whole_names_only(monkeypatch, tmp_path, capsys):
+    """Of two files the first would be forgotten; a file whose option is cut short, never read."""
+    with pytest.raises(UsageError, match="--config is there 2 times: put all into one file"):
+        read(monkeypatch, tmp_path, "rank: 8\nneeded: x", "--config", str(tmp_path / "other.yaml"))
+    for words in (["--conf", "other.yaml"], ["--ran", "3"]):
+        with pytest.raises(SystemExit):
+            read(monkeypatch, tmp_path, "needed: x", *words)
+        assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err

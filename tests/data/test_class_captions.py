@@ -1,12 +1,16 @@
 """Captions of classes: told apart by the model, and made as their owner believes."""
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
-from tests.conftest import BUDGET, build_tiny_pipeline, train_here
+from tests.conftest import BUDGET, build_tiny_pipeline, read_json, train_here
 from utils.arguments.training import DataArguments
 from utils.data.diagnostics import list_class_captions, warn_of_captions
+from utils.data.rows import read_captions
+from utils.errors import UsageError
 from utils.models.families import find_family
 
 MEANS = ["--release_means", "--generator_steps", 2]
@@ -56,3 +60,25 @@ def test_a_template_that_is_not_used_is_told_of(capsys):
             rows, DataArguments(caption_template="{label}", label_column="label", **other)
         )
         assert f"captions are those of {name}" in capsys.readouterr().err
+
+
+def test_a_number_that_names_no_class_is_refused():
+    """`datasets` reads such files without a word."""
+    names = ClassLabel(names=["cat", "dog", "cow"])
+    table = pa.table({"label": [0, 3]}, schema=Features({"label": names}).arrow_schema)
+    captions = read_captions(Dataset(table), DataArguments(label_column="label"))
+    with pytest.raises(UsageError, match="a row holds 3, but the column names 3 classes, 0 to 2"):
+        list(captions)
+
+
+def test_images_without_a_caption_are_told_of(tiny_base, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (9 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("" if i % 4 == 0 else "a cat")
+    more = ["--train_data_dir", images, "--caption_column", "text", *BUDGET, "--dry_run"]
+    base = ["--pretrained_model_name_or_path", tiny_base, "--output_dir", tmp_path / "run"]
+    train_here([*base, *more, "--resolution", 16])
+    assert "warning: some captions are empty" in capsys.readouterr().err
+    assert read_json(tmp_path / "run" / "private" / "data.json")["captions_empty"] == 5

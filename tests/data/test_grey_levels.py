@@ -195,7 +195,13 @@ def test_training_sees_a_scan_and_its_owner_sees_what_training_sees(tiny_base, t
     assert centres == [round(255 * 200 * index / 3800) for index in range(8)]
     assert private.stat().st_mode & 0o77 == 0
     report = read_json(private / "data.json")
-    assert report == {"rows": 21, "units": 21, "left_out": {}, "pictures_in_several_units": 0}
+    assert report == {
+        "rows": 21,
+        "units": 21,
+        "left_out": {},
+        "pictures_in_several_units": 0,
+        "captions_empty": 0,
+    }
 
 
 def test_bytes_without_the_type_of_an_image_are_read():

@@ -46,6 +46,33 @@ def test_what_is_private_beside_results_makes_no_classes_of_splits(tmp_path):
     assert len(load(tmp_path)) == len(load(tmp_path, "test")) == 1
 
 
+def test_what_a_file_server_leaves_among_images_is_not_read(tmp_path):
+    """A thumbnail of each would be a private unit of its own: twice the crowd that there is."""
+    draw(tmp_path / "a.png")
+    for name in ("@eaDir", "#recycle", "$RECYCLE.BIN"):
+        draw(tmp_path / name / "a.png" / "THUMBNAIL.png")
+    assert len(load(tmp_path)) == 1
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path):
+    """Or the held-out images would be trained on, as a class of their own."""
+    for name in ("train", "bus", "car"):
+        draw(tmp_path / name / "a.png")
+    assert len(load(tmp_path)) == 3  # three vehicles
+    draw(tmp_path / "test" / "a.png")
+    with pytest.raises(
+        UsageError, match="folders that are splits, and others, such as bus: nobody"
+    ):
+        load(tmp_path)
+
+
+def test_photographs_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"")
+    assert is_image_folder(tmp_path)
+    with pytest.raises(UsageError, match="1 photographs such as IMG_1.HEIC: convert them to JPEG"):
+        load(tmp_path)
+
+
 def test_a_link_to_nothing_is_counted(tmp_path, capsys):
     draw(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")

@@ -54,7 +54,7 @@ def test_validation_sees_synthetic_images_only(monkeypatch):
     assert seen == [5] * 10
 
 
-def test_confusion_and_per_class_accuracy_are_counted_right():
+def test_confusion_and_per_class_accuracy_are_counted_right(capsys):
     images = torch.zeros(9, 3, 16, 16, dtype=torch.uint8)
     synthetic = LabelledImages(images, ["cat"] * 9)
     real = LabelledImages(images, ["cat"] * 4 + ["dog"] * 5)
@@ -64,6 +64,7 @@ def test_confusion_and_per_class_accuracy_are_counted_right():
     assert found["per_class"] == dict(zip(["cat", "dog"], np.diag(found["confusion"]), strict=True))
     right = found["per_class"]["cat"] * 4 + found["per_class"]["dog"] * 5
     assert found["value"] == pytest.approx(right / 9)
+    assert "only the real images have the classes dog" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no class in common"):
         other = LabelledImages(images, ["bird"] * 9)
         measure_downstream_accuracy(other, real, Classifiers({"cnn": 2}, 1), PartialState())

@@ -93,11 +93,14 @@ def test_label_columns_of_their_own(sets):
     names = {name: loaded.label_column for name, loaded in found.items()}
     assert names == {"synthetic": "label", "real": "text", "private": "text"}
     assert "utility" in choose_metrics(args, found)
-    args.test_label_column = "class"
-    assert "utility" not in choose_metrics(args, load_sets(args, None))
+    found["real"] = found["real"]._replace(label_column="label of none")
+    assert "utility" not in choose_metrics(args, found)
     args.frechet_by_class = True
     with pytest.raises(UsageError, match="one label an image in both sets"):
-        choose_metrics(args, load_sets(args, None))
+        choose_metrics(args, found)
+    args.test_label_column = "lable"
+    with pytest.raises(UsageError, match="--test_label_column lable: there is no such column"):
+        load_sets(args, None)
 
 
 @pytest.mark.parametrize("spelling", ["train", "train/", "./train", "../SETS/train", "elsewhere"])

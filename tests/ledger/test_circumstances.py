@@ -25,6 +25,7 @@ from utils.methods.private_run import describe_for_trackers
 from utils.methods.stages import collect_settings
 from utils.privacy.accounting import pld_epsilon
 
+OTHERS = "the private images, their captions or their units are others"
 PLAIN = Circumstances(randomness="Philox", precision="bf16")
 BETTER = Circumstances(randomness="secure", precision="fp32", audit={"kind": "replay"})
 
@@ -67,6 +68,19 @@ def test_a_statement_cannot_say_that_a_run_was_made_otherwise_than_the_ledger_do
         assert len(problems) == len(sentences)
         for problem, sentence in zip(problems, sentences, strict=True):
             assert sentence in problem
+
+
+def test_a_run_resumes_on_the_private_set_that_it_was_trained_on(tmp_path):
+    """Of as many units: else whoever was swapped out or in is in steps that nobody can tell."""
+    begun = confirm(start(tmp_path / "run"), privacy(), PLAN, "of these images")
+    begun.save(2, dict, limit=2)
+    again = (training(tmp_path / "run", "latest"), privacy(), PLAN, {"model": "m"}, PLAIN)
+    with pytest.raises(UsageError, match=OTHERS) as refused:
+        confirm(open_run(*again), privacy(), PLAN, "of others")
+    assert "of these images" not in str(refused.value)
+    confirm(open_run(*again), privacy(), PLAN, "of these images")
+    start(tmp_path / "older").save(2, dict, limit=2)  # its checkpoint knows no digest
+    confirm(open_run(training(tmp_path / "older", "latest"), *again[1:]), privacy(), PLAN, "any")
 
 
 def test_a_statement_names_the_randomness_of_the_runs_that_it_builds_on(tmp_path):

@@ -205,3 +205,16 @@ def test_a_folder_that_is_no_pipeline_is_named_for_what_it_is(tmp_path):
     (tmp_path / "privacy.json").write_text("{}")
     with pytest.raises(UsageError, match="a training.s result: give it as --adapter"):
         load_pipeline(str(tmp_path))
+
+
+def test_a_gated_model_is_not_only_taken_for_a_typing_mistake(monkeypatch):
+    """diffusers says the same of both, and what to do in the line after."""
+    said = "some/model is not a local folder and is not a valid model identifier listed on 'https:"
+    said += "//huggingface.co/models'\nIf this is a private repository, make sure to pass a token"
+
+    def refuse(*_, **__):
+        raise OSError(said)
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", refuse)
+    with pytest.raises(UsageError, match="it is gated or private; ask for access on its page"):
+        load_pipeline("some/model")

@@ -1,6 +1,7 @@
 """What can be seen of a run before its end, and an end before it was planned."""
 
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -141,3 +142,27 @@ def test_launches_that_share_out_the_weights_are_refused(
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     said = train_here(train_arguments(tiny_base, image_folder, tmp_path / "run"))
     assert said.startswith("error: ") and "shares the weights out" in said
+
+
+@pytest.mark.parametrize(
+    "where, what, error",
+    [
+        ("accelerate.Accelerator.init_trackers", Exception("No API key configured"), None),
+        ("utils.methods.planning.show_private_set", KeyboardInterrupt(), KeyboardInterrupt),
+        ("utils.methods.planning.load_private_set", ValueError("of a library"), ValueError),
+    ],
+)
+def test_what_ends_before_the_first_step_holds_no_budget(
+    tiny_base, image_folder, tmp_path, monkeypatch, where, what, error
+):
+    def end(*_, **__):
+        raise what
+
+    monkeypatch.setattr(where, end)
+    shared = tmp_path / "ledger.jsonl"
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--report_to")
+    with nullcontext() if error is None else pytest.raises(error):
+        said = train_here([*arguments, "tensorboard", "--privacy_ledger", shared])
+        assert "--report_to tensorboard does not start: No API key configured" in said
+    assert Ledger(shared).records()[-1]["kind"] == "give_up"
+    assert not list((tmp_path / "run").glob("private/latents/*"))  # before hours of encoding

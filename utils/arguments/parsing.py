@@ -37,7 +37,8 @@ def parse(*dataclasses: type, description: str, others: Sequence[type] = ()) -> 
             theirs. They are ignored.
 
     Raises:
-        UsageError: the YAML file is missing, is no mapping, or names an unknown argument.
+        UsageError: the YAML file is missing, is no mapping, or names an unknown argument; or there
+            are several.
         SystemExit: the command line does (code 2).
     """
     for kind in dataclasses:  # each is a group of its own in --help
@@ -47,6 +48,7 @@ def parse(*dataclasses: type, description: str, others: Sequence[type] = ()) -> 
         usage="%(prog)s [--config FILE.yaml] [--argument VALUE ...]",
         description=description,
         formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of arguments; the command line wins over it")
     sys.argv[1:] = map(_expand_home, sys.argv[1:])
@@ -76,6 +78,7 @@ def parse_command(commands: dict[str, type], description: str) -> object:
             help=line,
             description=line,
             formatter_class=_HelpFormatter,
+            allow_abbrev=False,
         )
     values = vars(parser.parse_args())
     kind = commands[values["command"]]
@@ -137,9 +140,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _find_config(argv: list[str]) -> str | None:
+    """Raises: UsageError if several are named: of which value wins, two people think two things."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    return first.parse_known_args(argv)[0].config
+    first.add_argument("--config", action="append", default=[])
+    found = first.parse_known_args(argv)[0].config
+    if len(found) > 1:
+        raise UsageError(f"--config is there {len(found)} times: put all into one file")
+    return found[0] if found else None
 
 
 class _Words(yaml.SafeLoader):

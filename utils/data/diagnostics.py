@@ -70,17 +70,27 @@ def show_private_set(private_set: PrivateSet, resolution: int, output_dir: str |
 
 def _show(private_set: PrivateSet, resolution: int, folder: Path) -> None:
     repeated = private_set.count_repeated()
+    empty = sum(not caption.strip() for caption in private_set.captions)
     report = {
         "rows": len(private_set.rows),
         "units": private_set.num_units,
         "left_out": dict(private_set.left_out),
         "pictures_in_several_units": repeated,
+        "captions_empty": empty,
     }
     with explain_disk_errors(folder):
         make_private(folder)
         write_durably(folder / DATA_REPORT, json.dumps(report, indent=2) + "\n")
         draw_sheet(private_set, resolution).save(folder / DATA_SHEET)
     print(f"{folder / DATA_SHEET} shows images as training sees them: look", file=sys.stderr)
+    if empty == len(private_set.rows):
+        print("no image has a caption", file=sys.stderr)
+    elif empty:
+        print(
+            f"warning: some captions are empty (how many: {folder / DATA_REPORT}), so those images "
+            "teach no word: fill them in, or leave them out",
+            file=sys.stderr,
+        )
     if repeated:
         print(
             "warning: some pictures are in several rows that count as different privacy units (how "

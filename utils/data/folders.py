@@ -1,85 +1,31 @@
 """An image folder as rows: its files, what metadata says of them, and the folders they lie in.
 
-Files are listed here, not by name patterns: the name of a file never decides about another file,
-and text in a table stays the text that it is. What is not used is counted, and said.
+Text in a table stays the text that it is. What is not used is counted, and said.
 """
 
 import os
 import re
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
-from PIL import Image as PILImage
 
+from utils.data.listing import find_image_extensions, find_split, list_files
 from utils.data.metadata import FILE_NAME, METADATA_NAMES, read_metadata, require_images
 from utils.errors import UsageError
-from utils.files import METRICS, PRIVATE, SAMPLING_SETTINGS, STATEMENT, read_text
+from utils.files import read_text
 
-# Names of folders that are splits, where every folder of a set has such a name.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
+CAMERA = (".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 PARQUET = ".parquet"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.parquet$")
-RESULTS = (SAMPLING_SETTINGS, STATEMENT, METRICS)  # a folder with one of these has them of ours
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
-
-
-@cache
-def list_image_formats() -> tuple[str, ...]:
-    """Those that Pillow opens here, but icons, which it decodes before their size is known."""
-    PILImage.init()
-    return tuple(kind for kind in PILImage.OPEN if kind != "ICO")
-
-
-def find_image_extensions() -> set[str]:
-    """Of the files of these formats: lower-case, with the dot."""
-    known = list_image_formats()
-    return {suffix for suffix, kind in PILImage.EXTENSION.items() if kind in known}
-
-
-class Listing(NamedTuple):
-    """What lies below a folder, also behind links: its files, in order; what cannot be followed,
-    and why; and where the folders lie that were entered."""
-
-    files: list[Path]
-    others: dict[Path, str]
-    places: set[Path]
-
-
-def list_files(root: Path) -> Listing:
-    """All below a folder but what is hidden, or private beside results.
-
-    Raises:
-        OSError: a folder may not be read.
-    """
-    files, others, places, folders = [], {}, set(), deque([root])
-    while folders:
-        folder = folders.popleft()
-        if (place := folder.resolve()) in places:
-            others[folder] = "a folder that is read already, under another name"
-            continue
-        places.add(place)
-        for path in _list_shown(folder):
-            if path.is_dir():  # links last, so that each folder is read where it lies
-                (folders.append if path.is_symlink() else folders.appendleft)(path)
-            elif path.is_file():
-                files.append(path)
-            else:
-                others[path] = "a link to nothing" if path.is_symlink() else "not a file"
-    return Listing(sorted(files), others, places)
 
 
 def refuse_among_images(
@@ -119,7 +65,7 @@ def is_image_folder(folder: Path) -> bool:
     suffixes = Counter(path.suffix.lower() for path in files)
     images = sum(suffixes[suffix] for suffix in find_image_extensions())
     if not suffixes[PARQUET]:
-        return any(suffixes[suffix] for suffix in ARCHIVES + MEDICAL) or images > 0
+        return any(suffixes[suffix] for suffix in ARCHIVES + MEDICAL + CAMERA) or images > 0
     tables = [path for path in files if path.suffix.lower() == PARQUET]
     strays = [path for path in tables if not SHARD.search(path.name.lower())]
     if images > len(tables) and strays:
@@ -148,6 +94,7 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     if not images:
         raise UsageError(f"{root} holds no images{_hint_at(unused)}")
     unused |= {path: "a scan, convert it" for path in files if path.suffix.lower() in MEDICAL}
+    unused |= {path: "convert it to JPEG" for path in files if path.suffix.lower() in CAMERA}
     tables = [path for path in unused if path.name.lower() in METADATA_NAMES]
     if root != folder:
         tables += [p for p in sorted(folder.iterdir()) if p.name.lower() in METADATA_NAMES]
@@ -163,6 +110,11 @@ def _hint_at(files: Iterable[Path]) -> str:
     """What to do with what a folder without images holds."""
     archives = [path.name for path in files if path.suffix.lower() in ARCHIVES]
     scans = [path.name for path in files if path.suffix.lower() in MEDICAL]
+    photographs = [path.name for path in files if path.suffix.lower() in CAMERA]
+    if photographs:
+        return (
+            f", but {len(photographs)} photographs such as {photographs[0]}: convert them to JPEG"
+        )
     if archives:
         return f": unpack {', '.join(archives[:3])} first"
     if scans:
@@ -211,46 +163,6 @@ def _read_texts_beside(
     for text in set(texts):
         del unused[text]
     return {TEXT: [read_text(text).strip() for text in texts]}
-
-
-def find_split(folder: Path, split: str | None) -> Path:
-    """The folder of a split: one below, if all folders below have names of splits; else itself.
-    Without a name, that of `test`, or the only one there is.
-
-    Raises:
-        UsageError: it has no such split.
-    """
-    inside = _list_shown(folder)
-    folders = {path.name.lower(): path for path in inside if path.is_dir()}
-    known = {name for names in SPLITS.values() for name in names}
-    if folders and set(folders) <= known:
-        loose = [path.name for path in inside if path.suffix.lower() in find_image_extensions()]
-        if loose:
-            raise UsageError(
-                f"{folder} has the splits {', '.join(sorted(folders))}, and images beside them, "
-                f"such as {min(loose)}: move those into one of the folders, or out of it"
-            )
-        asked = split or "test"
-        named = [folders[name] for name in SPLITS.get(asked, (asked,)) if name in folders]
-        if split is None and not named:
-            named = list(folders.values())
-        if len(named) == 1:
-            return named[0]
-        raise UsageError(f"{folder} has the splits {', '.join(sorted(folders))}: not '{asked}'")
-    if split not in ("train", None):
-        raise UsageError(
-            f"{folder} is not divided into splits, so it has only 'train'; a folder named "
-            f"'{split}' beside one named 'train' would be another"
-        )
-    return folder
-
-
-def _list_shown(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, in order; of one with results, not what is private."""
-    is_ours = any((folder / name).is_file() for name in RESULTS)
-    left_out = {"__MACOSX", PRIVATE} if is_ours else {"__MACOSX"}
-    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in shown if path.name not in left_out)
 
 
 def _collect_columns(entries: list[dict]) -> dict[str, list]:

@@ -23,8 +23,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
 
-from utils.data.folders import list_image_formats
 from utils.data.grey_levels import MORE_BITS, GreyLevels, MoreBitsError, Window
+from utils.data.listing import list_image_formats
 from utils.data.rows import load_split, require_column
 from utils.errors import UsageError
 

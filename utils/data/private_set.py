@@ -27,6 +27,8 @@ class PrivateSet:
         left_out: how many rows were, because their image could not be used, by the reason.
         digests: [rows, 32], the SHA-256 of each image's bytes, to detect changes; never published.
         window: see `ImageRows`.
+        digest: of the images, captions and units together, to tell the set from another when a run
+            is resumed; empty where none can be.
     """
 
     rows: Dataset
@@ -36,6 +38,7 @@ class PrivateSet:
     left_out: Mapping[str, int]
     digests: np.ndarray
     window: Window = None
+    digest: str = ""
 
     @property
     def num_units(self) -> int:
@@ -67,11 +70,12 @@ def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
     rows = rows.select(good) if left_out else rows
     captions = read_captions(rows, data)
     unit_of_row = number_units(rows, data.privacy_unit_column)
-    content = hashlib.sha256(unit_of_row.numpy().tobytes())
+    content = hashlib.sha256(digests.tobytes() + unit_of_row.numpy().tobytes())
     for caption in captions:
         content.update(repr(caption).encode())
-    if len(set(gather_object([content.hexdigest()]))) > 1:  # compared in memory, and forgotten
+    digest = content.hexdigest()
+    if len(set(gather_object([digest]))) > 1:
         raise UsageError("the processes read different data: give all of them the same")
     return PrivateSet(
-        rows, data.image_column, captions, unit_of_row, left_out, digests, data.window
+        rows, data.image_column, captions, unit_of_row, left_out, digests, data.window, digest
     )

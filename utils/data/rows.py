@@ -264,7 +264,14 @@ def read_labels(
                     "whole number"
                 )
             value = int(value)
-        return feature.int2str(int(value)) if isinstance(feature, ClassLabel) else str(value)
+        if not isinstance(feature, ClassLabel):
+            return str(value)
+        if not 0 <= int(value) < feature.num_classes:
+            raise UsageError(
+                f"{option} {label_column}: a row holds {value}, but the column names "
+                f"{feature.num_classes} classes, 0 to {feature.num_classes - 1}: mend it"
+            )
+        return feature.int2str(int(value))
 
     return Column(rows, label_column, name)
 

@@ -20,7 +20,7 @@ from utils.arguments.evaluation import (
 )
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.values import check_range
-from utils.data.folders import TEXT
+from utils.data.folders import LABEL, TEXT
 from utils.data.images import (
     ImageRows,
     describe_left_out,
@@ -28,7 +28,7 @@ from utils.data.images import (
     find_readable_rows,
     read_pixel_batches,
 )
-from utils.data.rows import load_split, read_label_sets, read_labels
+from utils.data.rows import load_split, read_label_sets, read_labels, require_column
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.downstream import (
     Classifiers,
@@ -132,7 +132,8 @@ def load_sets(args: EvaluateArguments, cache: str) -> dict[str, LabelledRows]:
     """The usable rows of the synthetic, the real, and (if named) the private set.
 
     Raises:
-        UsageError: see `load_split` and `find_readable_rows`; or the private and the real images,
+        UsageError: see `load_split` and `find_readable_rows`; a column of labels that was asked for
+            is not there; or the private and the real images,
             which are held out, have some in common, byte for byte.
     """
     synthetic = (args.synthetic, None, None, "train", cache, args.synthetic_revision)
@@ -147,10 +148,11 @@ def load_sets(args: EvaluateArguments, cache: str) -> dict[str, LabelledRows]:
     sets, digests = {}, {}
     for name, loaded in rows.items():
         asked, label_column = columns[name]
-        argument = f"--{'test' if name == 'real' else name}_image_column"
-        images = ImageRows(
-            loaded, find_image_column(loaded, asked, argument), check_range(args.intensity_range)
-        )
+        side = "test" if name == "real" else name
+        image_column = find_image_column(loaded, asked, f"--{side}_image_column")
+        if label_column != LABEL and name != "private":  # there may be none, but not another
+            require_column(loaded, label_column, f"--{side}_label_column")
+        images = ImageRows(loaded, image_column, check_range(args.intensity_range))
         found = find_readable_rows(images)
         sets[name] = LabelledRows(images.select(found.good), label_column)
         digests[name] = [digest.tobytes() for digest in found.digests]

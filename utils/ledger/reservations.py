@@ -28,7 +28,7 @@ from utils.ledger.checkpoints import (
     was_left_unfinished,
 )
 from utils.ledger.ledger import Ledger, find_branch, make_run_name
-from utils.ledger.runs import NOTE, Run, find_abandoned, find_earlier_branch
+from utils.ledger.runs import NOTE, PRIVATE_DIGEST, Run, find_abandoned, find_earlier_branch
 from utils.ledger.statement import Circumstances, begins_with
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.plan import PrivacyPlan
@@ -54,7 +54,8 @@ def open_run(
     if training.resume_from_checkpoint is not None:
         checkpoint = _find_checkpoint(output_dir, training.resume_from_checkpoint)
         known = read_about(checkpoint)
-        _refuse_changes(checkpoint, known["agreed"] | {"plan": None}, agreed | {"plan": None})
+        later = {"plan": None, PRIVATE_DIGEST: None}  # compared by `confirm`
+        _refuse_changes(checkpoint, known["agreed"] | later, agreed | later)
         ledger.check_resuming(known, cap)
         _check_base(ledger, [*plan.builds_on, known["run"]], about)
         return Run(output_dir, find_branch(ledger, known["run"]), agreed, about, checkpoint)
@@ -97,23 +98,33 @@ def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
         raise UsageError(f"cannot resume {checkpoint}: {'; '.join(changed[:3])}{more}")
 
 
-def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan) -> Run:
+def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str = "") -> Run:
     """The run with its final plan, after the images were checked.
 
+    Args:
+        digest: of the private set (`PrivateSet.digest`), which checkpoints keep.
+
     Raises:
-        UsageError: the checkpoint to resume from belongs to another plan, model or adapter; or
-            resuming would exceed --total_epsilon.
+        UsageError: the checkpoint to resume from belongs to another plan, model, adapter or private
+            set; or resuming would exceed --total_epsilon.
     """
-    agreed = {**run.agreed, "plan": _round_trip(plan)}
+    agreed = {**run.agreed, "plan": _round_trip(plan), PRIVATE_DIGEST: digest}
     ledger, cap = run.branch.ledger, privacy.total_epsilon
     terms, made_with = plan.terms(run.about.is_private), run.about.made_with()
-    if agreed == run.agreed and run.checkpoint is None:
-        return run
-    if run.checkpoint is None:  # some images could not be read: fewer units
+    if run.checkpoint is None:
+        if agreed["plan"] == run.agreed["plan"]:
+            return replace(run, agreed=agreed)
+        # Some images could not be read: fewer units.
         branch = ledger.reserve(terms, cap, run.branch.run, 0, made_with)
         return replace(run, branch=branch, agreed=agreed)
     about = read_about(run.checkpoint)
-    _refuse_changes(run.checkpoint, about["agreed"], agreed)
+    then = {PRIVATE_DIGEST: digest} | about["agreed"]  # an older one has none
+    _refuse_changes(run.checkpoint, then | {PRIVATE_DIGEST: digest}, agreed)
+    if then[PRIVATE_DIGEST] != digest:
+        raise UsageError(
+            f"cannot resume {run.checkpoint}: the private images, their captions or their units "
+            "are others than it was trained on"
+        )
     settle(run)
     of_branch = about.get("branch")
     branch = ledger.reserve(terms, cap, run.branch.run, about["step"], made_with, of_branch)

@@ -60,6 +60,7 @@ from utils.ledger.statement import (
 from utils.privacy.accounting import account, pld_both_relations
 from utils.privacy.plan import PrivacyPlan
 
+PRIVATE_DIGEST = "private_digest"  # in a checkpoint: of the private set that it was trained on
 NOTE = "run"  # in private/: the name of the folder's run, noted before it is reserved
 IN_USE = "in_use.lock"  # in private/: held by the process that works here
 SELECTION, FIRST_MEANS = "selection", "means"  # the folders of stages before training

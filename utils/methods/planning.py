@@ -247,10 +247,10 @@ def reserve(
     try:
         private_set, plan = _check_images(found, plan, plan_for)
         show_private_set(private_set, resolution, training.output_dir)
-        run = on_main_process(lambda: confirm(run, privacy, plan))
-    except UsageError:
-        if run.checkpoint is None:
-            on_main_process(run.branch.give_up)
+        run = on_main_process(lambda: confirm(run, privacy, plan, private_set.digest))
+    except BaseException:  # also Ctrl-C: nothing was drawn yet
+        if run.checkpoint is None and PartialState().is_main_process:
+            run.branch.give_up()
         raise
     return private_set, plan, run
 

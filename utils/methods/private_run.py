@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from utils.arguments.training import TrainingArguments
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
-from utils.errors import Stopped, StopRequest, UsageError
+from utils.errors import Stopped, StopRequest, UsageError, on_main_process
 from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import Run
@@ -128,6 +128,28 @@ def keep_quiet(output_dir: Path) -> dict[str, dict]:
     return {"wandb": {"dir": str(folder), "settings": off}}
 
 
+def start_tracker(stage: Stage, plan: PrivacyPlan, run: Run, training: TrainingArguments) -> None:
+    """Begin to log, before hours go by with encoding.
+
+    Raises:
+        UsageError: the tracker does not start, as without a login; a new run has spent nothing.
+    """
+
+    def begin() -> None:
+        facts = describe_for_trackers(plan, stage.base_statement, run.recharged, training)
+        try:
+            stage.accelerator.init_trackers("private-adapter", facts, keep_quiet(run.output_dir))
+        except Exception as error:  # each raises its own
+            if run.checkpoint is None:
+                run.branch.give_up()
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"--report_to {training.report_to} does not start: {reason} (or leave it out)"
+            ) from error
+
+    on_main_process(begin)
+
+
 def fine_tune(
     stage: Stage,
     state: TrainingState,
@@ -143,14 +165,13 @@ def fine_tune(
         Stopped: asked to by a signal, after a checkpoint.
     """
     accelerator, limit = stage.accelerator, training.checkpoints_total_limit
+    if training.report_to is not None:
+        start_tracker(stage, plan, run, training)
     randomness, draws = stage.randomness, plan.noise_multiplicity
     unit_losses, encoded_dir = prepare_losses(
         stage.pipeline, private_set, stage.resolution, training, draws, randomness
     )
     park(stage.pipeline, text_too=unit_losses.units.text is not None)
-    if training.report_to is not None:
-        facts = describe_for_trackers(plan, stage.base_statement, state.recharged, training)
-        accelerator.init_trackers("private-adapter", facts, keep_quiet(run.output_dir))
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     if run.checkpoint is None:
         run.save(0, state.state_dict, limit)  # from here on, an interrupted run can be resumed

@@ -150,6 +150,11 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
         if (Path(name) / STATEMENT).is_file() and not (Path(name) / GRID).is_file():
             return "it is a training's result: give it as --adapter, and here its base model"
         return "it holds no model_index.json, as pipelines do"
+    if "not a valid model identifier" in reason:
+        return (
+            "there is no such folder, and no such Hub id that you may read: if it is not mistyped, "
+            "it is gated or private; ask for access on its page, then hf auth login"
+        )
     paths = [path for part in DENOISERS for path in Path(name).glob(f"{part}/*")]
     files = [path.name.split(".") for path in paths]
     variants = {parts[1] for parts in files if len(parts) == 3 and parts[2] != "index"}

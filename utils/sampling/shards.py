@@ -19,7 +19,7 @@ from datasets import (
     enable_progress_bars,
 )
 
-from utils.data.folders import list_files
+from utils.data.listing import list_files
 from utils.files import (
     GRID,
     METRICS,
