@@ -215,6 +215,6 @@ def test_a_gated_model_is_not_only_taken_for_a_typing_mistake(monkeypatch):
     def refuse(*_, **__):
         raise OSError(said)
 
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", refuse)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", refuse)
     with pytest.raises(UsageError, match="it is gated or private; ask for access on its page"):
         load_pipeline("some/model")
