@@ -6,11 +6,25 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import build_tiny_pipeline
 from tests.gradients.test_products import alternating
 from tests.worlds import build_plan
+from utils.arguments.methods import LdmArguments, LoDAArguments, LoraArguments
 from utils.arguments.training import CLIPPING_MODES
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.methods.public_passes import leave_out_unused
+from utils.models.denoising import denoising_loss
+from utils.models.families import find_family
+from utils.models.loda.adapter import add_loda
+from utils.models.lora import add_lora
+from utils.models.own_weights import unfreeze
+from utils.models.pipelines import prepare_pipeline
+from utils.models.processes import read_process
+from utils.models.text import embed_captions
+from utils.privacy.precision import highest_precision
 from utils.privacy.training import clipped_gradient_sum
+
+TIMES = ["time_emb_proj", "to_q", "conv1"]  # of which some see a row for each image only
 
 
 def test_an_estimate_in_fp32_does_not_let_a_unit_count_for_more_than_C(accelerator):
@@ -106,6 +120,43 @@ def test_one_more_unit_in_front_changes_no_other_gradient(accelerator, positions
         for units in (everyone, everyone[1:], everyone[:1])
     )
     assert (whole - rest - alone).norm() < 1e-10
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "channels, adapt",
+    [
+        ((8, 16), lambda p: unfreeze(p, LdmArguments(trainable="all"))),
+        ((32, 64), lambda p: add_loda(p, LoDAArguments(rank=2))),
+        ((32, 64), lambda p: add_lora(p, LoraArguments(rank=6, target_modules=TIMES))),
+    ],
+)
+def test_one_more_unit_in_front_changes_no_other_gradient_of_a_model(threads, channels, adapt):
+    """Of odd sides and ranks, by threads whose shares end anywhere."""
+    before = torch.get_num_threads()
+    pipeline = prepare_pipeline(build_tiny_pipeline(channels=channels), "a tiny model")
+    adapt(pipeline)
+    leave_out_unused(pipeline, 20, silently=True)
+    family, process = find_family(pipeline), read_process(pipeline.scheduler)
+    for parameter in family.denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    engine, (latents, noise) = PerUnitGradients(family.denoiser), torch.randn(2, 6, 4, 10, 10)
+    text = {name: t.float() for name, t in embed_captions(pipeline, ["3"] * 6, 20).items()}
+    torch.set_num_threads(threads)
+    try:
+        for size in (2, 3, 5):
+            found = []
+            for start in (0, 1):
+                part = slice(start, start + size)
+                words = {name: values[part] for name, values in text.items()}
+                inputs = (latents[part], words, noise[part], torch.linspace(0, 1, 7)[part])
+                with highest_precision(), engine.recording(size) as record:
+                    denoising_loss(family.predictor, process, *inputs).sum().backward()
+                found.append(record.digest_units())
+            assert found[0][1:] == found[1][:-1]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])

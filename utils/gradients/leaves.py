@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from utils.errors import UsageError
-from utils.gradients.fast_linear import linear
+from utils.gradients.fast_linear import convolve, linear
 from utils.gradients.products import by_unit, conv2d_unit_gradient, product_is_smaller
 from utils.gradients.recording import Recording
 
@@ -100,7 +100,7 @@ class _UnitConv2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, leaf, record):
         ctx.save_for_backward(x, weight)
         ctx.leaf, ctx.record = leaf, record
-        return F.conv2d(x, weight, bias, leaf.stride, leaf.padding, leaf.dilation)
+        return convolve(leaf, x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -9,12 +9,13 @@ Source: Hu et al. 2021, section 4.1.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from utils.errors import UsageError
-from utils.gradients.fast_linear import linear
+from utils.gradients.fast_linear import ALIKE, is_pixelwise, linear
 from utils.gradients.recording import Recording
 
 
@@ -64,16 +65,11 @@ def _find_parts(module: lora.Linear | lora.Conv2d) -> LoraLayer | None:
     if module.base_layer is not layer.base:  # another adapter lies between
         return None
     kinds = {type(part) for part in (layer.base, layer.a, layer.b)}
-    plain = kinds == {nn.Linear} or kinds == {nn.Conv2d} and _is_pixelwise(layer.base)
+    plain = kinds == {nn.Linear} or kinds == {nn.Conv2d} and is_pixelwise(layer.base)
     frozen = not any(parameter.requires_grad for parameter in layer.base.parameters())
     without_bias = layer.a.bias is None and layer.b.bias is None
     straight = isinstance(module.lora_dropout[name], nn.Identity)
     return layer if plain and frozen and without_bias and straight else None
-
-
-def _is_pixelwise(conv: nn.Conv2d) -> bool:
-    sizes = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return sizes == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def run_lora(layer: LoraLayer, record: Recording, x: torch.Tensor) -> torch.Tensor:
@@ -118,5 +114,7 @@ class _UnitLora(torch.autograd.Function):
 
 def _add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Add x [..., in] times weight [out, in] to `total` [..., out], where it lies."""
-    rows = total.view(-1, total.shape[-1])
+    rows, zeros = total.view(-1, total.shape[-1]), -x.shape[-1] % ALIKE
+    if zeros and x.device.type == "cpu":  # as in `linear`
+        x, weight = F.pad(x, (0, zeros)), F.pad(weight, (0, zeros))
     rows.addmm_(x.reshape(-1, x.shape[-1]).to(total.dtype), weight.t().to(total.dtype))

@@ -10,6 +10,7 @@ from torch import nn
 
 from utils.errors import CannotLoad, UsageError
 from utils.files import DENOISERS, GRID, STATEMENT
+from utils.gradients.elementwise import use_alike_activations
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.short_attention import use_fast_attention
 from utils.models.families import FAMILIES, find_family
@@ -165,9 +166,11 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
 
 
 def freeze(part: nn.Module) -> nn.Module:
-    """Turn off gradients and dropout; choose the fastest memory layout, products and attention."""
+    """Turn off gradients and dropout; choose the fastest memory layout, products and attention, and
+    activations that look at each number alone."""
     use_fast_linear(part)
     use_fast_attention()
+    use_alike_activations()
     return part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
