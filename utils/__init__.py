@@ -45,6 +45,7 @@
         canaries            units whose presence an attacker tries to guess
         auditing            from scores and guesses to a lower bound on epsilon
         replay              the loop with and without one unit, all randomness the same
+        watched             its pieces, and what went through them
         mutants             the loop broken on purpose, in the ways that published code is
     evaluation/     are the images good, useful, and does any give someone away?
         measuring           the story of an evaluation

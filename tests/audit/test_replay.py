@@ -13,7 +13,9 @@ from utils.arguments.methods import LoraArguments
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.audit import replay as module
 from utils.audit.mutants import break_loop
-from utils.audit.replay import ReplayedRandomness, SetUp, replay
+from utils.audit.replay import SetUp, replay
+from utils.audit.watched import ReplayedRandomness
+from utils.data.latents import PrivateLosses
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.lora import add_lora
 from utils.privacy import dp_sgd
@@ -130,6 +132,22 @@ def test_it_catches_others_too(world, accelerator, tmp_path, monkeypatch, name):
     assert not found["passed"], name
     if name == "split_units":
         assert "adding one unit changed others' gradients" in " ".join(found["problems"])
+
+
+def test_a_gradient_that_is_rounded_by_its_place_is_caught(
+    world, accelerator, tmp_path, monkeypatch
+):
+    """In both runs alike, so that only a unit in front can show it."""
+    whole = PrivateLosses.__call__
+
+    def by_place(self, indices):
+        losses = whole(self, indices)
+        return losses * (1 + 1e-6 * torch.arange(len(losses)))
+
+    monkeypatch.setattr(PrivateLosses, "__call__", by_place)
+    found = replay_here(world, accelerator, tmp_path)
+    assert found["problems"] == ["one unit in front changed others' gradients"]
+    assert not found["passed"]
 
 
 def test_an_added_unit_that_is_never_sampled_proves_nothing(

@@ -2,15 +2,16 @@
 
 The guarantee of a step rests on this: the presence of one unit changes nothing but its own
 contribution, which is at most C, and noise of sigma * C hides that. So nobody else may be sampled,
-or not be sampled, because of it; nobody else's draws or gradient may change by a bit; the clipped
-sum may move by at most C; and the noise must be there, once, fresh in every step.
+or not be sampled, because of it; nobody else's draws or gradient may change by a bit, nor because
+all moved on by one place; the clipped sum may move by at most C; and the noise must be there, once,
+fresh in every step.
 
 All units are public noise images: nothing private is read, nothing is spent, and the weights are
 put back. The added unit's gradient is made as loud as clipping has to cope with.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 
@@ -20,18 +21,24 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm import tqdm
 
 from utils.arguments.training import PrivacyArguments, TrainingArguments
+from utils.audit.watched import (
+    LoopChange,
+    PlacedRandomness,
+    ReplayedRandomness,
+    Seen,
+    install,
+    make_pieces,
+)
 from utils.data.images import ImageRows, find_readable_rows
-from utils.data.latents import prepare_losses
+from utils.data.latents import PrivateLosses, prepare_losses
 from utils.data.private_set import PrivateSet
 from utils.errors import need_one_process
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.families import find_family
 from utils.privacy import training as loop
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import TrainingState, private_steps
 
 NUM_UNITS, STEPS, MICRO_BATCH = 12, 6, 4
@@ -39,100 +46,6 @@ REPLAY = "a replay, for which --dry_run is enough,"
 LOUD = 1e6  # times the loss of the added unit
 # Standard deviations: a tail of 3e-12.
 DEVIATIONS = 7.0
-# Makes the context within which the loop is to be replayed (`mutants.break_loop`). Training scripts
-# import this module, and must not be able to reach a mutant.
-LoopChange = Callable[[], AbstractContextManager]
-
-
-class ReplayedRandomness(SecretRandomness):
-    """Values that depend on the step and on how often one asked in it, and on nothing else."""
-
-    def __init__(self):
-        super().__init__(debug_seed=0)
-        self._step = self._asked = 0
-
-    def start_step(self, step: int) -> None:
-        self._step, self._asked = step, 0
-
-    def _fresh(self) -> np.random.Generator:
-        self._asked += 1
-        return np.random.Generator(np.random.Philox(key=[self._step, self._asked]))
-
-    def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(self._fresh().random(shape))
-
-    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(self._fresh().standard_normal(shape, dtype=np.float32))
-
-    def noise(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(self._fresh().standard_normal(shape))
-
-
-@dataclass
-class Seen:
-    """What one step did.
-
-    Attributes:
-        batch: the units that it sampled. rows: of each of them, what was recorded, as digests.
-        total: the clipped sum [P]; noise: what was added to it [P], in units of sigma * C.
-    """
-
-    batch: list[int] | None = None
-    rows: dict[int, list[str]] | None = None
-    total: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
-
-
-def make_pieces(seen: Seen, broken: LoopChange) -> dict[str, Callable]:
-    """What the loop calls within `broken`; each notes in `seen` what went through."""
-    with broken():
-        names = ("sample_poisson_batch", "clipped_gradient_sum", "clipped_sum", "add_noise_once")
-        sample, add_up, clip, add_noise = (getattr(loop, name) for name in names)
-    units: list[int] = []  # of the micro-batch in work
-
-    def note_sample(*arguments):
-        batch = sample(*arguments)
-        seen.batch, seen.rows = batch.tolist(), {}
-        return batch
-
-    def note_units(accelerator, engine, unit_losses, *rest):
-        def losses(indices):
-            units[:] = indices.tolist()
-            return unit_losses(indices)
-
-        return add_up(accelerator, engine, losses, *rest)
-
-    def note_rows(record, plan):
-        rows = {}
-        for unit, digest in zip(units, record.digest_units(), strict=True):
-            rows.setdefault(unit, digest)  # a blank repeats the first unit, and comes after it
-        for unit, digest in rows.items():
-            seen.rows.setdefault(unit, []).append(digest)
-        return clip(record, plan)
-
-    def note_noise(total, plan, randomness, accelerator):
-        released = add_noise(total, plan, randomness, accelerator)
-        seen.total = total.double().clone()
-        noise = released.double() * plan.expected_batch_size - seen.total
-        seen.noise = noise / (plan.noise_multiplier * plan.max_grad_norm)
-        return released
-
-    def hide_bar(**arguments):
-        return tqdm(**arguments | {"disable": True})
-
-    pieces = dict(zip(names, (note_sample, note_units, note_rows, note_noise), strict=True))
-    return pieces | {"tqdm": hide_bar}
-
-
-@contextmanager
-def install(pieces: dict[str, Callable]) -> Iterator[None]:
-    """Within this context the loop calls these pieces."""
-    before = {name: getattr(loop, name) for name in pieces}
-    vars(loop).update(pieces)
-    try:
-        yield
-    finally:
-        vars(loop).update(before)
 
 
 @dataclass
@@ -227,12 +140,31 @@ def replay(
                 open_lane(accelerator, engine, loud_losses, p, randomness, broken)
                 for p in (plan, more)
             ]
-            return compare_lanes(*lanes)
+            found = compare_lanes(*lanes)
+            size = min(training.train_batch_size, NUM_UNITS)
+            if place_counts(setup, unit_losses, plan, size, broken):
+                found["problems"].append("one unit in front changed others' gradients")
+            return found | {"passed": not found["problems"]}
     except RuntimeError as error:  # the loop itself found something
         return {"passed": False, "problems": [str(error)], "steps": STEPS, "largest_move": None}
     finally:
         for parameter, before in zip(engine.parameters, start, strict=True):
             parameter.data.copy_(before)
+
+
+def place_counts(
+    setup: SetUp, unit_losses: PrivateLosses, plan: PrivacyPlan, size: int, broken: LoopChange
+) -> bool:
+    """Whether the place of a unit in its micro-batch changes its gradient, by a bit: processors may
+    round by it, and one unit more in front moves all others."""
+    rows = []
+    for first in (0, 1):
+        seen, units = Seen(rows={}), torch.arange(first, first + size)
+        placed = replace(unit_losses, randomness=PlacedRandomness(first, size))
+        with install(make_pieces(seen, broken)):
+            loop.clipped_gradient_sum(setup.accelerator, setup.engine, placed, units, plan, size)
+        rows.append(seen.rows)
+    return any(rows[0][unit] != rows[1][unit] for unit in range(1, size))
 
 
 def make_noise_units(
