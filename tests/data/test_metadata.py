@@ -180,6 +180,15 @@ def test_a_table_decides_about_the_images_of_its_own_folder_only(tmp_path):
     assert load(tmp_path)["text"] == ["a scan"] * 2  # its own second image is not used
 
 
+@pytest.mark.parametrize("there, named", [("a.png", "a.PNG"), ("Jos\u00e9.png", "Jose\u0301.png")])
+def test_names_that_look_alike_lose_no_image(tmp_path, there, named):
+    for name in (there, "other.png"):
+        draw(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{named},a cat\nother.png,a dog\n")
+    with pytest.raises(UsageError, match=f"1 images have other names .* {named}, which is {there}"):
+        load(tmp_path)
+
+
 def test_paths_as_windows_writes_them(tmp_path):
     (tmp_path / "sub").mkdir()
     draw(tmp_path / "sub" / "a.png")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
@@ -96,8 +97,9 @@ _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 def require_images(
     tables: list[Path], named: Collection[Path], absent: list[Path], images: list[Path]
 ) -> None:
-    """Refuse tables that name no image; or that would throw out those of other folders than theirs:
-    whoever comes with a table must not decide about others.
+    """Refuse tables that name no image; that spell the names of some otherwise than their files; or
+    that would throw out those of other folders than theirs: whoever comes with a table must not
+    decide about others.
 
     Args:
         named: what the tables name. absent: those of it that are not there.
@@ -108,6 +110,14 @@ def require_images(
     unnamed = [path for path in images if path not in named]
     if len(unnamed) == len(images):
         raise UsageError(_explain_paths(tables[0], absent or list(named), images))
+    alike = {_fold(path): path for path in unnamed}
+    misspelt = [path for path in absent if _fold(path) in alike]
+    if misspelt:
+        raise UsageError(
+            f"{len(misspelt)} images have other names than in the table, such as "
+            f"{misspelt[0].name}, which is {alike[_fold(misspelt[0])].name}: by capitals, or by "
+            "how Unicode spells the same letters; mend the table"
+        )
     homes = {table.parent for table in tables}
     beyond = [path for path in unnamed if homes.isdisjoint(path.parents)]
     if beyond:
@@ -115,6 +125,11 @@ def require_images(
             f"{len(beyond)} images, such as {beyond[0]}, are in no table, and not in the folder of "
             f"one, such as {tables[0]}: name them in a table, or take that one away"
         )
+
+
+def _fold(path: Path) -> str:
+    """A path as people read it, who see no difference between two spellings of one letter."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
 
 
 def _explain_paths(table: Path, named: list[Path], images: list[Path]) -> str:
