@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tests.conftest import read_json, train_arguments, train_here
 from tests.sampling.conftest import find, state
 from utils.errors import UsageError
-from utils.files import STATEMENT
+from utils.files import STATEMENT, hash_file
 from utils.ledger.checks import check_statement
 from utils.ledger.ledger import Ledger
 from utils.ledger.statement import STOPPED, UNKNOWN_BASE, add_base, quote_total
@@ -193,7 +193,8 @@ def test_weights_that_were_trained_are_no_public_base_wherever_they_are_saved(ti
     pipeline.to(torch.float16).save_pretrained(tmp_path / "merged")
     with pytest.raises(UsageError, match="put it beside model_index.json"):
         find(tmp_path / "merged")
-    (tmp_path / "merged" / STATEMENT).write_text(json.dumps(told := state()))
+    files = {f"unet/{path.name}": hash_file(path) for path in (tmp_path / "merged/unet").iterdir()}
+    (tmp_path / "merged" / STATEMENT).write_text(json.dumps(told := state() | {"files": files}))
     assert find(tmp_path / "merged").statement == told
 
 
