@@ -114,18 +114,6 @@ def test_a_stop_is_told_of_all_that_builds_on_it(tmp_path):
         assert (STOPPED in statement["not_covered"]) == (name == "stopped")
 
 
-def test_steps_that_were_taken_again_may_have_been_chosen_by_looking(tmp_path):
-    """Who goes back to an older checkpoint until a sheet pleases pays each time, as planned by
-    nobody; whoever resumes the latest takes the planned steps."""
-    for name, wanted in (("straight", "latest"), ("back", "checkpoint-1")):
-        run = start(tmp_path / name, PLAIN)
-        for step in (1, 2):
-            run.save(step, dict, limit=5)
-        run = open_run(training(tmp_path / name, wanted), privacy(), PLAN, {"model": "m"}, PLAIN)
-        statement = confirm(run, privacy(), PLAN).publish(lambda folder: None, PLAN)
-        assert (STOPPED in statement["not_covered"]) == (name == "back")
-
-
 def test_what_is_charged_once_more_is_told():
     """To the screen and to trackers, as it is in the ledger."""
     plan = build_plan(steps=3)

@@ -131,15 +131,12 @@ def _charge_branches(records: list[dict], run: str, live: bool) -> list[tuple[di
     return charged
 
 
-def is_off_plan(records: list[dict], run: str) -> bool:
-    """Whether the last weights that a run wrote are of fewer steps than it had reserved, or it took
-    more than those, some of them again from an older checkpoint."""
+def is_stopped_short(records: list[dict], run: str) -> bool:
+    """Whether the last weights that a run wrote are of fewer steps than it had reserved."""
     own = select_run(records, run)
     written = [r["step"] for r in own if r["kind"] == "wrote" and r["output"] == WEIGHTS]
     planned = [r["event"]["steps"] for r in own if r["kind"] == "reserve"]
-    if not written:
-        return False
-    return written[-1] < planned[-1] or count_charged_steps(records, run, live=False) > written[-1]
+    return bool(written) and written[-1] < planned[-1]
 
 
 def list_made_with(records: list[dict], runs: list[str]) -> list[dict]:

@@ -12,7 +12,7 @@ from utils.ledger.charges import (
     WEIGHTS,
     compose_with_bases,
     count_charged_steps,
-    is_off_plan,
+    is_stopped_short,
     list_charged_events,
     list_made_with,
     list_released_steps,
@@ -216,7 +216,7 @@ def _check_circumstances(statement: dict, records: list[dict], runs: list[str]) 
         problems.append("the statement has an audit, of which the ledger has none")
     doubts = {
         UNKNOWN_BASE: not made.is_base_known,
-        STOPPED: any(is_off_plan(records, run) for run in runs),
+        STOPPED: any(is_stopped_short(records, run) for run in runs),
     }
     return problems + [
         f"the statement does not say that it leaves out {doubt}"

@@ -37,7 +37,7 @@ from utils.ledger.charges import (
     compose_with_bases,
     count_charged_steps,
     is_live,
-    is_off_plan,
+    is_stopped_short,
     list_charged_events,
     list_made_with,
 )
@@ -246,7 +246,7 @@ class Run:
         runs = [*plan.builds_on, self.branch.run]
         own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
         about, run_events = recall(self.about, own, every), list_charged_events(records, runs)
-        stopped = about.is_stopped or any(is_off_plan(records, run) for run in runs)
+        stopped = about.is_stopped or any(is_stopped_short(records, run) for run in runs)
         about = replace(about, is_stopped=stopped)
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         everything, delta = compose_with_bases(records, statement.get("base"))

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 2
 NOT_STATED = "not stated"
 UNKNOWN_BASE = "the base model, of which nobody could tell offline whether it is a private result"
 BASE_CHECKSUM = "base_model_checksum"
-STOPPED = "the choice of how many steps to take, if made by looking at what the run had shown"
+STOPPED = "the choice of the step to stop at, if that was made by looking at what the run had shown"
 DOUBTS = (UNKNOWN_BASE, STOPPED)  # what is made of a result inherits them
 
 
@@ -31,9 +31,9 @@ class Circumstances:
         base: the verified statement of the base model, if that is a private result itself.
         base_checksum: of the base model's weights (`training.checksum`); None without a model.
         is_base_known: whether anyone could tell that (`fetch_statement`).
-        is_stopped: whether it, or what it builds on, took other than the planned steps: fewer, or
-            some of them again. The planned ones are paid for whatever was looked at, others only
-            if nobody chose how many by looking (Rogers et al. 2016: an odometer is no filter).
+        is_stopped: whether it, or what it builds on, was to take more steps: that would have been
+            paid for whatever was looked at, and fewer are only if nobody chose how many by looking
+            (Rogers et al. 2016: an odometer is no filter).
     """
 
     is_private: bool = True
