@@ -1,5 +1,6 @@
 """Clause 5: bad values cost their owner only."""
 
+import errno
 import time
 
 import pytest
@@ -57,7 +58,8 @@ def test_an_unreadable_image_removes_its_own_row_only(tmp_path):
         keep_readable(rows, strict=True)
 
 
-def test_what_fails_beside_others_alone_is_not_left_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("insufficient memory"), MemoryError()])
+def test_what_fails_beside_others_alone_is_not_left_out(tmp_path, monkeypatch, error):
     """Several threads decode: one image must not cost another its place, as by its memory."""
     under_way, together = [], []
 
@@ -67,7 +69,7 @@ def test_what_fails_beside_others_alone_is_not_left_out(tmp_path, monkeypatch):
             time.sleep(0.01)
             if len(under_way) > 1:
                 together.append(1)
-                raise OSError("insufficient memory")
+                raise error
             return open_image(*arguments)
         finally:
             under_way.pop()
@@ -79,16 +81,25 @@ def test_what_fails_beside_others_alone_is_not_left_out(tmp_path, monkeypatch):
     kept, left_out = keep_readable(image_rows([cell] * 16 + [cell | {"bytes": b"broken"}]))
     assert (len(kept), left_out) == (16, {"unreadable": 1}) and together
 
-    def run_out(*arguments):
-        raise MemoryError
-
-    monkeypatch.setattr(images, "open_image", run_out)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError):  # alone, too
+        monkeypatch.setattr(images, "open_image", run_out)
         keep_readable(image_rows([cell]))
 
 
-def test_a_disk_that_fails_is_no_damaged_image(tmp_path):
-    folder = tmp_path / "no_file.png"
-    folder.mkdir()
-    with pytest.raises(UsageError, match="no_file.png cannot be read: Is a directory"):
-        keep_readable(image_rows([{"bytes": None, "path": str(folder)}]))
+def run_out(*arguments):
+    raise MemoryError
+
+
+def test_a_disk_that_fails_is_no_damaged_image(tmp_path, monkeypatch):
+    bad = [tmp_path, "", "a\0.png", "x" * 5000, tmp_path / "gone.png", "/etc/passwd/a.png"]
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    rows = [{"bytes": None, "path": str(path)} for path in (tmp_path / "good.png", *bad)]
+    kept, left_out = keep_readable(image_rows(rows))
+    assert (len(kept), left_out) == (1, {"unreadable": len(bad)})  # each by its own fault
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(images, "_read_bytes", fail)
+    with pytest.raises(UsageError, match="good.png cannot be read: Input/output error"):
+        keep_readable(image_rows(rows[:1]))

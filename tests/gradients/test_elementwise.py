@@ -69,5 +69,6 @@ def test_the_layout_of_a_tensor_changes_no_value(threads, name):
 def test_the_values_are_those_of_the_function(threads, name):
     torch.testing.assert_close(CASES[name](torch.linspace(-9, 9, 77)), PLAIN[name])
     assert FUNCTIONS.get(name, F.silu)(torch.empty(0, 3)).shape == (0, 3)
+    assert torch.sigmoid(torch.arange(3)).dtype == torch.float32
     alone = FUNCTIONS.get(name, F.silu)(torch.tensor(0.5))
     assert alone.shape == () and alone.isfinite()

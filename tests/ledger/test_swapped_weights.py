@@ -80,7 +80,7 @@ def test_the_statement_beside_a_single_file_counts(published):
     assert read_base_statement(str(published / "a.safetensors")) == (statement, True)
     converted = published / "converted.safetensors"
     converted.write_bytes(b"the same weights, for another program")
-    with pytest.raises(UsageError, match="converted.safetensors: the statement does not account"):
+    with pytest.raises(UsageError, match="converted.safetensors: it does not account for it; if"):
         read_base_statement(str(converted))
     (published / "privacy.json").unlink()
     assert read_base_statement(str(converted)) == (None, True)

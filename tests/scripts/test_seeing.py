@@ -150,6 +150,7 @@ def test_launches_that_share_out_the_weights_are_refused(
         ("accelerate.Accelerator.init_trackers", Exception("No API key configured"), None),
         ("utils.methods.planning.show_private_set", KeyboardInterrupt(), KeyboardInterrupt),
         ("utils.methods.planning.load_private_set", ValueError("of a library"), ValueError),
+        ("utils.methods.private_run.prepare_losses", MemoryError(), MemoryError),
     ],
 )
 def test_what_ends_before_the_first_step_holds_no_budget(

@@ -3,6 +3,7 @@
 Nothing here holds more than a few rows' images at a time.
 """
 
+import errno
 import hashlib
 import io
 import math
@@ -30,13 +31,12 @@ from utils.errors import UsageError
 
 LARGEST_IMAGE = 178_956_970  # pixels; more is taken for a decompression bomb
 PERCENT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # not how many rows there are
-
 CHANGED = (
     "the images changed after they were checked, or the processes see different ones: leave them "
     "as they are while a run reads them, and give every process the same"
 )
-
 UNREADABLE = "unreadable"
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 # Pillow's warnings say what is in a private image; its limit of pixels is replaced by ours, which
 # is checked before anything is decoded. For the whole process: `catch_warnings` is not thread-safe.
@@ -64,6 +64,10 @@ class ImageRows:
     def select(self, numbers) -> "ImageRows":
         """Those rows alone."""
         return replace(self, rows=self.rows.select(numbers))
+
+    def undecoded(self) -> Dataset:
+        """Their column alone, each as its bytes or its path."""
+        return self.rows.select_columns([self.column]).cast_column(self.column, Image(decode=False))
 
 
 class Checked(NamedTuple):
@@ -118,7 +122,7 @@ def find_readable_rows(images: ImageRows, strict: bool = False) -> Checked:
         for start, checked in _map_rows(images, 256, work):
             for index, found in enumerate(checked, start):
                 if found == UNREADABLE:
-                    found = work(_read_undecoded(images)[index][images.column])
+                    found = work(images.undecoded()[index][images.column], alone=True)
                 if isinstance(found, bytes):
                     good.append(index)
                     digests.append(found)
@@ -178,18 +182,20 @@ def _explain_why_none(count: int, left_out: Counter) -> str:
 
 def describe_left_out(left_out: Counter) -> str:
     """How many images were left out, and why, in words."""
-    if not left_out:
-        return "no image left out"
-    return "left out: " + ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+    parts = [f"{count} {why}" for why, count in sorted(left_out.items())]
+    return f"left out: {', '.join(parts)}" if parts else "no image left out"
 
 
-def _check(raw: dict | None, window: Window) -> bytes | str:
-    """A digest of the bytes of an image that can be used; or why it cannot."""
+def _check(raw: dict | None, window: Window, alone: bool = False) -> bytes | str:
+    """A digest of the bytes of an image that can be used; or why it cannot. Only what is `alone`
+    ends with a `MemoryError`: beside others it may be theirs that is too much."""
     try:
         content = _read_bytes(raw)
-    except (TypeError, FileNotFoundError):  # there is none
+    except (TypeError, ValueError):  # there is none, or no such name
         return UNREADABLE
     except OSError as error:
+        if error.errno in NO_FILE:  # not a disk that fails
+            return UNREADABLE
         raise UsageError(f"the image {raw['path']} cannot be read: {error.strerror}") from error
     try:
         open_image(content, window).convert("RGB")
@@ -197,7 +203,7 @@ def _check(raw: dict | None, window: Window) -> bytes | str:
     except MoreBitsError:
         return MORE_BITS
     except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
-        if isinstance(error, MemoryError):
+        if alone and isinstance(error, MemoryError):
             raise
         return UNREADABLE
 
@@ -206,17 +212,11 @@ def _read_bytes(raw: dict) -> bytes:
     return raw["bytes"] or Path(raw["path"]).read_bytes()
 
 
-def _read_undecoded(images: ImageRows) -> Dataset:
-    """The column of the images alone, each as its bytes or its path."""
-    rows, column = images.rows, images.column
-    return rows.select_columns([column]).cast_column(column, Image(decode=False))
-
-
 def _map_rows(
     images: ImageRows, batch_size: int, work: Callable[[dict | None], object]
 ) -> Iterator[tuple[int, list]]:
     """(first row, `work` of each row's undecoded image) a batch, in order; on several threads."""
-    raw, column = _read_undecoded(images), images.column
+    raw, column = images.undecoded(), images.column
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(0, len(raw), batch_size):
             yield start, list(pool.map(work, raw[start : start + batch_size][column]))

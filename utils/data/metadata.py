@@ -111,12 +111,13 @@ def require_images(
     if len(unnamed) == len(images):
         raise UsageError(_explain_paths(tables[0], absent or list(named), images))
     alike = {_fold(path): path for path in unnamed}
-    misspelt = [path for path in absent if _fold(path) in alike]
+    present = set(images)
+    misspelt = [path for path in named if path not in present and _fold(path) in alike]
     if misspelt:
         raise UsageError(
-            f"{len(misspelt)} images have other names than in the table, such as "
-            f"{misspelt[0].name}, which is {alike[_fold(misspelt[0])].name}: by capitals, or by "
-            "how Unicode spells the same letters; mend the table"
+            f"{len(misspelt)} images have other names than in the table, such as {misspelt[0]}, "
+            f"which is {alike[_fold(misspelt[0])]}: by capitals, or by how Unicode spells the same "
+            "letters; mend the table"
         )
     homes = {table.parent for table in tables}
     beyond = [path for path in unnamed if homes.isdisjoint(path.parents)]

@@ -39,6 +39,8 @@ def _by_value(whole: Callable, target: str) -> Callable:
     def apply(*arguments, **options) -> torch.Tensor:
         count = sum(isinstance(argument, torch.Tensor) for argument in arguments)
         tensors, settings = arguments[:count], arguments[count:]
+        if not (tensors[0].is_floating_point() or tensors[0].is_complex()):
+            tensors = [tensor.to(torch.get_default_dtype()) for tensor in tensors]
         out = torch.empty_like(tensors[0])
         if any(tensor.stride() != out.stride() for tensor in tensors):  # not dense, or not alike
             tensors = [tensor.contiguous() for tensor in tensors]

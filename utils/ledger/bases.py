@@ -25,7 +25,9 @@ def read_base_statement(name: str, revision: str | None = None) -> tuple[dict | 
     if statement is not None and statement.get("private") is not False:
         problems = check_statement(statement) or _check_weights(statement, name, revision)
         if not problems and file is not None and file not in statement["files"]:
-            problems.append(f"{file}: the statement does not account for it")
+            problems.append(
+                f"{file}: it does not account for it; if that is public, move it elsewhere"
+            )
         if not problems and is_marked and not _knows_denoiser(statement):
             problems.append("it is not of the denoiser, which was trained on private images")
         if problems:

@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from accelerate import PartialState
 
 from utils.arguments.training import PrivacyArguments, TrainingArguments
 from utils.errors import UsageError
@@ -140,6 +143,19 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str 
             f"{pld_epsilon(plan.events(steps), plan.delta):.3f}"
         )
     return replace(run, branch=branch, agreed=agreed, recharged=steps - plan.steps)
+
+
+@contextmanager
+def handing_back(run: Run) -> Iterator[None]:
+    """What ends within, by whatever error or Ctrl-C, hands back what a new run had reserved, of
+    which nothing is drawn yet. To resume one, its checkpoint is there."""
+    try:
+        yield
+    except BaseException:
+        if run.checkpoint is None and PartialState().is_main_process:
+            with suppress(UsageError):  # the first error is the one to tell
+                find_branch(run.branch.ledger, run.branch.run).give_up()
+        raise
 
 
 def _check_base(ledger: Ledger, runs: Iterable[str], about: Circumstances) -> None:

@@ -21,7 +21,14 @@ from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.public_sets import refuse_as_private, refuse_own_images
 from utils.ledger.remembered import remember_run, warn_of_other_ledgers
-from utils.ledger.reservations import check_new, check_room_for, confirm, find_ledger, open_run
+from utils.ledger.reservations import (
+    check_new,
+    check_room_for,
+    confirm,
+    find_ledger,
+    handing_back,
+    open_run,
+)
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.models.families import Family, find_family
@@ -244,14 +251,10 @@ def reserve(
         return run
 
     run = on_main_process(open_and_remember)
-    try:
+    with handing_back(run):
         private_set, plan = _check_images(found, plan, plan_for)
         show_private_set(private_set, resolution, training.output_dir)
         run = on_main_process(lambda: confirm(run, privacy, plan, private_set.digest))
-    except BaseException:  # also Ctrl-C: nothing was drawn yet
-        if run.checkpoint is None and PartialState().is_main_process:
-            run.branch.give_up()
-        raise
     return private_set, plan, run
 
 

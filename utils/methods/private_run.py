@@ -17,6 +17,7 @@ from utils.data.private_set import PrivateSet
 from utils.errors import Stopped, StopRequest, UsageError, on_main_process
 from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.ledger.reservations import handing_back
 from utils.ledger.runs import Run
 from utils.ledger.statement import describe_cost, quote_plan
 from utils.methods.film import draw_sheet, is_due
@@ -132,7 +133,7 @@ def start_tracker(stage: Stage, plan: PrivacyPlan, run: Run, training: TrainingA
     """Begin to log, before hours go by with encoding.
 
     Raises:
-        UsageError: the tracker does not start, as without a login; a new run has spent nothing.
+        UsageError: the tracker does not start, as without a login.
     """
 
     def begin() -> None:
@@ -140,8 +141,6 @@ def start_tracker(stage: Stage, plan: PrivacyPlan, run: Run, training: TrainingA
         try:
             stage.accelerator.init_trackers("private-adapter", facts, keep_quiet(run.output_dir))
         except Exception as error:  # each raises its own
-            if run.checkpoint is None:
-                run.branch.give_up()
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(
                 f"--report_to {training.report_to} does not start: {reason} (or leave it out)"
@@ -165,12 +164,13 @@ def fine_tune(
         Stopped: asked to by a signal, after a checkpoint.
     """
     accelerator, limit = stage.accelerator, training.checkpoints_total_limit
-    if training.report_to is not None:
-        start_tracker(stage, plan, run, training)
     randomness, draws = stage.randomness, plan.noise_multiplicity
-    unit_losses, encoded_dir = prepare_losses(
-        stage.pipeline, private_set, stage.resolution, training, draws, randomness
-    )
+    with handing_back(run):
+        if training.report_to is not None:
+            start_tracker(stage, plan, run, training)
+        unit_losses, encoded_dir = prepare_losses(
+            stage.pipeline, private_set, stage.resolution, training, draws, randomness
+        )
     park(stage.pipeline, text_too=unit_losses.units.text is not None)
     drawing = choose_settings(stage.pipeline, training, stage.resolution, stage.base_settings)
     if run.checkpoint is None:
