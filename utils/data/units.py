@@ -38,8 +38,8 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     )
     if missing:
         raise UsageError(
-            f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, or -1, so nobody "
-            "knows whose they are; fill them in or remove those rows"
+            f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, or -1, so "
+            "nobody knows whose they are; fill them in or remove those rows"
         )
     number: dict = {}
     texts = {value for value in values if isinstance(value, str)}
