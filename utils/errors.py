@@ -161,14 +161,14 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if _ran_out_of_memory(error):
-            print(f"error{where}: {OUT_OF_MEMORY} ({_first_line(error)})", file=sys.stderr)
+            print(f"error{where}: {OUT_OF_MEMORY} ({first_line(error)})", file=sys.stderr)
             sys.exit(1)
         if not _lost_a_process(error):
             raise
         print(
             f"error{where}: another process ended, so this one does too; what was saved is safe: "
             "give the command again, of a private run with --resume_from_checkpoint latest "
-            f"({_first_line(error)})",
+            f"({first_line(error)})",
             file=sys.stderr,
             flush=True,
         )
@@ -185,8 +185,9 @@ def _join_on_cpu() -> None:
         PartialState(cpu=True, timeout=PATIENCE)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _ran_out_of_memory(error: BaseException) -> bool:

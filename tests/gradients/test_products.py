@@ -8,6 +8,7 @@ from torch import nn
 
 from utils.gradients import products
 from utils.gradients.products import (
+    conv2d_unit_gradient,
     product_is_smaller,
     squared_norms_of_products,
     squared_norms_of_rows,
@@ -172,3 +173,18 @@ def test_every_group_has_the_same_size(units):
         products._gram(x)
     shapes = [event.input_shapes[0] for event in profile.events() if event.name == "aten::bmm"]
     assert shapes == [[1, 1, 2**18]] * units
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_place_of_a_unit_changes_no_gradient_of_a_convolution(kernel):
+    """Whose products begin at any place of memory, where sides and channels are odd."""
+    torch.manual_seed(0)
+    for before, after in ((66, 3), (10, 6), (6, 10), (3, 66)):
+        conv = nn.Conv2d(before, after, kernel, padding=kernel // 2)
+        for side in (3, 5):
+            x, grads = torch.randn(6, before, side, side), torch.randn(6, after, side, side)
+            first, second = (
+                conv2d_unit_gradient(x[part].clone(), grads[part].clone(), conv, 5)
+                for part in (slice(5), slice(1, 6))
+            )
+            assert torch.equal(first[1:], second[:-1])

@@ -32,7 +32,7 @@ BETTER = Circumstances(randomness="secure", precision="fp32", audit={"kind": "re
 
 def resume(folder: Path, about: Circumstances):
     run = open_run(training(folder, "latest"), privacy(), PLAN, {"model": "m"}, about)
-    return confirm(run, privacy(), PLAN)
+    return confirm(run, privacy(), PLAN, "")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_the_cap_does_not_count_a_base_twice_that_the_ledger_itself_paid_for(tmp
 def test_a_run_that_lost_units_still_says_how_it_is_made(tmp_path):
     """Its plan is reserved anew, for the units that are left."""
     fewer = build_plan(steps=4, num_units=150)
-    run = confirm(start(tmp_path / "run", BETTER), privacy(), fewer)
+    run = confirm(start(tmp_path / "run", BETTER), privacy(), fewer, "")
     statement = run.publish(lambda folder: None, fewer)
     assert statement["randomness"] == "secure" and statement["audit"] == BETTER.audit
 

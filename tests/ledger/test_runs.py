@@ -85,7 +85,7 @@ def test_a_run_resumes_where_it_was_and_pays_twice_for_an_older_checkpoint(tmp_p
             training(folder, wanted), privacy(), PLAN, {"model": "m"}, Circumstances()
         )
         assert resumed.branch.run == run.branch.run and resumed.saved_state()["x"] == 1
-        resumed = confirm(resumed, privacy(), PLAN)
+        resumed = confirm(resumed, privacy(), PLAN, "")
         assert resumed.recharged == recharged
     epsilon = pld_epsilon(PLAN.events(6), PLAN.delta)
     said = capsys.readouterr().out
@@ -151,9 +151,9 @@ def test_what_a_copy_left_unfinished_stays_charged(tmp_path):
 
 def test_fewer_units_reserve_anew_before_the_first_step(tmp_path):
     run = start(tmp_path / "run")
-    assert confirm(run, privacy(), PLAN).branch == run.branch
+    assert confirm(run, privacy(), PLAN, "").branch == run.branch
     fewer = build_plan(steps=4, num_units=199)
-    run = confirm(run, privacy(), fewer)
+    run = confirm(run, privacy(), fewer, "")
     assert run.agreed["plan"]["num_units"] == 199 and run.branch.number == 1
     events = list_charged_events(run.branch.ledger.records())
     assert events == [fewer.event()]

@@ -167,3 +167,15 @@ def test_what_ends_before_the_first_step_holds_no_budget(
         assert "--report_to tensorboard does not start: No API key configured" in said
     assert Ledger(shared).records()[-1]["kind"] == "give_up"
     assert not list((tmp_path / "run").glob("private/latents/*"))  # before hours of encoding
+
+
+def test_a_run_does_not_go_on_with_another_image_in_place_of_one(tiny_base, image_folder, tmp_path):
+    """As many as before: every number of the plan is the same."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    arguments = train_arguments(tiny_base, images, tmp_path / "run", "--checkpointing_steps", 1)
+    assert "saved" in train_here([*arguments, "--num_validation_images", 0])
+    before = Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records()
+    Image.new("RGB", (16, 16), "red").save(images / "0" / "3.png")
+    again = [*arguments, "--resume_from_checkpoint", "latest"]
+    assert "their captions or their units are others than it was trained on" in train_here(again)
+    assert Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records() == before

@@ -5,9 +5,11 @@ images: it goes to OUTPUT_DIR/private.
 import json
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Value
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +29,7 @@ from utils.files import (
 )
 
 SHOWN, COLUMNS, SIDE = 48, 8, 128  # images on the sheet, of how many pixels at most
+NAMED = 20  # classes
 LINES, PER_LINE = 3, 20  # of a caption
 
 
@@ -45,6 +48,19 @@ def warn_of_captions(rows: Dataset, data: DataArguments) -> None:
             "of those",
             file=sys.stderr,
         )
+
+
+def warn_of_other_classes(classes: dict[str, Collection[str]], then: str) -> None:
+    """Say which classes only one of two sets has, of each set by what it is called; and `then`."""
+    (one, own), (other, others) = classes.items()
+    for side, lacking in ((one, set(own) - set(others)), (other, set(others) - set(own))):
+        if lacking and PartialState().is_main_process:
+            names = sorted(lacking)[:NAMED]
+            names += [f"{len(lacking) - NAMED} more"] if len(lacking) > NAMED else []
+            print(
+                f"warning: only the {side} have the classes {', '.join(names)}, {then}",
+                file=sys.stderr,
+            )
 
 
 def list_class_captions(rows: Dataset, data: DataArguments) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,8 +28,6 @@ class PrivateSet:
         left_out: how many rows were, because their image could not be used, by the reason.
         digests: [rows, 32], the SHA-256 of each image's bytes, to detect changes; never published.
         window: see `ImageRows`.
-        digest: of the images, captions and units together, to tell the set from another when a run
-            is resumed; empty where none can be.
     """
 
     rows: Dataset
@@ -38,7 +37,6 @@ class PrivateSet:
     left_out: Mapping[str, int]
     digests: np.ndarray
     window: Window = None
-    digest: str = ""
 
     @property
     def num_units(self) -> int:
@@ -47,6 +45,14 @@ class PrivateSet:
     @property
     def images(self) -> ImageRows:
         return ImageRows(self.rows, self.image_column, self.window)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the images, captions and units together, to tell the set from another; private."""
+        content = hashlib.sha256(self.digests.tobytes() + self.unit_of_row.numpy().tobytes())
+        for caption in self.captions:
+            content.update(repr(caption).encode())
+        return content.hexdigest()
 
     def count_repeated(self) -> int:
         """How many pictures, byte for byte, are in several privacy units, each of which is
@@ -70,12 +76,9 @@ def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
     rows = rows.select(good) if left_out else rows
     captions = read_captions(rows, data)
     unit_of_row = number_units(rows, data.privacy_unit_column)
-    content = hashlib.sha256(digests.tobytes() + unit_of_row.numpy().tobytes())
-    for caption in captions:
-        content.update(repr(caption).encode())
-    digest = content.hexdigest()
-    if len(set(gather_object([digest]))) > 1:
-        raise UsageError("the processes read different data: give all of them the same")
-    return PrivateSet(
-        rows, data.image_column, captions, unit_of_row, left_out, digests, data.window, digest
+    found = PrivateSet(
+        rows, data.image_column, captions, unit_of_row, left_out, digests, data.window
     )
+    if len(set(gather_object([found.digest]))) > 1:
+        raise UsageError("the processes read different data: give all of them the same")
+    return found

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torchmetrics.functional.classification import multilabel_auroc
 
+from utils.data.diagnostics import warn_of_other_classes
 from utils.errors import UsageError, on_main_process
 from utils.files import make_private, write_durably
 from utils.metrics.synthetic_accuracy.classifiers import (
@@ -76,7 +77,10 @@ def measure_downstream_accuracy(
     names = sorted(set(trained_on.labels) | set(tested_on.labels))
     if not set(trained_on.labels) & set(tested_on.labels):
         raise UsageError("the two sets have no class in common: check their label columns")
-    _warn_of_other_classes(trained_on, tested_on, state)
+    warn_of_other_classes(
+        {"synthetic images": set(trained_on.labels), "real images": set(tested_on.labels)},
+        "and no accuracy can be right if that is a name spelled in two ways",
+    )
     number = {name: i for i, name in enumerate(names)}
     labels, wanted = (
         torch.tensor([number[name] for name in images.labels]) for images in (trained_on, tested_on)
@@ -101,20 +105,6 @@ def measure_downstream_accuracy(
         "num_real": len(tested_on),
         **classifiers.about(),
     }
-
-
-def _warn_of_other_classes(
-    trained_on: LabelledImages, tested_on: LabelledImages, state: PartialState
-) -> None:
-    """Say which classes only one set has: their images teach mistakes, or are some."""
-    known, asked = set(trained_on.labels), set(tested_on.labels)
-    for lacking, side in ((known - asked, "synthetic"), (asked - known, "real")):
-        if lacking and state.is_main_process:
-            print(
-                f"warning: only the {side} images have the classes {', '.join(sorted(lacking))}: "
-                "no accuracy can be right if that is a name spelled in two ways",
-                file=sys.stderr,
-            )
 
 
 def measure_downstream_auroc(

@@ -133,8 +133,8 @@ def load_sets(args: EvaluateArguments, cache: str) -> dict[str, LabelledRows]:
 
     Raises:
         UsageError: see `load_split` and `find_readable_rows`; a column of labels that was asked for
-            is not there; or the private and the real images,
-            which are held out, have some in common, byte for byte.
+            is not there; or the private and the real images, which are held out, have some in
+            common, byte for byte.
     """
     synthetic = (args.synthetic, None, None, "train", cache, args.synthetic_revision)
     columns = {

@@ -167,16 +167,13 @@ def conv2d_unit_gradient(x, grad_output, conv: nn.Conv2d, num_units: int) -> tor
     if out_channels <= in_channels:
         shifted = _spread_output(grad_output, x.shape[2:], conv)  # [R, out*kh*kw, H*W]
         shifted = shifted.view(*shifted.shape[:2], *x.shape[2:])
-        product = (
-            _correlate(shifted, x, num_units)
-            .view(num_units, out_channels, kh, kw, in_channels)
-            .flip(2, 3)
-        )
-        return product.permute(0, 1, 4, 2, 3)
+        product = _correlate(shifted, x, num_units)
+        product = product.reshape(num_units, out_channels, kh, kw, in_channels)
+        return product.flip(2, 3).permute(0, 1, 4, 2, 3)
     spread = F.unfold(x, (kh, kw), conv.dilation, conv.padding, conv.stride)
     spread = spread.view(*spread.shape[:2], *grad_output.shape[2:])  # [R, in*kh*kw, Ho, Wo]
     product = _correlate(grad_output, spread, num_units)
-    return product.view(num_units, out_channels, in_channels, kh, kw)
+    return product.reshape(num_units, out_channels, in_channels, kh, kw)
 
 
 def _spread_output(grad_output, input_size, conv: nn.Conv2d) -> torch.Tensor:
@@ -203,12 +200,9 @@ def _spread_output(grad_output, input_size, conv: nn.Conv2d) -> torch.Tensor:
 
 def _correlate(grads: torch.Tensor, x: torch.Tensor, num_units: int) -> torch.Tensor:
     """The sum over positions of each two channels' products: [R, c, h, w], [R, d, h, w] ->
-    [U, c, d]. As in `unit_products`, all units' matrices begin alike."""
-    grads, x = _positions_by_channel(grads, num_units), _positions_by_channel(x, num_units)
-    zeros = -x.shape[1] % ALIKE
-    if zeros and (x.shape[2] % ALIKE or grads.shape[2] % ALIKE):
-        grads, x = F.pad(grads, (0, 0, 0, zeros)), F.pad(x, (0, 0, 0, zeros))
-    return grads.transpose(1, 2) @ x
+    [U, c, d]."""
+    x, grads = _positions_by_channel(x, num_units), _positions_by_channel(grads, num_units)
+    return unit_products(x, grads)
 
 
 def _positions_by_channel(x: torch.Tensor, num_units: int) -> torch.Tensor:

@@ -8,10 +8,17 @@ nothing extra, and resuming from an older one costs the steps in between once mo
 results exist already.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.ledger.statement import NOT_STATED, begins_with, list_base_entries
+from utils.ledger.statement import (
+    NOT_STATED,
+    Circumstances,
+    begins_with,
+    list_base_entries,
+    recall,
+)
 from utils.privacy.accounting import pld_epsilon
 
 CHECKPOINT, WEIGHTS = "checkpoint", "weights"  # what a release shows
@@ -149,6 +156,14 @@ def list_made_with(records: list[dict], runs: list[str]) -> list[dict]:
         for reservation, steps in _charge_branches(records, run, live=False)
         if steps
     ]
+
+
+def recall_runs(about: Circumstances, records: list[dict], runs: list[str]) -> Circumstances:
+    """`about` the last of `runs`, as the ledger knows how all its steps, and those of the runs that
+    it builds on, were made, and whether one was stopped."""
+    own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
+    stopped = about.is_stopped or any(is_stopped_short(records, run) for run in runs)
+    return replace(recall(about, own, every), is_stopped=stopped)
 
 
 def list_bases(records: list[dict]) -> list[dict]:

@@ -12,10 +12,9 @@ from utils.ledger.charges import (
     WEIGHTS,
     compose_with_bases,
     count_charged_steps,
-    is_stopped_short,
     list_charged_events,
-    list_made_with,
     list_released_steps,
+    recall_runs,
     select_run,
 )
 from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
@@ -27,7 +26,6 @@ from utils.ledger.statement import (
     Circumstances,
     begins_with,
     list_all_events,
-    recall,
 )
 from utils.privacy.accounting import (
     membership_power,
@@ -206,18 +204,14 @@ def check_entry(statement: dict, records: list[dict]) -> list[str]:
 def _check_circumstances(statement: dict, records: list[dict], runs: list[str]) -> list[str]:
     """Where a statement says otherwise than the ledger how `runs`, of which the last is its own,
     were made: what the guarantee rests on."""
-    own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
-    made, problems = recall(Circumstances(audit={}), own, every), []
+    made, problems = recall_runs(Circumstances(audit={}), records, runs), []
     for key, there in (("randomness", made.randomness), ("precision", made.precision)):
         here = statement.get(key, NOT_STATED)
         if NOT_STATED not in there and here != there:
             problems.append(f"the ledger says {key} {there}, the statement {here}")
     if statement.get("audit") is not None and made.audit is None:
         problems.append("the statement has an audit, of which the ledger has none")
-    doubts = {
-        UNKNOWN_BASE: not made.is_base_known,
-        STOPPED: any(is_stopped_short(records, run) for run in runs),
-    }
+    doubts = {UNKNOWN_BASE: not made.is_base_known, STOPPED: made.is_stopped}
     return problems + [
         f"the statement does not say that it leaves out {doubt}"
         for doubt, is_due in doubts.items()

@@ -101,7 +101,7 @@ def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
         raise UsageError(f"cannot resume {checkpoint}: {'; '.join(changed[:3])}{more}")
 
 
-def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str = "") -> Run:
+def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str) -> Run:
     """The run with its final plan, after the images were checked.
 
     Args:
@@ -121,9 +121,9 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str 
         branch = ledger.reserve(terms, cap, run.branch.run, 0, made_with)
         return replace(run, branch=branch, agreed=agreed)
     about = read_about(run.checkpoint)
-    then = {PRIVATE_DIGEST: digest} | about["agreed"]  # an older one has none
+    then = about["agreed"]
     _refuse_changes(run.checkpoint, then | {PRIVATE_DIGEST: digest}, agreed)
-    if then[PRIVATE_DIGEST] != digest:
+    if then.get(PRIVATE_DIGEST, digest) != digest:  # an older one has none
         raise UsageError(
             f"cannot resume {run.checkpoint}: the private images, their captions or their units "
             "are others than it was trained on"

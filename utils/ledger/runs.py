@@ -8,7 +8,7 @@ exists; a file is on record as written once it does.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,9 +37,8 @@ from utils.ledger.charges import (
     compose_with_bases,
     count_charged_steps,
     is_live,
-    is_stopped_short,
     list_charged_events,
-    list_made_with,
+    recall_runs,
 )
 from utils.ledger.checkpoints import (
     announce_checkpoint,
@@ -53,7 +52,6 @@ from utils.ledger.statement import (
     Circumstances,
     build_statement,
     list_all_events,
-    recall,
     summarise_base,
     write_statement,
 )
@@ -244,10 +242,8 @@ class Run:
     def _statement(self, plan: PrivacyPlan, files: dict, entry: dict) -> dict:
         records = self.branch.ledger.records()[: entry["index"] + 1]
         runs = [*plan.builds_on, self.branch.run]
-        own, every = (list_made_with(records, which) for which in (runs[-1:], runs))
-        about, run_events = recall(self.about, own, every), list_charged_events(records, runs)
-        stopped = about.is_stopped or any(is_stopped_short(records, run) for run in runs)
-        about = replace(about, is_stopped=stopped)
+        about = recall_runs(self.about, records, runs)
+        run_events = list_charged_events(records, runs)
         statement = build_statement(plan, run_events, account(run_events, plan.delta), about)
         everything, delta = compose_with_bases(records, statement.get("base"))
         ledger = {"run": self.branch.run, "entry": entry["hash"]}

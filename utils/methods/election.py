@@ -21,6 +21,7 @@ from utils.arguments.training import (
     PrivacyArguments,
     TrainingArguments,
 )
+from utils.data.diagnostics import warn_of_other_classes
 from utils.data.images import ImageRows, crop_to_pixels, read_synthetic
 from utils.data.rows import read_captions, read_labels, require_column
 from utils.errors import UsageError, on_main_process
@@ -35,7 +36,7 @@ from utils.ledger.statement import (
     describe_cost,
     list_doubts,
 )
-from utils.methods.classes import SHOWN, Classes, Nearest, build_nearest
+from utils.methods.classes import Classes, Nearest, build_nearest
 from utils.methods.planning import PrivateRows
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import SecretRandomness
@@ -240,18 +241,11 @@ def _warn_of_other_classes(names: list[str], feature: object) -> None:
     known = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, of its items
     if known is None:
         return
-    for lacking, side in (
-        ([name for name in known if name not in names], "the private images"),
-        ([name for name in names if name not in known], "the images of --synthetic"),
-    ):
-        if lacking and PartialState().is_main_process:
-            more = [f"{len(lacking) - SHOWN} more"] if len(lacking) > SHOWN else []
-            print(
-                f"warning: only {side} have the classes {', '.join(lacking[:SHOWN] + more)}, which "
-                "nothing on the other side matches; if that is a name spelled in two ways, draw "
-                "the set anew first",
-                file=sys.stderr,
-            )
+    warn_of_other_classes(
+        {"private images": known, "images of --synthetic": names},
+        "which nothing on the other side matches; if that is a name spelled in two ways, draw the "
+        "set anew first",
+    )
 
 
 def match_classes(

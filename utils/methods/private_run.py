@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from utils.arguments.training import TrainingArguments
 from utils.data.latents import prepare_losses
 from utils.data.private_set import PrivateSet
-from utils.errors import Stopped, StopRequest, UsageError, on_main_process
+from utils.errors import Stopped, StopRequest, UsageError, first_line, on_main_process
 from utils.files import LOGS, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.reservations import handing_back
@@ -141,9 +141,9 @@ def start_tracker(stage: Stage, plan: PrivacyPlan, run: Run, training: TrainingA
         try:
             stage.accelerator.init_trackers("private-adapter", facts, keep_quiet(run.output_dir))
         except Exception as error:  # each raises its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(
-                f"--report_to {training.report_to} does not start: {reason} (or leave it out)"
+                f"--report_to {training.report_to} does not start: {first_line(error)} (or leave "
+                "it out)"
             ) from error
 
     on_main_process(begin)

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from utils.errors import CannotLoad, UsageError
+from utils.errors import CannotLoad, UsageError, first_line
 from utils.files import DENOISERS, GRID, STATEMENT
 from utils.gradients.elementwise import use_alike_activations
 from utils.gradients.fast_linear import use_fast_linear
@@ -144,7 +144,7 @@ def _how_to_convert(path: str, kind: str = "", scheduler: dict | None = None) ->
 
 def _explain(error: Exception, name: str, variant: str | None) -> str:
     """What went wrong, and what to do, in a sentence or two."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     if Path(name).is_file() and name.endswith(".safetensors") and isinstance(error, OSError):
         return f"its configuration is not on this machine ({reason}). {_how_to_convert(name)}"
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
