@@ -47,17 +47,22 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Within this context SIGTERM and Ctrl-C ask for a clean stop; a second Ctrl-C stops at
-    once."""
+    """Within this context SIGTERM and Ctrl-C ask for a clean stop; a second Ctrl-C stops at once.
+
+    A launcher that has lost one process sends the others SIGTERM: one that an error ends, mostly
+    for that very reason, is left to say so.
+    """
 
     def __enter__(self):
         self.signal: int | None = None
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
+        is_told = error is not None and _world_size() > 1
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if not (is_told and number == signal.SIGTERM):
+                signal.signal(number, handler)
 
     def _note(self, number, frame):
         if number == signal.SIGINT and self.signal == signal.SIGINT:

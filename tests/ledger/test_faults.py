@@ -1,5 +1,6 @@
 """What goes wrong at three in the morning: signals, full disks, and losses that are not numbers."""
 
+import os
 import resource
 import signal
 import stat
@@ -13,7 +14,7 @@ import torch
 from tests.conftest import ROOT, few_fast, quiet_environment, read_json, train_arguments, train_here
 from tests.worlds import LinearWorld, assert_normal, build_plan, train
 from utils.arguments.training import TrainingArguments
-from utils.errors import UsageError
+from utils.errors import StopRequest, UsageError
 from utils.files import make_private, replace_file, write_durably
 from utils.ledger import runs
 from utils.ledger.charges import CHECKPOINT, count_charged_steps
@@ -149,6 +150,23 @@ def test_a_batch_of_losses_that_are_no_numbers_is_noise_and_no_more(accelerator)
     noise = torch.cat([move.detach().flatten() for move in moves])
     assert state.step == 2
     assert_normal(noise * plan.expected_batch_size, plan.noise_std * 2**0.5)
+
+
+@pytest.mark.parametrize("processes, ended", [(1, [signal.SIGTERM]), (2, [])])
+def test_one_of_several_processes_that_an_error_ends_is_left_to_say_so(
+    monkeypatch, processes, ended
+):
+    """The launcher's SIGTERM may come between the error and the sentence."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        with pytest.raises(RuntimeError), StopRequest():
+            raise RuntimeError("Connection closed by peer [127.0.0.1]")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told == ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_broken_process_group_is_a_sentence_and_another_error_is_not(monkeypatch, capsys):
