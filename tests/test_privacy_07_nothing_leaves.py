@@ -110,7 +110,7 @@ def test_what_is_cut_off_a_caption_is_not_shown(caplog):
     try:
         embed_captions(pipeline, [caption], 32)
         embed_text(pipeline, caption)
-        assert not caplog.records
+        assert "smith" not in caplog.text
         find_family(pipeline).encode_text([caption], 32)
         assert "smith" in caplog.text
     finally:
