@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 
 from tests.data.test_folders import draw, load
 from utils.arguments.training import DataArguments
@@ -131,6 +131,19 @@ def test_a_person_is_one_however_the_name_was_typed(same):
         number_units(Dataset.from_dict({"id": ["p-7", "p\u20117"]}), "id")
     others = Dataset.from_dict({"id": ["Anna Smith", "Anna-Smith", "AnnaSmith", "anna smith"]})
     assert number_units(others, "id").tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("names", [["Ann", "Ann "], ["Jos\u00e9", "Jose\u0301"]])
+def test_a_folder_a_person_is_that_persons_whatever_its_number(names):
+    """Names of classes are stored as numbers: those of two spellings would be two people."""
+    folders = Features({"label": ClassLabel(names=[*names, "Bob"])})
+    rows = Dataset.from_dict({"label": [0, 1, 2, 1]}, folders)
+    with pytest.raises(UsageError, match="1 value.s. differ from another only by spaces"):
+        number_units(rows, "label")
+    assert number_units(rows.select([1, 2, 3]), "label").tolist() == [0, 1, 0]
+    nobody = Dataset.from_dict({"label": [0]}, Features({"label": ClassLabel(names=[" "])}))
+    with pytest.raises(UsageError, match="have no value"):
+        number_units(nobody, "label")
 
 
 def test_a_caption_that_is_not_a_number_is_none(tmp_path):

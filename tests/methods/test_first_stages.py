@@ -49,6 +49,14 @@ def test_all_three_compose_to_the_target(tiny_base, image_folder, tmp_path):
         assert find_problems(read_source(str(tmp_path / "run" / stage), None)) == []
 
 
+def test_both_are_planned_before_anyone_has_named_the_draws(tiny_base, image_folder, tmp_path):
+    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL, *STAGES)
+    at = arguments.index("--noise_multiplicity")
+    shown = train_here([*arguments[:at], *arguments[at + 2 :], "--dry_run"])
+    purposes = [plan["purpose"] for plan in read_plans(shown)]
+    assert purposes == ["means", "selection", "training"], shown
+
+
 def test_only_the_means_of_a_valid_statement_lie_beside_the_weights(tmp_path):
     """A statement that someone wrote accounts for nothing, nor does one anywhere else."""
     statement = {"files": {"means.safetensors": None}, "private": True}

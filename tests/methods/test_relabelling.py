@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import CAPTION, ROOT, read_json, train_here
+from tests.methods.test_curation import curate
+from tests.methods.test_means import release
 from utils.arguments.evaluation import ExtractorArguments
 from utils.arguments.relabelling import RelabellingArguments
 from utils.data.images import crop_to_pixels
@@ -73,6 +75,25 @@ def test_its_cost_is_composed_with_that_of_the_set(drawn, image_folder, tmp_path
     events = list_charged_events(Ledger(drawn / "adapter/private/ledger.jsonl").records())
     assert [e["purpose"] for e in events] == ["training", "relabelling"]
     assert events[-1]["steps"] == 200
+
+
+@pytest.mark.parametrize(
+    "stage, work",
+    [(relabel, "relabelling.read_images"), (curate, "curation.number_rows")]
+    + [(lambda _, *more: release(*more), "means.number_rows")],
+    ids=["relabel", "curate", "release_means"],
+)
+def test_what_ends_before_the_first_release_holds_no_budget(
+    public, image_folder, tmp_path, monkeypatch, stage, work
+):
+    def end(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(f"utils.methods.{work}", end)
+    with pytest.raises(MemoryError):
+        stage(public, image_folder, tmp_path / "run", "--target_epsilon", 3)
+    records = Ledger(tmp_path / "run" / "private" / "ledger.jsonl").records()
+    assert [record["kind"] for record in records] == ["reserve", "give_up"]
 
 
 def test_an_interrupted_run_goes_on_and_pays_once(public, image_folder, tmp_path, monkeypatch):

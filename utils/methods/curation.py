@@ -31,6 +31,7 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor
 from utils.evaluation.trained_extractors import list_public_data
 from utils.files import VOTES
+from utils.ledger.reservations import handing_back
 from utils.ledger.runs import Run
 from utils.methods.classes import number_rows, read_units
 from utils.methods.election import (
@@ -96,7 +97,8 @@ def run_curation(
     accelerator.print(announce(plan, run, election))
 
     # Count the votes of every unit, and release the counts with noise; once a round.
-    numbers = number_rows(private_set, found.data, election.classes, election.nearest)
+    with handing_back(run):
+        numbers = number_rows(private_set, found.data, election.classes, election.nearest)
 
     def count(candidates: Candidates) -> torch.Tensor:
         units = read_units(private_set, numbers, side, accelerator)

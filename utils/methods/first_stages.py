@@ -163,7 +163,10 @@ def release_first(
     def check_later(plan: PrivacyPlan, about: Circumstances) -> None:
         others, trained = ALONE, replace(about, base=base, is_base_known=is_known)
         if later is not None and later.mechanism != "random":
-            selection = plan_selection(plan.num_units, privacy, later, 1.0, plan.unit_column)
+            settled = replace(
+                privacy, noise_multiplicity=privacy.noise_multiplicity or 1
+            )  # is free
+            selection = plan_selection(plan.num_units, settled, later, 1.0, plan.unit_column)
             others = OtherStages(to_come=(selection.event(),))
         check_later_training(plan, privacy, within, others, trained)
 

@@ -30,6 +30,7 @@ from utils.data.latent_files import discard_copies
 from utils.data.private_set import PrivateSet
 from utils.errors import UsageError, on_main_process
 from utils.files import MEANS
+from utils.ledger.reservations import handing_back
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances, describe_cost
 from utils.methods.classes import (
@@ -101,7 +102,8 @@ def run_release(
     accelerator.print(announce(plan, run, classes))
 
     # Sum over the units of each batch, and release the sums with noise.
-    numbers = number_rows(private_set, found.data, classes, nearest)
+    with handing_back(run):
+        numbers = number_rows(private_set, found.data, classes, nearest)
 
     def release_sum(before: list[torch.Tensor]) -> torch.Tensor:
         def sum_units(batch: torch.Tensor | None) -> torch.Tensor:

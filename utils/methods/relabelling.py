@@ -26,6 +26,7 @@ from utils.arguments.training import (
 from utils.errors import UsageError, on_main_process
 from utils.evaluation.trained_extractors import list_public_data
 from utils.files import LABELLER
+from utils.ledger.reservations import handing_back
 from utils.ledger.runs import Run
 from utils.methods.agreement import choose_kept, name_images, save_changes
 from utils.methods.classes import number_rows
@@ -95,8 +96,9 @@ def run_relabelling(
     whiten = fit_whitening(seen)
 
     # Learn the classes from every unit; every step is released with noise.
-    numbers = number_rows(private_set, found.data, election.classes, election.nearest)
-    images = read_images(private_set, numbers, election.extractor, whiten, accelerator)
+    with handing_back(run):
+        numbers = number_rows(private_set, found.data, election.classes, election.nearest)
+        images = read_images(private_set, numbers, election.extractor, whiten, accelerator)
     weights = learn(accelerator, images, len(names), plan, run, training, randomness)
 
     # Everything from here on sees the noisy classifier only.
