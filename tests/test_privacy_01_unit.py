@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import build_tiny_pipeline
+from tests.conftest import build_tiny_pipeline, read_json
 from tests.worlds import TAIL, build_plan
 from utils.arguments.training import DataArguments, PrivacyArguments, TrainingArguments
 from utils.data.images import ImageRows, find_readable_rows
@@ -135,8 +135,8 @@ def test_a_units_loss_depends_on_the_rows_of_that_unit_only(image_folder, tmp_pa
 
 
 def test_rows_that_reach_another_unit_are_caught(image_folder, tmp_path, monkeypatch):
-    def off_by_one_unit(unit_of_row):
-        order, first, count = group_rows_by_unit(unit_of_row)
+    def off_by_one_unit(*arguments):
+        order, first, count = group_rows_by_unit(*arguments)
         return order, first.roll(1), count
 
     monkeypatch.setattr("utils.data.latents.group_rows_by_unit", off_by_one_unit)
@@ -155,8 +155,9 @@ def test_epsilon_is_for_units_and_says_which():
     assert epsilon["replace_one"] > epsilon["add_or_remove_one"] > 0
 
 
-def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path):
-    """Eleven rows of four patients; the only image of one of them is damaged."""
+def test_a_unit_whose_images_cannot_be_read_counts_like_any_other(accelerator, tmp_path):
+    """Eleven rows of four patients; the only image of one of them is damaged. Were N of those that
+    can be read, what is chosen by the number of those named would depend on an image."""
     folder, lines = tmp_path / "images", []
     folder.mkdir()
     for index, patient in enumerate("aabbbbccccd"):
@@ -178,7 +179,8 @@ def test_a_unit_whose_images_cannot_be_read_is_not_counted(accelerator, tmp_path
     asked = (found, PrivacyArguments(), training)
     private_set, plan, _ = reserve(*asked, 16, {}, Circumstances(), plan_for)
     assert preview(*asked, 16, Circumstances(), plan_for)[0] == plan
-    assert (private_set.num_units, plan.num_units) == (3, 3)
+    assert (private_set.num_units, plan.num_units) == (4, 4) and private_set.without_image == 1
+    assert read_json(tmp_path / "run" / "private" / "data.json")["units_without_image"] == 1
     assert private_set.left_out == {"unreadable": 1}
     assert len(private_set.captions) == 10
 

@@ -9,11 +9,19 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 import utils.privacy.training
-from tests.worlds import LinearWorld
+from tests.conftest import build_tiny_pipeline
+from tests.worlds import LinearWorld, build_plan
 from utils.data import images
-from utils.data.images import ImageRows, keep_readable, open_image
+from utils.data.images import ImageRows, find_readable_rows, keep_readable, open_image
+from utils.data.latents import Objective, PrivateLosses, encode_units
+from utils.data.private_set import PrivateSet
+from utils.data.rows import load_split
 from utils.errors import UsageError
+from utils.gradients.per_unit_gradients import PerUnitGradients
+from utils.models.families import find_family
 from utils.privacy.dp_sgd import clip_scales
+from utils.privacy.randomness import SecretRandomness
+from utils.privacy.training import clipped_gradient_sum
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -40,6 +48,32 @@ def test_the_test_catches_bad_values_that_spread(accelerator, monkeypatch, mutan
     monkeypatch.setattr(utils.privacy.training, "clipped_sum", mutant)
     with pytest.raises(AssertionError):
         test_a_bad_unit_leaves_the_others_unchanged(accelerator, False)
+
+
+@pytest.mark.parametrize("blank", [0, 3])
+def test_a_unit_without_an_image_adds_nothing(accelerator, image_folder, tmp_path, blank):
+    """It takes its place in a batch all the same: as the first, or beside others."""
+    pipeline = build_tiny_pipeline()
+    pipeline.text_encoder.requires_grad_(False)
+    rows = load_split(None, None, str(image_folder), "train", tmp_path)
+    digests = find_readable_rows(ImageRows(rows)).digests
+    units = (torch.arange(40) + 1) % 40  # so that the order of rows is not that of units
+    private_set = PrivateSet(rows, "image", ["the digit 1"] * 40, units, {}, digests, None, 2)
+    encoded, _ = encode_units(pipeline, private_set, 16, tmp_path / "latents")
+    losses = PrivateLosses(pipeline, encoded, Objective(2), SecretRandomness())
+    engine = PerUnitGradients(find_family(pipeline).denoiser.requires_grad_(True), 2)
+    plan = build_plan(num_units=42, noise_multiplicity=2, max_grad_norm=1e-3)
+
+    def total(*units: int) -> torch.Tensor:
+        return clipped_gradient_sum(accelerator, engine, losses, torch.tensor(units), plan, 4)
+
+    assert not total(40).any() and not total(41, 40).any()
+    with_others = [7, 8, 9]
+    with_others.insert(blank, 41)
+    with engine.recording(4) as record:
+        losses(torch.tensor(with_others)).sum().backward()
+    norms = record.squared_norms().tolist()
+    assert norms.pop(blank) == 0 and min(norms) > 0
 
 
 def image_rows(cells: list[dict]) -> ImageRows:

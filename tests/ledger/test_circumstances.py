@@ -210,14 +210,6 @@ def test_the_cap_does_not_count_a_base_twice_that_the_ledger_itself_paid_for(tmp
     ledger.reserve(PLAN.terms(True), both + 1e-9, made_with=made_with)
 
 
-def test_a_run_that_lost_units_still_says_how_it_is_made(tmp_path):
-    """Its plan is reserved anew, for the units that are left."""
-    fewer = build_plan(steps=4, num_units=150)
-    run = confirm(start(tmp_path / "run", BETTER), privacy(), fewer, "")
-    statement = run.publish(lambda folder: None, fewer)
-    assert statement["randomness"] == "secure" and statement["audit"] == BETTER.audit
-
-
 def test_the_same_folder_is_the_same_however_it_is_written(tmp_path, monkeypatch):
     """Else a run could not be resumed after a slash too many; a Hub id stays as it is."""
     monkeypatch.chdir(tmp_path)

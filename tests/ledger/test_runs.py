@@ -12,7 +12,7 @@ from tests.ledger.conftest import PLAN, privacy, start, training
 from tests.worlds import build_plan
 from utils.errors import UsageError
 from utils.files import hash_file, private_folder
-from utils.ledger.charges import count_charged_steps, list_charged_events
+from utils.ledger.charges import count_charged_steps
 from utils.ledger.checkpoints import (
     announce_checkpoint,
     list_steps,
@@ -147,16 +147,6 @@ def test_what_a_copy_left_unfinished_stays_charged(tmp_path):
     assert run.branch.ledger.records()[-1]["kind"] == "release"
     settle(run)
     assert run.branch.ledger.records()[-1]["kind"] == "void"
-
-
-def test_fewer_units_reserve_anew_before_the_first_step(tmp_path):
-    run = start(tmp_path / "run")
-    assert confirm(run, privacy(), PLAN, "").branch == run.branch
-    fewer = build_plan(steps=4, num_units=199)
-    run = confirm(run, privacy(), fewer, "")
-    assert run.agreed["plan"]["num_units"] == 199 and run.branch.number == 1
-    events = list_charged_events(run.branch.ledger.records())
-    assert events == [fewer.event()]
 
 
 # Ledgers -----------------------------------------------------------------------------------------

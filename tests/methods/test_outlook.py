@@ -49,22 +49,22 @@ def test_a_plan_needs_no_images(tiny_base, tmp_path):
     assert "at least 1" in train_here([*arguments, "--dry_run", "--num_units", 0])
 
 
-def test_a_unit_lost_with_its_image_leaves_a_plan_for_the_others(
+def test_whether_an_image_can_be_read_changes_nothing_that_is_published(
     tiny_base, image_folder, tmp_path, capsys
 ):
-    """Everyone is in every step: then everyone is one less."""
+    """Neither N, nor what is chosen by it: the batch, the steps, the draws, the rate."""
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
     (images / "0" / "0.png").write_bytes(b"this is no image")
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--train_data_dir", images]
     arguments += [*CAPTION, *BUDGET, "--output_dir", tmp_path / "run", "--dry_run"]
     plan = read_plan(train_here([*arguments, "--num_validation_images", 0]))
-    assert (plan["num_units"], plan["expected_batch_size"]) == (39, 39)
-    said = capsys.readouterr().err
-    assert "40 units were named, 39 are left (left out: 1 " in said
-    assert said.count("verdict: noise will win") == 2
-    alone = train_here([*arguments[:-1], "--dry_run", "--num_units", 39])
-    assert plan["verdict"] == read_plan(alone)["verdict"]
+    assert plan.pop("images_left_out") == {"unreadable": 1} and plan.pop("forecast")
+    assert capsys.readouterr().err.count("verdict: noise will win") == 1
+    (images / "0" / "0.png").write_bytes((images / "0" / "1.png").read_bytes())
+    whole = read_plan(train_here([*arguments, "--num_validation_images", 0]))
+    assert whole.pop("images_left_out") == {} and whole.pop("forecast")
+    assert plan == whole and plan["num_units"] == 40
 
 
 @pytest.mark.slow

@@ -195,18 +195,19 @@ def test_a_class_with_several_prompts_is_refused():
 
 
 def test_one_unit_moves_the_sum_by_the_bound_and_nobody_else():
-    """A unit of many rows counts once; an image of no class, or without features, not at all."""
+    """A unit of many rows counts once; an image of no class, or without features, not at all; nor
+    a unit without an image."""
     torch.manual_seed(0)
     head = torch.nn.Linear(5, 3, bias=False)
     torch.nn.init.zeros_(head.weight)  # every class as likely, so that no gradient is small
-    count = torch.tensor([1, 3, 2, 1])
-    first = count.cumsum(0) - count
+    count = torch.tensor([1, 3, 2, 1, 0])
+    first = (count.cumsum(0) - count).clamp_max(6)
     features, classes = 50 * torch.randn(7, 5), torch.tensor([0, 1, 1, 2, -1, -1, 2])
     features[6] = 0.0
     images = UnitImages(features, classes, first, count)
     engine, accelerator = PerUnitGradients(head), Accelerator()
     losses = build_losses(head, images, SecretRandomness(), accelerator)
-    plan = make_plan(noise_multiplier=1.0, num_units=4, expected_batch_size=4, steps=1,
+    plan = make_plan(noise_multiplier=1.0, num_units=5, expected_batch_size=5, steps=1,
                      max_grad_norm=1.0, delta=1e-3)  # fmt: skip
 
     def total(units: list[int]) -> torch.Tensor:
@@ -215,7 +216,7 @@ def test_one_unit_moves_the_sum_by_the_bound_and_nobody_else():
 
     assert 0.9 < total([0]).norm() <= 1
     assert 0.9 < total([1]).norm() <= 1
-    assert total([2]).norm() == 0 and total([3]).norm() == 0
+    assert total([2]).norm() == total([3]).norm() == total([4]).norm() == 0
     assert torch.equal(total([0, 2]), total([0]))
 
 
@@ -256,13 +257,14 @@ def test_it_learns_what_can_be_learned(tmp_path):
 
 def test_a_row_without_finite_features_says_nothing(monkeypatch):
     seen = [torch.ones(2), torch.tensor([float("nan"), 1.0]), torch.tensor([2.0, -1.0])]
-    rows = [(0, 1, None), (0, 2, None), (2, 0, None)]  # of the first of two processes
+    rows = [(0, 1, None), (0, 2, None), (2, 0, None)]  # unit 1 has no image that can be used
     monkeypatch.setattr(labeller, "read_units", lambda *_: iter(rows))
     monkeypatch.setattr(labeller, "extract_pixels", lambda *_: seen.pop(0)[None])
     whiten = Whitening(torch.zeros(2), torch.eye(2))
     extractor = Extractor("none", "", 32, None)
     rows[:] = [(unit, number, torch.zeros(3, 2, 2)) for unit, number, _ in rows]
-    images = read_images(None, [], extractor, whiten, Accelerator())
+    units = SimpleNamespace(num_units=4)  # nor has the last
+    images = read_images(units, [], extractor, whiten, Accelerator())
     assert images.features.isfinite().all() and not images.features[1].any()
     assert images.classes.tolist() == [1, 2, 0]
-    assert images.first.tolist() == [0, 2] and images.count.tolist() == [2, 1]
+    assert images.count.tolist() == [2, 0, 1, 0] and images.first.tolist() == [0, 2, 2, 2]

@@ -195,7 +195,8 @@ def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_f
     run = run_script("train_dp_lora.py", *arguments)
     assert run.returncode == 0, run.stderr
     plan = json.loads(run.stdout)
-    assert plan["images_left_out"] == {"unreadable": 1} and plan["num_units"] == 39
+    assert plan["images_left_out"] == {"unreadable": 1} and plan["num_units"] == 40
+    assert "1 of 40 units have no image that can be used (left out: 1 unreadable)" in run.stderr
     run = run_script("train_dp_lora.py", *arguments, "--strict_images")
     assert run.returncode == 2 and "row 3 is unreadable" in run.stderr
 

@@ -90,6 +90,7 @@ def _show(private_set: PrivateSet, resolution: int, folder: Path) -> None:
     report = {
         "rows": len(private_set.rows),
         "units": private_set.num_units,
+        "units_without_image": private_set.without_image,
         "left_out": dict(private_set.left_out),
         "pictures_in_several_units": repeated,
         "captions_empty": empty,

@@ -112,7 +112,8 @@ class EncodedUnits:
         text: the conditioning of each distinct caption (`embed_captions`), and `caption_rows`
             [rows], which of them each row has; None if it would take too much disk, or the text
             encoder trains.
-        order, first, count: unit u owns the rows order[first[u] : first[u] + count[u]].
+        order, first, count: unit u owns the rows order[first[u] : first[u] + count[u]]. One that
+            has none adds nothing: its losses are zero.
     """
 
     resolution: int
@@ -127,13 +128,14 @@ class EncodedUnits:
     def sample_rows(
         self, units: torch.Tensor, num_draws: int, randomness: SecretRandomness
     ) -> torch.Tensor:
-        """K rows of each unit, every row equally likely, distinct if it has K of them: [U, K].
+        """K rows of each unit, every row equally likely, distinct if it has K of them: [U, K]. Of
+        one that has none, any row.
 
         Systematic sampling: K evenly spaced places with one random start a unit.
         """
         start = randomness.uniform((len(units), 1))
         places = (torch.arange(num_draws) + start) / num_draws * self.count[units, None]
-        places = places.long().minimum(self.count[units, None] - 1)
+        places = places.long().minimum(self.count[units, None] - 1).clamp_min(0)
         return self.order[self.first[units, None] + places]
 
     def row_bytes(self) -> tuple[int, int]:
@@ -174,7 +176,7 @@ def encode_units(
         UsageError: see `latent_files.encode_rows`.
     """
     files = encode_rows(pipeline, private_set, resolution, folder, random_flip)
-    units = group_rows_by_unit(private_set.unit_of_row)
+    units = group_rows_by_unit(private_set.unit_of_row, private_set.num_units)
     encoded = EncodedUnits(
         resolution, files.latents, private_set.captions, files.text, files.caption_rows, *units
     )
@@ -216,11 +218,13 @@ def prepare_losses(
 
 
 def group_rows_by_unit(
-    unit_of_row: torch.Tensor,
+    unit_of_row: torch.Tensor, num_units: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`order` [rows], `first` [N] and `count` [N] of `EncodedUnits`, from the unit of each row."""
-    count = unit_of_row.bincount()
-    return unit_of_row.argsort(stable=True), count.cumsum(0) - count, count
+    """`order` [rows], `first` [N] and `count` [N] of `EncodedUnits`, from the unit of each row; N
+    is `num_units`, if that is more than have one."""
+    count = unit_of_row.bincount(minlength=num_units)
+    first = (count.cumsum(0) - count).clamp_max(len(unit_of_row) - 1)
+    return unit_of_row.argsort(stable=True), first, count
 
 
 def unit_losses(
@@ -246,4 +250,5 @@ def unit_losses(
     latents, noise, quantiles = (t.to(family.device) for t in (latents, noise, quantiles))
     text = {name: values.to(family.device) for name, values in text.items()}
     losses = denoising_loss(family.predictor, process, latents, text, noise, quantiles)
-    return losses.view(len(indices), objective.num_draws).mean(1)
+    has_rows = (units.count[indices] > 0).to(losses.device)
+    return losses.view(len(indices), objective.num_draws).mean(1).where(has_rows, 0.0)

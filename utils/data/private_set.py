@@ -24,10 +24,11 @@ class PrivateSet:
 
     Attributes:
         rows: the dataset; its images are in `image_column`.
-        captions: [rows]. unit_of_row: [rows], the privacy unit, 0 ... N - 1.
+        captions: [rows]. unit_of_row: [rows], the privacy unit, from 0.
         left_out: how many rows were, because their image could not be used, by the reason.
         digests: [rows, 32], the SHA-256 of each image's bytes, to detect changes; never published.
         window: see `ImageRows`.
+        without_image: how many units have no row here; they have the last numbers.
     """
 
     rows: Dataset
@@ -37,10 +38,12 @@ class PrivateSet:
     left_out: Mapping[str, int]
     digests: np.ndarray
     window: Window = None
+    without_image: int = 0
 
     @property
     def num_units(self) -> int:
-        return int(self.unit_of_row.max()) + 1
+        """N, which is public: of all that are named, so that no image decides whether it counts."""
+        return int(self.unit_of_row.max()) + 1 + self.without_image
 
     @property
     def images(self) -> ImageRows:
@@ -73,11 +76,13 @@ def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
     good, digests, left_out = on_main_process(
         lambda: find_readable_rows(images, data.strict_images)
     )
+    named = number_units(rows, data.privacy_unit_column)
     rows = rows.select(good) if left_out else rows
     captions = read_captions(rows, data)
-    unit_of_row = number_units(rows, data.privacy_unit_column)
+    units = number_units(rows, data.privacy_unit_column)
+    without = int(named.max() - units.max())
     found = PrivateSet(
-        rows, data.image_column, captions, unit_of_row, left_out, digests, data.window
+        rows, data.image_column, captions, units, left_out, digests, data.window, without
     )
     if len(set(gather_object([found.digest]))) > 1:
         raise UsageError("the processes read different data: give all of them the same")

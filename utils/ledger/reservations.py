@@ -102,7 +102,7 @@ def _refuse_changes(checkpoint: Path, then: dict, now: dict) -> None:
 
 
 def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str) -> Run:
-    """The run with its final plan, after the images were checked.
+    """The run as it will be resumed, after the images were checked.
 
     Args:
         digest: of the private set (`PrivateSet.digest`), which checkpoints keep.
@@ -111,15 +111,11 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str)
         UsageError: the checkpoint to resume from belongs to another plan, model, adapter or private
             set; or resuming would exceed --total_epsilon.
     """
-    agreed = {**run.agreed, "plan": _round_trip(plan), PRIVATE_DIGEST: digest}
+    agreed = {**run.agreed, PRIVATE_DIGEST: digest}
+    if run.checkpoint is None:
+        return replace(run, agreed=agreed)
     ledger, cap = run.branch.ledger, privacy.total_epsilon
     terms, made_with = plan.terms(run.about.is_private), run.about.made_with()
-    if run.checkpoint is None:
-        if agreed["plan"] == run.agreed["plan"]:
-            return replace(run, agreed=agreed)
-        # Some images could not be read: fewer units.
-        branch = ledger.reserve(terms, cap, run.branch.run, 0, made_with)
-        return replace(run, branch=branch, agreed=agreed)
     about = read_about(run.checkpoint)
     then = about["agreed"]
     _refuse_changes(run.checkpoint, then | {PRIVATE_DIGEST: digest}, agreed)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from utils.data.latents import group_rows_by_unit
 from utils.data.private_set import PrivateSet
 from utils.evaluation.features import Extractor
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -65,7 +66,8 @@ class UnitImages:
 
     Attributes:
         features: [rows, d + 1], zero where they are not finite. classes: [rows], -1 for none.
-        first, count: [units], where the rows of a unit begin, and how many there are.
+        first, count: [units], where the rows of a unit begin, and how many there are; a unit
+            without any is one whose image has no class.
     """
 
     features: torch.Tensor
@@ -90,8 +92,9 @@ def read_images(
         features.append(seen if seen.isfinite().all() else torch.zeros_like(seen))
         classes.append(number)
         units.append(unit)
-    _, count = torch.tensor(units).unique_consecutive(return_counts=True)
-    return UnitImages(torch.stack(features), torch.tensor(classes), count.cumsum(0) - count, count)
+    own = torch.tensor(units) // accelerator.num_processes
+    _, first, count = group_rows_by_unit(own, private_set.num_units)
+    return UnitImages(torch.stack(features), torch.tensor(classes), first, count)
 
 
 def build_losses(
@@ -104,7 +107,7 @@ def build_losses(
         own = units.cpu() // accelerator.num_processes
         drawn = (randomness.uniform((len(own),)) * images.count[own]).long()
         rows = images.first[own] + drawn
-        classes = images.classes[rows].to(accelerator.device)
+        classes = images.classes[rows].where(images.count[own] > 0, -1).to(accelerator.device)
         logits = head(images.features[rows].to(accelerator.device))
         return F.cross_entropy(logits, classes, reduction="none", ignore_index=-1)
 

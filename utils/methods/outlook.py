@@ -40,15 +40,14 @@ def collect_facts(
 
 
 class JudgedPlans:
-    """`plan_for`, which also says whether the plan can work, on stderr of the main process: once,
-    and again if units were lost with images that cannot be used.
+    """`plan_for`, which also says whether the plan can work, on stderr of the main process: once.
 
     Attributes:
-        report: what was chosen and the last verdict, for the report of `--dry_run`.
+        report: what was chosen and the verdict, for the report of `--dry_run`.
     """
 
     def __init__(self, plan_for: PlanFor, facts: PublicFacts, reasons: list[str]):
-        self._plan_for, self._facts, self._judged = plan_for, facts, None
+        self._plan_for, self._facts = plan_for, facts
         self.report = {"chosen": reasons}
         if PartialState().is_main_process:
             for reason in reasons:
@@ -56,8 +55,7 @@ class JudgedPlans:
 
     def __call__(self, num_units: int) -> PrivacyPlan:
         plan = self._plan_for(num_units)
-        if num_units != self._judged:
-            self._judged = num_units
+        if "verdict" not in self.report:
             epsilon = account(plan.events(), plan.delta).add_or_remove_one
             facts = self._facts
             verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)

@@ -207,7 +207,7 @@ def preview(
         check_new(Path(training.output_dir), privacy, plan, about)
 
     on_main_process(check)
-    private_set, plan = _check_images(found, plan, plan_for)
+    private_set = _check_images(found)
     show_private_set(private_set, resolution, training.output_dir)
     return plan, private_set.left_out
 
@@ -252,26 +252,23 @@ def reserve(
 
     run = on_main_process(open_and_remember)
     with handing_back(run):
-        private_set, plan = _check_images(found, plan, plan_for)
+        private_set = _check_images(found)
         show_private_set(private_set, resolution, training.output_dir)
         run = on_main_process(lambda: confirm(run, privacy, plan, private_set.digest))
     return private_set, plan, run
 
 
-def _check_images(
-    found: PrivateRows, plan: PrivacyPlan, plan_for: PlanFor
-) -> tuple[PrivateSet, PrivacyPlan]:
-    """The readable rows; if units were lost with the others, a plan for those that are left."""
+def _check_images(found: PrivateRows) -> PrivateSet:
+    """The readable rows. The plan stays: N is of all units that are named."""
     private_set = load_private_set(found.rows, found.data)
-    if private_set.num_units != plan.num_units:
-        if PartialState().is_main_process:
-            print(
-                f"{plan.num_units} units were named, {private_set.num_units} are left "
-                f"({describe_left_out(private_set.left_out)}); all is planned for those",
-                file=sys.stderr,
-            )
-        plan = plan_for(private_set.num_units)
-    return private_set, plan
+    if private_set.without_image and PartialState().is_main_process:
+        print(
+            f"{private_set.without_image} of {private_set.num_units} units have no image that can "
+            f"be used ({describe_left_out(private_set.left_out)}): they add nothing, and count in "
+            "N, which is published; mend or remove their images",
+            file=sys.stderr,
+        )
+    return private_set
 
 
 def print_plan(accelerator: Accelerator, plan: PrivacyPlan) -> PrivacyPlan:
