@@ -1,14 +1,23 @@
 """Clause 7: nothing that depends on the data leaves but through the ledger."""
 
+import io
+import json
 import logging
+import shutil
 
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.conftest import read_json, train_arguments, train_here
 from tests.families import build_family
 from tests.worlds import LinearWorld, build_plan, train
+from utils.data.images import open_image
+from utils.errors import UsageError
+from utils.files import hash_file
+from utils.hub.upload import list_files_to_publish
 from utils.methods.classes import embed_text
 from utils.models.families import find_family
 from utils.models.text import embed_captions
@@ -116,3 +125,35 @@ def test_what_is_cut_off_a_caption_is_not_shown(caplog):
     finally:
         logger.removeHandler(caplog.handler)
         diffusers.utils.logging.set_verbosity_error()
+
+
+def test_no_private_folder_is_published_wherever_it_lies(trained, tmp_path):
+    """A first stage has one of its own, within that of the run."""
+    output = shutil.copytree(trained[0], tmp_path / "run")
+    sheet = output / "means" / "private" / "images.png"
+    sheet.parent.mkdir(parents=True)
+    sheet.write_bytes(b"private")
+    statement = read_json(output / "privacy.json")
+    statement["files"]["means/private/images.png"] = hash_file(sheet)
+    (output / "privacy.json").write_text(json.dumps(statement))
+    with pytest.raises(UsageError, match="images.png leads out of what is published"):
+        list_files_to_publish(output)
+
+
+def test_encoded_images_lie_in_no_folder_that_may_be_published(tiny_base, image_folder, tmp_path):
+    run = tmp_path / "run"
+    arguments = train_arguments(tiny_base, image_folder, run, "--latents_dir", run / "latents")
+    assert "of which all but private/ may be published" in train_here(arguments)
+    assert not (run / "latents").exists()
+
+
+def test_a_damaged_file_prints_nothing_when_it_is_decoded(capfd):
+    """A line of libtiff's for each time would tell whose batch it was in."""
+    torch.manual_seed(0)
+    noise = Image.fromarray((torch.rand(64, 64) < 0.5).numpy())
+    noise.save(file := io.BytesIO(), "TIFF", compression="group4")
+    damaged = bytearray(file.getvalue())
+    for place in range(60, 70):
+        damaged[place] ^= 0x5A
+    assert open_image(bytes(damaged)).size == (64, 64)
+    assert capfd.readouterr() == ("", "")

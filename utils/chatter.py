@@ -1,6 +1,9 @@
-"""What libraries say that helps nobody here, dropped where they say it."""
+"""What libraries say that helps nobody here, or tells what is private, dropped where they do."""
 
+import ctypes
 import logging
+import warnings
+from contextlib import suppress
 
 # The logger of a library, and what its message contains.
 CHATTER = {
@@ -17,6 +20,19 @@ def drop_chatter() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(found, _Without) for found in logger.filters):
             logger.addFilter(_Without(words))
+
+
+def hush_pillow() -> None:
+    """Its warnings say what is in a private image; and libtiff prints a line whenever it decodes a
+    damaged one, which tells whose batch that is in. For the whole process: `catch_warnings` is not
+    thread-safe, and libtiff writes to the file descriptor itself."""
+    from PIL import _imaging
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    codecs = ctypes.CDLL(_imaging.__file__)  # also finds what that is linked with
+    for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        with suppress(AttributeError):  # built without libtiff
+            getattr(codecs, setter)(None)
 
 
 class _Without(logging.Filter):

@@ -23,7 +23,7 @@ def test_folders_behind_links_are_read_once(tmp_path, capsys):
     (folder / "dogs" / "up").symlink_to(folder)
     rows = load(folder)
     assert list(read_labels(rows, "label")) == ["cats", "cats", "dogs"]
-    said = "not used: 1 also dogs (a folder that is read already, under another name), 1 up"
+    said = "not used: 2 other (a folder that is read already, under another name)"
     assert said in capsys.readouterr().err
 
 

@@ -14,14 +14,20 @@ from tests.hub_stand_in import TOKEN, hub_stand_in
 
 SAMPLES = ["samples/0000.png", "samples/0001.png", "samples/grid.png"]
 COMMON = ["README.md", "privacy.json", "sampling.json", *SAMPLES]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 LODA_FILES = ["adapter_config.json", "adapter_model.safetensors", "loda.py", "pipeline.py"]
 KINDS = {
-    "lora": ("train_dp_lora.py", ["pytorch_lora_weights.safetensors"], ["--lora_alpha", 10]),
+    "lora": ("train_dp_lora.py", [LORA_FILE], ["--lora_alpha", 10]),
     "loda": ("train_dp_loda.py", LODA_FILES, ["--rank", 2]),
     "ldm": (
         "train_dp_ldm.py",
         ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"],
         [],
+    ),
+    "text": (
+        "train_dp_ldm.py",
+        ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", LORA_FILE],
+        ["--train_text_encoder"],
     ),
 }
 
@@ -80,6 +86,7 @@ def find_secrets(smiths, output) -> list[bytes]:
     latents = next((private / "latents").glob("*/latents.f32")).read_bytes()
     return [
         *(b"smith", str(smiths).encode(), str(output.parent).encode(), TOKEN.encode()),
+        b"home_of_",  # where the Hub's cache lies
         *(path.read_bytes()[50:100] for path in smiths.glob("*.png")),
         *(latents[start : start + 32] for start in range(0, len(latents), 4096)),
         *(line[:60] for line in (private / "ledger.jsonl").read_bytes().splitlines()),

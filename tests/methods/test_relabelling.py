@@ -200,14 +200,14 @@ def test_one_unit_moves_the_sum_by_the_bound_and_nobody_else():
     torch.manual_seed(0)
     head = torch.nn.Linear(5, 3, bias=False)
     torch.nn.init.zeros_(head.weight)  # every class as likely, so that no gradient is small
-    count = torch.tensor([1, 3, 2, 1, 0])
-    first = (count.cumsum(0) - count).clamp_max(6)
-    features, classes = 50 * torch.randn(7, 5), torch.tensor([0, 1, 1, 2, -1, -1, 2])
+    count = torch.tensor([1, 3, 2, 1, 0, 1])
+    first = count.cumsum(0) - count
+    features, classes = 50 * torch.randn(8, 5), torch.tensor([0, 1, 1, 2, -1, -1, 2, 0])
     features[6] = 0.0
     images = UnitImages(features, classes, first, count)
     engine, accelerator = PerUnitGradients(head), Accelerator()
     losses = build_losses(head, images, SecretRandomness(), accelerator)
-    plan = make_plan(noise_multiplier=1.0, num_units=5, expected_batch_size=5, steps=1,
+    plan = make_plan(noise_multiplier=1.0, num_units=6, expected_batch_size=6, steps=1,
                      max_grad_norm=1.0, delta=1e-3)  # fmt: skip
 
     def total(units: list[int]) -> torch.Tensor:

@@ -25,6 +25,7 @@ MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
 CAMERA = (".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 PARQUET = ".parquet"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.parquet$")
+BAD_COLUMN = (pa.ArrowException, TypeError, ValueError, OverflowError)
 IMAGE, LABEL, TEXT = "image", "label", "text"  # what the layout of a folder gives
 
 
@@ -175,16 +176,36 @@ def _collect_columns(entries: list[dict]) -> dict[str, list]:
 def _say_what_is_unused(root: Path, used: int, unused: dict[Path, str]) -> None:
     if not unused or not PartialState().is_main_process:
         return
-    reasons = Counter((why, path.suffix.lower() or path.name) for path, why in unused.items())
+    reasons = Counter((why, _name_kind(path)) for path, why in unused.items())
     parts = [f"{count} {suffix} ({why})" for (why, suffix), count in sorted(reasons.items())]
     print(f"{root}: {used} images used; not used: {', '.join(parts)}", file=sys.stderr)
+
+
+def _find_mixed(columns: dict[str, list]) -> str:
+    """The columns that cannot be stored by themselves."""
+    mixed = []
+    for name, values in columns.items():
+        try:
+            Dataset.from_dict({name: values})
+        except BAD_COLUMN:
+            mixed.append(name)
+    return ", ".join(mixed)
+
+
+def _name_kind(path: Path) -> str:
+    """Its suffix, if that is one: a name may be a person's."""
+    suffix = path.suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z0-9]{1,4}", suffix) else "other"
 
 
 def _make_rows(images: list[Path], root: Path, columns: dict[str, list]) -> Dataset:
     try:
         rows = Dataset.from_dict({IMAGE: [str(path) for path in images], **columns})
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"the metadata of {root} mixes kinds in one column: {error}") from error
+    except BAD_COLUMN as error:
+        raise UsageError(
+            f"the metadata of {root} mixes kinds in one column ({_find_mixed(columns)}): texts and "
+            "numbers, or lists and others; write all its values alike"
+        ) from error
     rows = rows.cast_column(IMAGE, Image())
     classes = _name_classes(images, root) if LABEL not in map(str.lower, columns) else []
     if any(classes):
@@ -204,8 +225,8 @@ def _name_classes(images: list[Path], root: Path) -> list[str | None]:
     deep = [path for path in images if len(path.relative_to(shared).parts) > 2]
     if deep and PartialState().is_main_process:
         print(
-            f"{root}: no column {LABEL} is made of the folders, since some lie within others, such "
-            f"as that of {deep[0].relative_to(root)}: name the classes in metadata.csv",
+            f"{root}: no column {LABEL} is made of the folders, since some lie within others: name "
+            "the classes in metadata.csv",
             file=sys.stderr,
         )
     return [] if deep else [None if p == shared else p.name for p in parents]

@@ -8,7 +8,6 @@ import hashlib
 import io
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from tqdm import tqdm
 
+from utils.chatter import hush_pillow
 from utils.data.grey_levels import MORE_BITS, GreyLevels, MoreBitsError, Window
 from utils.data.listing import list_image_formats
 from utils.data.rows import load_split, require_column
@@ -38,10 +38,8 @@ CHANGED = (
 UNREADABLE = "unreadable"
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
-# Pillow's warnings say what is in a private image; its limit of pixels is replaced by ours, which
-# is checked before anything is decoded. For the whole process: `catch_warnings` is not thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-PILImage.MAX_IMAGE_PIXELS = None
+hush_pillow()
+PILImage.MAX_IMAGE_PIXELS = None  # replaced by ours, which is checked before anything is decoded
 
 
 @dataclass(frozen=True)

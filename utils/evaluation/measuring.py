@@ -116,7 +116,8 @@ def evaluate_set(
 def print_results(results: dict[str, dict]) -> None:
     """Each metric on stdout, and each warning on stderr."""
     for name, entry in results.items():
-        print(f"{name}: {format_metric(entry)}")
+        mark = "" if entry["covered_by_epsilon"] else " (not covered by epsilon)"
+        print(f"{name}: {format_metric(entry)}{mark}")
     for warning in sorted({entry["warning"] for entry in results.values() if "warning" in entry}):
         print(f"warning: {warning}", file=sys.stderr)
 

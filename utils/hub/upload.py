@@ -125,7 +125,7 @@ def list_files_to_publish(output_dir: Path) -> dict[str, Path | bytes]:
         if not path.is_file():
             raise UsageError(f"{output_dir} lacks {name}: the run is not finished")
         inside = path.resolve() == output_dir.resolve() / name  # no link, no .., no absolute path
-        if not inside or Path(name).parts[0] == PRIVATE:
+        if not inside or PRIVATE in Path(name).parts:
             raise UsageError(f"{path} leads out of what is published: it is not uploaded")
     return {name: output_dir / name for name in names}
 

@@ -152,8 +152,20 @@ def start(training: TrainingArguments, *sets: str | None) -> tuple[Accelerator, 
     lock = []
     on_main_process(lambda: lock.append(claim_output_dir(training)))
     if training.latents_dir is not None:
-        on_main_process(lambda: check_takes_files(Path(training.latents_dir), "--latents_dir"))
+        on_main_process(lambda: _check_latents_dir(Path(training.latents_dir), training.output_dir))
     return accelerator, lock
+
+
+def _check_latents_dir(folder: Path, output_dir: str) -> None:
+    """Raises: UsageError if it takes no files, or may be published with the weights."""
+    inside, private = Path(output_dir).resolve(), private_folder(output_dir).resolve()
+    if folder.resolve().is_relative_to(inside) and not folder.resolve().is_relative_to(private):
+        raise UsageError(
+            f"--latents_dir {folder} lies in --output_dir, of which all but private/ may be "
+            "published: leave the option out, which keeps the encoded images there, or name a "
+            "folder elsewhere"
+        )
+    check_takes_files(folder, "--latents_dir")
 
 
 def load_stage(

@@ -62,6 +62,8 @@ def save_lora(pipeline: DiffusionPipeline, output_dir: Path) -> None:
 def write_lora(pipeline: DiffusionPipeline, part: str, output_dir: Path) -> None:
     """Save the LoRA of one part of a pipeline as plain diffusers loads it, alpha included."""
     adapted = getattr(pipeline, part)
+    for config in adapted.peft_config.values():  # transformers writes where it lies on this disk
+        config.base_model_name_or_path = None
     pipeline.save_lora_weights(
         output_dir,
         **{f"{part}_lora_layers": get_peft_model_state_dict(adapted)},
