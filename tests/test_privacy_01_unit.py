@@ -172,14 +172,12 @@ def test_a_unit_whose_images_cannot_be_read_counts_like_any_other(accelerator, t
     training = TrainingArguments(output_dir=str(tmp_path / "run"))
     (tmp_path / "run" / "private").mkdir(parents=True)
 
-    def plan_for(num_units):
-        return build_plan(num_units=num_units, expected_batch_size=2, unit_column="patient")
-
     found = load_private_rows(accelerator, data, training)
+    plan = build_plan(num_units=4, expected_batch_size=2, unit_column="patient")
     asked = (found, PrivacyArguments(), training)
-    private_set, plan, _ = reserve(*asked, 16, {}, Circumstances(), plan_for)
-    assert preview(*asked, 16, Circumstances(), plan_for)[0] == plan
-    assert (private_set.num_units, plan.num_units) == (4, 4) and private_set.without_image == 1
+    private_set, _ = reserve(*asked, 16, {}, Circumstances(), plan)
+    assert preview(*asked, 16, Circumstances(), plan) == private_set.left_out
+    assert found.num_units == private_set.num_units == 4 and private_set.without_image == 1
     assert read_json(tmp_path / "run" / "private" / "data.json")["units_without_image"] == 1
     assert private_set.left_out == {"unreadable": 1}
     assert len(private_set.captions) == 10

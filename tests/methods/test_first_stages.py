@@ -49,14 +49,6 @@ def test_all_three_compose_to_the_target(tiny_base, image_folder, tmp_path):
         assert find_problems(read_source(str(tmp_path / "run" / stage), None)) == []
 
 
-def test_both_are_planned_before_anyone_has_named_the_draws(tiny_base, image_folder, tmp_path):
-    arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", *SMALL, *STAGES)
-    at = arguments.index("--noise_multiplicity")
-    shown = train_here([*arguments[:at], *arguments[at + 2 :], "--dry_run"])
-    purposes = [plan["purpose"] for plan in read_plans(shown)]
-    assert purposes == ["means", "selection", "training"], shown
-
-
 def test_only_the_means_of_a_valid_statement_lie_beside_the_weights(tmp_path):
     """A statement that someone wrote accounts for nothing, nor does one anywhere else."""
     statement = {"files": {"means.safetensors": None}, "private": True}
@@ -187,6 +179,8 @@ def test_a_dry_run_judges_the_training_after_means(tiny_base, image_folder, tmp_
     assert after["epsilon"]["add_or_remove_one"] > means["epsilon"]["add_or_remove_one"]
     assert after["verdict"]["in_all"] > alone["verdict"]["in_all"]  # of what the means leave
     assert after["trainable_parameters"] == alone["trainable_parameters"]
+    plans = read_plans(train_here([*arguments, *STAGES]))  # of draws that are not chosen yet
+    assert [plan["purpose"] for plan in plans] == ["means", "selection", "training"]
     assert len(list((tmp_path / "run").rglob("ledger.jsonl"))) == 0
 
 

@@ -81,19 +81,17 @@ def run_curation(
     check_keeping(args, election)
     vary = build_vary(election, args) if args.rounds > 1 else None
 
-    def plan_for(num_units: int) -> PrivacyPlan:
-        return plan_votes(num_units, args, privacy, data.privacy_unit_column, election)
-
+    plan = plan_votes(found.num_units, args, privacy, data.privacy_unit_column, election)
     side = election.extractor.resolution
     told = election.describe_circumstances(randomness, name_precision(accelerator))
     if training.dry_run:
-        plan, _ = preview(found, privacy, training, side, told, plan_for)
+        preview(found, privacy, training, side, told, plan)
         print_plan(accelerator, plan)
         return
     prepare_repository(hub, privacy)
     about, seed = election.describe() | {"seed": training.seed or 0}, training.seed or 0
     agreed = collect_settings("curation", args, found.data, training) | about
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
+    private_set, run = reserve(found, privacy, training, side, agreed, told, plan)
     accelerator.print(announce(plan, run, election))
 
     # Count the votes of every unit, and release the counts with noise; once a round.

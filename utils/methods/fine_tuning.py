@@ -1,8 +1,7 @@
 """The story of every private training script: load, adapt, plan, fine-tune, publish."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -26,7 +25,13 @@ from utils.ledger.runs import Run
 from utils.ledger.statement import UNKNOWN_BASE, describe_cost
 from utils.methods.choice import find_facts_before
 from utils.methods.forecast import Sizes
-from utils.methods.outlook import JudgedPlans, collect_facts, replay_if_asked, show_plan
+from utils.methods.outlook import (
+    collect_facts,
+    judge_plan,
+    replay_if_asked,
+    show_choices,
+    show_plan,
+)
 from utils.methods.planning import (
     load_private_rows,
     plan_training,
@@ -135,18 +140,17 @@ def run_method(
     stage = replay_if_asked(stage, engine, data, privacy, training)
 
     # Plan what will be spent: can it work? If it is meant, reserve it.
-    stage, plan_for = make_plan_for(method, stage, data, privacy, training, facts, reasons)
-    side, _ = stage.resolution, plan_for(found.num_units)  # what is impossible is refused now
+    stage, plan, report = plan_run(method, stage, data, privacy, training, facts, reasons)
     adapter, told = collect_adapter_tensors(stage), stage.describe_circumstances()
     if training.dry_run:
-        previewed = preview(found, privacy, training, side, told, plan_for)
+        left_out = preview(found, privacy, training, stage.resolution, told, plan)
         sizes = method.measure(len(found), measure_unit(stage, engine))
-        return show_plan(stage, engine, training, previewed, sizes, plan_for)
+        return show_plan(stage, engine, training, plan, left_out, sizes, report)
     settings = collect_settings(method.name, method.settings, data, training)
     agreed = settings | describe_weights(stage, engine, adapter)
     if method.stages.warm_start is not None and training.resume_from_checkpoint is None:
         warm_up(stage, engine, adapter, method.stages, training)
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
+    private_set, run = reserve(found, privacy, training, stage.resolution, agreed, told, plan)
     accelerator.print(announce(stage, plan, run, engine, private_set.left_out))
 
     # Train by DP-SGD.
@@ -164,7 +168,7 @@ def run_method(
         print(f"published {publish_model(run.output_dir, hub)}")
 
 
-def make_plan_for(
+def plan_run(
     method: Method,
     stage: Stage,
     data: DataArguments,
@@ -172,12 +176,12 @@ def make_plan_for(
     training: TrainingArguments,
     facts: PublicFacts,
     reasons: list[str],
-) -> tuple[Stage, JudgedPlans]:
-    """What makes the plan for a number of units, after the stages that the method builds on; and
-    `stage`, of which is doubted what was doubted of those.
+) -> tuple[Stage, PrivacyPlan, dict]:
+    """The plan, after the stages that the method builds on; `stage`, of which is doubted what was
+    doubted of those; and what is told of the plan: what was chosen and why, and a verdict.
 
     Raises:
-        UsageError: see `find_earlier_stages`.
+        UsageError: see `find_earlier_stages` and `plan_training`.
     """
     output_dir, base = Path(training.output_dir), stage.base_checksum
     earlier = on_main_process(
@@ -185,9 +189,11 @@ def make_plan_for(
     )
     terms = {"steps": training.max_train_steps, "unit_column": data.privacy_unit_column}
     terms |= {"prior": earlier.events + method.to_come, "builds_on": earlier.runs}
-    plan_for = JudgedPlans(partial(plan_training, privacy=privacy, **terms), facts, reasons)
+    show_choices(reasons)
+    plan = plan_training(facts.num_units, privacy, **terms)
+    report = {"chosen": reasons, "verdict": asdict(judge_plan(plan, facts))}
     is_known = stage.is_base_known and UNKNOWN_BASE not in earlier.doubts
-    return replace(stage, is_base_known=is_known), plan_for
+    return replace(stage, is_base_known=is_known), plan, report
 
 
 def announce(

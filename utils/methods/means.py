@@ -82,23 +82,21 @@ def run_release(
     randomness = make_randomness(privacy.secure_noise, privacy.debug_noise_seed)
     kind, seed = build_release(args, training.seed or 0), training.seed or 0
     about = Circumstances(randomness.is_private, randomness.source)
-
-    def plan_for(num_units: int) -> PrivacyPlan:
-        plan = plan_release(num_units, privacy, args, data.privacy_unit_column, bool(check_later))
-        if check_later is not None:
-            check_later(plan, about)
-        return plan
-
-    found = load_private_rows(accelerator, adopt_template(data, model), training)
+    data = adopt_template(data, model)
+    found, unit_column = load_private_rows(accelerator, data, training), data.privacy_unit_column
+    plan = plan_release(found.num_units, privacy, args, unit_column, bool(check_later))
+    if check_later is not None:
+        check_later(plan, about)
     if found.rows is None:
-        return print_plan(accelerator, plan_for(found.num_units))
+        return print_plan(accelerator, plan)
     classes = find_classes(found.rows, found.data, args.class_names, args.class_prompts)
     nearest = None if args.class_prompts is None else build_nearest(model, classes.prompts)
     if training.dry_run:
-        return print_plan(accelerator, preview(found, privacy, training, SIDE, about, plan_for)[0])
+        preview(found, privacy, training, SIDE, about, plan)
+        return print_plan(accelerator, plan)
     told = {"settings": asdict(args), "seed": seed, **asdict(classes)}
     agreed = collect_settings("means", args, found.data, training) | {"told": told}
-    private_set, plan, run = reserve(found, privacy, training, SIDE, agreed, about, plan_for)
+    private_set, run = reserve(found, privacy, training, SIDE, agreed, about, plan)
     accelerator.print(announce(plan, run, classes))
 
     # Sum over the units of each batch, and release the sums with noise.

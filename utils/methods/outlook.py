@@ -13,12 +13,12 @@ from utils.audit.replay import SetUp, replay
 from utils.errors import UsageError
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.methods.forecast import Sizes, foresee
-from utils.methods.planning import PlanFor, describe
+from utils.methods.planning import describe
 from utils.methods.stages import Stage
 from utils.privacy.accounting import account
 from utils.privacy.defaults import PublicFacts, median_width
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.verdict import judge
+from utils.privacy.verdict import Verdict, judge
 
 
 def collect_facts(
@@ -39,46 +39,37 @@ def collect_facts(
     return PublicFacts(num_units, num_parameters, median_width(trained), rate, has_warm_start)
 
 
-class JudgedPlans:
-    """`plan_for`, which also says whether the plan can work, on stderr of the main process: once.
+def show_choices(reasons: list[str]) -> None:
+    """Say what was chosen and why, on stderr of the main process."""
+    if PartialState().is_main_process:
+        for reason in reasons:
+            print(f"chosen: {reason}", file=sys.stderr)
 
-    Attributes:
-        report: what was chosen and the verdict, for the report of `--dry_run`.
-    """
 
-    def __init__(self, plan_for: PlanFor, facts: PublicFacts, reasons: list[str]):
-        self._plan_for, self._facts = plan_for, facts
-        self.report = {"chosen": reasons}
-        if PartialState().is_main_process:
-            for reason in reasons:
-                print(f"chosen: {reason}", file=sys.stderr)
-
-    def __call__(self, num_units: int) -> PrivacyPlan:
-        plan = self._plan_for(num_units)
-        if "verdict" not in self.report:
-            epsilon = account(plan.events(), plan.delta).add_or_remove_one
-            facts = self._facts
-            verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)
-            self.report["verdict"] = asdict(verdict)
-            if PartialState().is_main_process:
-                print(f"verdict: {verdict}", file=sys.stderr)
-        return plan
+def judge_plan(plan: PrivacyPlan, facts: PublicFacts) -> Verdict:
+    """Say whether the plan can work, on stderr of the main process; returns it."""
+    epsilon = account(plan.events(), plan.delta).add_or_remove_one
+    verdict = judge(plan, facts.num_parameters, epsilon, facts.has_warm_start)
+    if PartialState().is_main_process:
+        print(f"verdict: {verdict}", file=sys.stderr)
+    return verdict
 
 
 def show_plan(
     stage: Stage,
     engine: PerUnitGradients,
     training: TrainingArguments,
-    previewed: tuple[PrivacyPlan, Mapping[str, int]],
+    plan: PrivacyPlan,
+    left_out: Mapping[str, int],
     sizes: Sizes,
-    judged: JudgedPlans,
+    report: dict,
 ) -> None:
-    """What `--dry_run` shows: the plan as JSON on stdout; on stderr what it will take here."""
-    plan, left_out = previewed
+    """What `--dry_run` shows: the plan as JSON on stdout, with `report`; on stderr what it will
+    take here."""
     forecast = foresee(stage, engine, plan, training, sizes)
     if stage.accelerator.is_main_process:
         print(forecast, file=sys.stderr)
-    about = judged.report | {"audit": stage.audit, "forecast": asdict(forecast)}
+    about = report | {"audit": stage.audit, "forecast": asdict(forecast)}
     stage.accelerator.print(describe(plan, engine, sizes.unit_bytes, training, left_out, **about))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,8 +37,6 @@ from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
 from utils.version import find_commit
 
 ROW = "one row: an image and its caption; a picture that is in several rows is protected less"
-# The plan for a number of units; raises UsageError if it is impossible.
-PlanFor = Callable[[int], PrivacyPlan]
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ ALONE = OtherStages()
 @dataclass(frozen=True)
 class PrivateRows:
     """The rows of a private set, as they were loaded: no image was read. How many units there are
-    is public; some may be lost with images that cannot be read. To plan only, there may be no rows,
-    but the number of units."""
+    is public. To plan only, there may be no rows, but the number of units."""
 
     data: DataArguments
     rows: Dataset | None
@@ -187,19 +184,17 @@ def preview(
     training: TrainingArguments,
     resolution: int,
     about: Circumstances,
-    plan_for: PlanFor,
-) -> tuple[PrivacyPlan, Mapping[str, int]]:
-    """Plan what would be spent on the private rows, and show their owner what training would see
-    (`show_private_set`); nothing is reserved. Also returns how many images were left out, by
-    reason. Where there are no rows, only a number of units, nothing is shown. `about`: as for
-    `reserve`.
+    plan: PrivacyPlan,
+) -> Mapping[str, int]:
+    """Show the owner of the private rows what training would see (`show_private_set`), and how many
+    images are left out, by reason; nothing is reserved. Where there are no rows, only a number of
+    units, nothing is shown. `about`: as for `reserve`.
 
     Raises:
-        UsageError: bad data, or an impossible plan (see `reserve`).
+        UsageError: bad data, or there is no room for the plan (see `reserve`).
     """
-    plan = plan_for(found.num_units)
     if found.rows is None:
-        return plan, {}
+        return {}
 
     def check() -> None:
         ledger = find_ledger(training.output_dir, privacy)
@@ -209,7 +204,7 @@ def preview(
     on_main_process(check)
     private_set = _check_images(found)
     show_private_set(private_set, resolution, training.output_dir)
-    return plan, private_set.left_out
+    return private_set.left_out
 
 
 def reserve(
@@ -219,23 +214,22 @@ def reserve(
     resolution: int,
     agreed: dict,
     about: Circumstances,
-    plan_for: PlanFor,
-) -> tuple[PrivateSet, PrivacyPlan, Run]:
-    """Plan and reserve what will be spent on the private rows, and show their owner what training
-    sees (`show_private_set`).
+    plan: PrivacyPlan,
+) -> tuple[PrivateSet, Run]:
+    """Reserve what will be spent on the private rows, and show their owner what training sees
+    (`show_private_set`).
 
-    An impossible plan is refused before any image is read.
+    What there is no room for is refused before any image is read.
 
     Args:
         agreed: what a checkpoint must agree with, beside the plan.
         about: what the statement will say beside the mechanisms.
 
     Raises:
-        UsageError: bad data or an impossible plan (see `make_plan`, `open_run` and `confirm`); or
-            the processes were not started alike.
+        UsageError: bad data, or no room for the plan (see `open_run` and `confirm`); or the
+            processes were not started alike.
         RuntimeError: the accountants disagree.
     """
-    plan = plan_for(found.num_units)
     content = {"dataset_name", "train_data_dir"}  # of which `load_private_set` compares what counts
     data = {k: v for k, v in agreed.get("data", {}).items() if k not in content}
     require_alike(plan.bounds() | agreed | {"data": data, "code": find_commit()})
@@ -255,11 +249,11 @@ def reserve(
         private_set = _check_images(found)
         show_private_set(private_set, resolution, training.output_dir)
         run = on_main_process(lambda: confirm(run, privacy, plan, private_set.digest))
-    return private_set, plan, run
+    return private_set, run
 
 
 def _check_images(found: PrivateRows) -> PrivateSet:
-    """The readable rows. The plan stays: N is of all units that are named."""
+    """The readable rows."""
     private_set = load_private_set(found.rows, found.data)
     if private_set.without_image and PartialState().is_main_process:
         print(

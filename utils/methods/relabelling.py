@@ -80,17 +80,15 @@ def run_relabelling(
     prompts = find_prompts(candidates, names, args)
     told = election.describe_circumstances(randomness, name_precision(accelerator))
 
-    def plan_for(num_units: int) -> PrivacyPlan:
-        return plan_classifier(num_units, args, privacy, data.privacy_unit_column, election)
-
+    plan = plan_classifier(found.num_units, args, privacy, data.privacy_unit_column, election)
     if training.dry_run:
-        plan, _ = preview(found, privacy, training, side, told, plan_for)
+        preview(found, privacy, training, side, told, plan)
         print_plan(accelerator, plan)
         return
     prepare_repository(hub, privacy)
     about = election.describe()
     agreed = collect_settings("relabelling", args, found.data, training) | about
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
+    private_set, run = reserve(found, privacy, training, side, agreed, told, plan)
     accelerator.print(announce(plan, run, election))
     seen = extract_candidates(candidates, election.extractor, accelerator)
     whiten = fit_whitening(seen)

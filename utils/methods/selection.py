@@ -27,16 +27,14 @@ from utils.files import (
 )
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.ledger.runs import Run
-from utils.ledger.statement import Circumstances, describe_cost
+from utils.ledger.statement import describe_cost
 from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
     ALONE,
     OtherStages,
-    PlanFor,
     check_later_training,
     describe,
     load_private_rows,
-    plan_later_training,
     preview,
     reserve,
 )
@@ -83,20 +81,22 @@ def run_selection(
     engine = PerUnitGradients(find_family(stage.pipeline).denoiser, privacy.noise_multiplicity)
     rehearse(stage.pipeline, engine, stage.resolution, norms_only=True)
 
-    told = stage.describe_circumstances()
-    plan_later = partial(plan_later_training, privacy, training.max_train_steps, others=others)
-    plan_for = make_plan_for(data, privacy, training, args, scoring, others, told)
+    told, unit_column = stage.describe_circumstances(), data.privacy_unit_column
+    plan = plan_selection(found.num_units, privacy, args, scoring.sensitivity, unit_column)
+    later = check_later_training(plan, privacy, training, others, told)
+    if args.top_ratio == "auto" and later is None:
+        raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
+    keep = replace(keep, plan=later)
     if training.dry_run:
-        plan, left_out = preview(found, privacy, training, side, told, plan_for)
-        later = plan_later(plan)
+        left_out = preview(found, privacy, training, side, told, plan)
         more = {"training_after_it": None if later is None else later.event()}
         unit_bytes = measure_unit(stage, engine, norms_only=True)
         accelerator.print(describe(plan, engine, unit_bytes, training, left_out, **more))
-        stand_in = select_at_random(stage, scoring, replace(keep, plan=later), args, training)
+        stand_in = select_at_random(stage, scoring, keep, args, training)
         return replace(stand_in, event=plan.event())
     agreed = collect_settings("selection", args, data, training)
     agreed["base_model_checksum"] = stage.base_checksum
-    private_set, plan, run = reserve(found, privacy, training, side, agreed, told, plan_for)
+    private_set, run = reserve(found, privacy, training, side, agreed, told, plan)
     accelerator.print(announce(stage, plan, run, len(candidates)))
 
     # Score every sampled unit, and release the sum with noise.
@@ -104,7 +104,6 @@ def run_selection(
     noisy, encoded_dir = release_or_resume(run, release)
 
     # Everything from here on sees the noisy scores only.
-    keep = replace(keep, plan=plan_later(plan))
     saliency = conclude(noisy.double().numpy(), scoring, keep, args, stage.base_checksum, plan)
     saliency = replace(saliency, run=run.branch.run, private=stage.randomness.is_private)
     on_main_process(lambda: run.publish(lambda folder: export(saliency, folder), plan))
@@ -149,33 +148,6 @@ def announce(stage: Stage, plan: PrivacyPlan, run: Run, num_candidates: int) -> 
         f"{describe_cost(plan, stage.base_statement, run.recharged)} (noise multiplier "
         f"{plan.noise_multiplier:.3f})"
     )
-
-
-def make_plan_for(
-    data: DataArguments,
-    privacy: PrivacyArguments,
-    training: TrainingArguments,
-    args: SaliencyArguments,
-    scoring: Scoring,
-    others: OtherStages,
-    told: Circumstances,
-) -> PlanFor:
-    """What makes the plan of a selection for a number of units.
-
-    Raises:
-        UsageError: see `plan_selection` and `check_later_training`; or --top_ratio auto has no plan
-            to look at.
-    """
-
-    def plan_for(num_units: int) -> PrivacyPlan:
-        bound, unit_column = scoring.sensitivity, data.privacy_unit_column
-        plan = plan_selection(num_units, privacy, args, bound, unit_column)
-        later = check_later_training(plan, privacy, training, others, told)
-        if args.top_ratio == "auto" and later is None:
-            raise UsageError("--top_ratio auto looks at the training plan: give --target_epsilon")
-        return plan
-
-    return plan_for
 
 
 def plan_selection(
