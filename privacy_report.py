@@ -60,6 +60,8 @@ def show(args: ShowArguments) -> None:
     if not events:
         raise UsageError(f"{args.path} has no events: nothing was spent")
     report = summarise_spending(source)
+    if not report["private"]:
+        print("NOT PRIVATE: the noise can be made again, so no epsilon holds; were it secret:")
     print("purpose     steps  sampling rate  noise multiplier  epsilon alone    adds")
     for row in report["events"]:
         print(

@@ -53,13 +53,41 @@ def gaussian_epsilon(delta, sigma):
 def test_whole_batches_equal_the_exact_gaussian_epsilon(sigma, steps):
     exact = gaussian_epsilon(1e-5, sigma / math.sqrt(steps))
     ours = pld_epsilon([event(sigma, steps=steps)], 1e-5)
-    assert exact - 1e-9 <= ours <= exact + 0.02 + 0.001 * exact
+    assert exact - 1e-9 <= ours <= exact + 0.001
 
 
-@pytest.mark.parametrize("steps, epsilon", [(10**4, 60), (10**5, 20), (10**6, 20), (10**6, 60)])
-def test_pld_is_an_upper_bound_at_the_smallest_delta_that_may_be_asked_for(steps, epsilon):
-    sigma = brentq(lambda s: gaussian_delta(epsilon, s) - SMALLEST_DELTA, 0.1, 50)
-    assert pld_epsilon([event(sigma * steps**0.5, steps=steps)], SMALLEST_DELTA) >= epsilon - 1e-3
+@pytest.mark.parametrize("steps, epsilon", [(10**4, 60), (10**5, 20), (10**6, 20), (10**6, 0.01)])
+def test_whole_batches_are_exact_however_many_and_how_small_their_cost(steps, epsilon):
+    sigma = brentq(lambda s: gaussian_delta(epsilon, s) - SMALLEST_DELTA, 0.1, 1e5)
+    ours = pld_epsilon([event(sigma * steps**0.5, steps=steps)], SMALLEST_DELTA)
+    assert epsilon - 1e-9 <= ours <= epsilon + 0.001
+
+
+@pytest.mark.parametrize(
+    "sigma, q, steps, added, replaced",
+    [
+        (0.2, 1e-6, 10**5, 34.04846, 34.08653),
+        (0.2, 1e-5, 10**5, 65.23854, 65.23854),
+        (0.2, 1e-4, 10**4, 81.52518, 82.21853),
+        (0.5, 1e-6, 10**6, 0.562844, 0.562844),
+    ],
+)
+def test_pld_is_an_upper_bound_at_the_smallest_delta_that_may_be_asked_for(
+    sigma, q, steps, added, replaced
+):
+    """What is true was found without Fourier transforms: by inverting the moment generating
+    function of the loss along a contour, to seven digits. Replacing one costs no less."""
+    events = [event(sigma, q, steps)]
+    assert added < pld_epsilon(events, SMALLEST_DELTA) < added * 1.01 + 0.3
+    assert replaced < pld_epsilon(events, SMALLEST_DELTA, REPLACE_ONE) < replaced * 1.02 + 0.4
+
+
+def test_what_rounding_may_hide_is_not_guessed():
+    """A delta that is below what the transforms of so many steps round away."""
+    many = [event(1.0, 1e-6, 2 * 10**6)]
+    assert pld_epsilon(many, SMALLEST_DELTA) == math.inf
+    with pytest.raises(UsageError, match="more than the accountants can compute"):
+        account(many, SMALLEST_DELTA)
 
 
 def test_what_was_asked_before_with_the_same_beginning_changes_nothing():
@@ -76,7 +104,7 @@ def test_what_was_asked_before_with_the_same_beginning_changes_nothing():
 def test_a_ledger_of_a_thousand_events_is_accounted_for():
     events = [event(50 + i / 10) for i in range(1200)]
     exact = gaussian_epsilon(1e-5, sum(e["noise_multiplier"] ** -2 for e in events) ** -0.5)
-    assert exact - 1e-9 <= pld_epsilon(events, 1e-5) <= exact + 1.2  # each rounds up by 1e-3
+    assert exact - 1e-9 <= pld_epsilon(events, 1e-5) <= exact + 0.002
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0])

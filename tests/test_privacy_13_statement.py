@@ -41,7 +41,8 @@ def test_epsilon_is_recomputed_with_dp_accounting_alone(statement):
         accountant = PLDAccountant(dp_accounting.NeighboringRelation[relation], 1e-3)
         accountant.compose(dp_accounting.ComposedDpEvent(events))
         epsilon = accountant.get_epsilon(statement["delta"])
-        assert epsilon == pytest.approx(statement["epsilon"][relation.lower()], abs=1e-9)
+        margin = statement["epsilon"][relation.lower()] - epsilon
+        assert 0 <= margin < 1e-6  # for what the accountant's transforms round
 
 
 def test_epsilon_is_recomputed_with_opacus_alone(statement):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.ledger.conftest import change, state
+from tests.worlds import build_plan
 from utils.ledger.checks import check_statement
 from utils.ledger.statement import add_base, quote_total, write_statement
 from utils.privacy.accounting import membership_power, pld_both_relations
@@ -20,6 +21,7 @@ from utils.privacy.accounting import membership_power, pld_both_relations
         (["num_units"], 0, "the number of units is 0"),
         (["num_units"], 200.0, "the number of units is 200.0"),
         (["delta"], 0.0, "delta 0 is not below 1/N = 0.005"),
+        (["delta"], 9e-10, "or is so small, below 1e-09, that no accountant is exact"),
         (["delta"], 0.005, "delta 0.005 is not below 1/N = 0.005"),
         (["events"], [], "the statement has no events"),
         (["events", 0, "sampling_rate"], 0, "an impossible rate, noise or number"),
@@ -85,6 +87,18 @@ def test_a_total_of_the_ledger_is_checked_at_its_own_delta(whole):
         total["epsilon"]["replace_one"] -= 0.01
         (problem,) = check_statement(whole | {"ledger": {"everything": total}})
         assert problem.startswith("its ledger's total says epsilon")
+
+
+def test_a_total_is_no_less_than_what_it_is_the_total_of(whole):
+    """Nor may a small epsilon be stated at half of what it is, or at a larger delta."""
+    for events, at in ((whole["events"], 1e-3), (build_plan(noise_multiplier=50).events(), 1e-4)):
+        total = {"events": events, "epsilon": pld_both_relations(events, at), "delta": at}
+        (problem,) = check_statement(whole | {"ledger": {"everything": total}})
+        assert problem == "its ledger's total is less than its own, or at a larger delta"
+    tiny = state(noise_multiplier=2000.0)
+    half = {relation: epsilon / 2 for relation, epsilon in tiny["epsilon"].items()}
+    assert check_statement(tiny) == [] and half["add_or_remove_one"] < 1e-3
+    assert "the statement says epsilon" in check_statement(tiny | {"epsilon": half})[0]
 
 
 def test_a_base_adds_up(whole):

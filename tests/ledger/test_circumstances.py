@@ -11,6 +11,7 @@ from tests.worlds import build_plan
 from utils.arguments.training import DataArguments, TrainingArguments
 from utils.errors import UsageError
 from utils.files import explain_disk_errors, private_folder
+from utils.ledger.charges import compose_with_bases
 from utils.ledger.checks import check_ledger
 from utils.ledger.ledger import Ledger
 from utils.ledger.reservations import check_new, confirm, open_run
@@ -200,6 +201,16 @@ def test_the_cap_counts_what_the_private_bases_have_cost(tmp_path):
     with pytest.raises(UsageError, match=f"to epsilon {twice:.3f}.*comes to {total:.3f}"):
         ledger.reserve(terms, twice - 0.01, made_with=about.made_with())
     ledger.reserve(terms, twice + 1e-9, made_with=about.made_with())
+
+
+def test_bases_that_no_ledger_knows_are_told_apart_by_what_they_did(tmp_path):
+    """Statements without an entry, as others may write: one must not stand for another."""
+    ledger, bases = Ledger(tmp_path / "ledger.jsonl"), [state(steps=steps) for steps in (2, 9)]
+    for base in (*bases, bases[0]):
+        about = Circumstances(base={k: v for k, v in base.items() if k != "ledger"})
+        ledger.reserve(PLAN.terms(True), made_with=about.made_with())
+    events, _ = compose_with_bases(ledger.records())
+    assert sorted(event["steps"] for event in events[:2]) == [2, 9] and len(events) == 5
 
 
 def test_the_cap_does_not_count_a_base_twice_that_the_ledger_itself_paid_for(tmp_path):

@@ -2,13 +2,15 @@
 
 import pytest
 
-from tests.ledger.conftest import change
+from tests.ledger.conftest import PLAN, change, privacy, start, training
 from tests.worlds import build_plan
+from utils.errors import UsageError
 from utils.ledger.charges import list_charged_events
 from utils.ledger.checkpoints import announce_checkpoint, locate_checkpoint, save_checkpoint
 from utils.ledger.checks import check_checkpoints, check_ledger, check_records
 from utils.ledger.ledger import Ledger
-from utils.ledger.statement import STOPPED
+from utils.ledger.reservations import open_run
+from utils.ledger.statement import STOPPED, Circumstances
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_checkpoints_must_be_of_steps_that_their_run_released(tmp_path):
     released = [record("release", step=step) for step in (1, 2, 3, 4)]
     damaged, renamed = check_checkpoints(released, tmp_path)
     assert "checkpoint-3 is missing or damaged" in damaged
-    assert renamed == "the ledger did not release checkpoint-4"
+    assert renamed == "checkpoint-4 is of another step"
 
 
 def test_a_checkpoint_must_be_of_the_branch_that_it_names(tmp_path):
@@ -143,6 +145,23 @@ def test_a_checkpoint_must_be_of_the_branch_that_it_names(tmp_path):
     later = [record("release", step=1), record("void", step=1), record("release", 1, step=1)]
     assert check_checkpoints(later, tmp_path) == ["the ledger did not release checkpoint-1"]
     assert check_checkpoints([*later, record("wrote", step=1)], tmp_path) == []
+
+
+def test_a_ledger_from_a_backup_counts_for_no_run_that_went_on(tmp_path):
+    """What it lacks was released: neither resuming nor verifying may pass over that."""
+    folder, again = tmp_path / "run", (privacy(), PLAN, {"model": "m"}, Circumstances())
+    run = start(folder)
+    run.save(1, dict, limit=5)
+    backup = run.branch.ledger.path.read_bytes()
+    run.save(2, dict, limit=5)
+    run.branch.ledger.path.write_bytes(backup)
+    with pytest.raises(UsageError, match="did not release checkpoint-2, so .* is older than this"):
+        open_run(training(folder, "checkpoint-1"), *again)
+    locate_checkpoint(run.checkpoints, 2).rename(run.checkpoints / "set-aside-2-of-branch-0")
+    with pytest.raises(UsageError, match="did not release set-aside-2-of-branch-0"):
+        open_run(training(folder, "checkpoint-1"), *again)
+    found = check_checkpoints(run.branch.ledger.records(), run.checkpoints)
+    assert found == ["the ledger did not release set-aside-2-of-branch-0"]
 
 
 def record(kind: str, branch: int = 0, run: str = "a", **fields) -> dict:

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from tests.conftest import read_json, train_arguments, train_here
+from tests.worlds import build_plan
 from utils.errors import run_script
 from utils.ledger.ledger import START, TERMS, Ledger, hash_record
 from utils.privacy.accounting import pld_epsilon
@@ -235,11 +236,10 @@ def test_plan_answers_both_questions(report):
 
 
 def test_a_dead_run_is_given_up(report, tmp_path):
-    from tests.worlds import build_plan
-
-    branch = Ledger(tmp_path / "ledger.jsonl").reserve(build_plan(steps=9).terms(True))
+    branch = Ledger(tmp_path / "ledger.jsonl").reserve(build_plan(steps=9).terms(False))
     branch.release(2, "checkpoint")
-    assert "unfinished" in report("show", tmp_path / "ledger.jsonl")[1]
+    shown = report("show", tmp_path / "ledger.jsonl")[1]
+    assert "NOT PRIVATE: the noise can be made again" in shown and "unfinished" in shown
     code, shown = report("give_up", tmp_path / "ledger.jsonl", branch.run)
     assert code == 0 and "2 steps" in shown
     assert "given up" in report("show", tmp_path / "ledger.jsonl")[1]

@@ -175,7 +175,7 @@ def list_bases(records: list[dict]) -> list[dict]:
         if base is None or not count_charged_steps(records, record["run"]):
             continue
         if not set(base["entries"]) <= here:
-            found[tuple(base["entries"])] = base
+            found[repr((base["entries"], base["events"]))] = base  # some have no entry to tell by
     return list(found.values())
 
 

@@ -9,6 +9,8 @@ is on record. A release can be taken back only while the folder still exists.
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from utils.errors import UsageError, find_differences
 from utils.files import hash_file, replace_file, sync_folder, write_durably
 
 SCHEMA_VERSION = 1
+ABOUT = "about.json"
+SET_ASIDE = "set-aside"  # what a resumed run has passed over
 
 
 def announce_checkpoint(folder: Path, step: int) -> int:
@@ -58,7 +62,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, about: dict) -> None:
             torch.save(state, file)
         about = {"schema_version": SCHEMA_VERSION, "step": step, **about}
         about["sha256"] = hash_file(aside / "state.pt")
-        write_durably(aside / "about.json", json.dumps(about, indent=2))
+        write_durably(aside / ABOUT, json.dumps(about, indent=2))
         remove(final)
         aside.rename(final)
         sync_folder(folder)
@@ -76,6 +80,16 @@ def list_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in `folder`, oldest first."""
     found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
     return sorted(int(match[1]) for match in found if match)
+
+
+def list_kept(folder: Path) -> Iterator[tuple[str, dict]]:
+    """The name of every checkpoint in `folder`, of those set aside too, and what it says about
+    itself; whether its state is whole is not looked at, and one that says nothing is none."""
+    for path in sorted([*folder.glob("checkpoint-*"), *folder.glob(f"{SET_ASIDE}-*")]):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads((path / ABOUT).read_text())
+            about["run"], about["step"]
+            yield path.name, about
 
 
 def rotate(folder: Path, limit: int) -> None:
@@ -116,7 +130,7 @@ def read_about(path: Path) -> dict:
         UsageError: it is not there, is damaged, or was written by a newer version.
     """
     try:
-        about = json.loads((path / "about.json").read_text())
+        about = json.loads((path / ABOUT).read_text())
         if about["schema_version"] > SCHEMA_VERSION:
             raise UsageError(f"the checkpoint {path} was written by a newer version of this code")
         if about["sha256"] != hash_file(path / "state.pt"):

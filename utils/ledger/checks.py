@@ -17,7 +17,7 @@ from utils.ledger.charges import (
     recall_runs,
     select_run,
 )
-from utils.ledger.checkpoints import list_steps, locate_checkpoint, read_about
+from utils.ledger.checkpoints import list_kept, list_steps, locate_checkpoint, read_about
 from utils.ledger.statement import (
     NOT_STATED,
     SCHEMA_VERSION,
@@ -28,6 +28,7 @@ from utils.ledger.statement import (
     list_all_events,
 )
 from utils.privacy.accounting import (
+    SMALLEST_DELTA,
     membership_power,
     pld_both_relations,
     prv_epsilon,
@@ -64,8 +65,11 @@ def _check_content(statement: dict) -> list[str]:
     problems = []
     if not isinstance(units, int) or units < 1:
         return [f"the number of units is {units}"]
-    if not 0 < delta < 1 / units:
-        problems.append(f"delta {delta:g} is not below 1/N = {1 / units:.3g}")
+    if not SMALLEST_DELTA <= delta < 1 / units:
+        problems.append(
+            f"delta {delta:g} is not below 1/N = {1 / units:.3g}, or is so small, below "
+            f"{SMALLEST_DELTA:g}, that no accountant is exact"
+        )
     problems += _check_epsilon(statement["events"], delta, statement["epsilon"], "the statement")
     if not problems:
         claimed = statement["accountants"]
@@ -79,6 +83,9 @@ def _check_content(statement: dict) -> list[str]:
     if everything is not None:
         epsilon, at = everything["epsilon"], everything.get("delta", delta)
         problems += _check_epsilon(everything["events"], at, epsilon, "its ledger's total")
+        own = statement["epsilon"]
+        if at > delta or any(epsilon[relation] < own[relation] - PLD_TOLERANCE for relation in own):
+            problems.append("its ledger's total is less than its own, or at a larger delta")
     if "base" in statement:
         total, events = statement["base"], list_all_events(statement)
         problems += _check_epsilon(events, total["delta"], total["epsilon"], "it and its base")
@@ -116,7 +123,7 @@ def _check_epsilon(events: list[dict], delta: float, claimed: dict, what: str) -
         f"{what} says epsilon {claimed[relation]:.4f} ({relation.replace('_', ' ')}); its events "
         f"come to {epsilon:.4f}"
         for relation, epsilon in found.items()
-        if not abs(claimed[relation] - epsilon) <= PLD_TOLERANCE
+        if not -PLD_TOLERANCE * min(1, epsilon) <= claimed[relation] - epsilon <= PLD_TOLERANCE
     ]
 
 
@@ -224,11 +231,19 @@ def check_checkpoints(records: list[dict], folder: Path) -> list[str]:
     problems = []
     for step in list_steps(folder):
         try:
-            about = read_about(locate_checkpoint(folder, step))
+            if read_about(locate_checkpoint(folder, step))["step"] != step:
+                problems.append(f"{CHECKPOINT}-{step} is of another step")
         except UsageError as error:
             problems.append(str(error))
-            continue
-        announced = list_released_steps(select_run(records, about["run"]), about.get("branch"))
-        if step not in announced or about["step"] != step:
-            problems.append(f"the ledger did not release {CHECKPOINT}-{step}")
+    return problems + check_released(records, folder)
+
+
+def check_released(records: list[dict], folder: Path) -> list[str]:
+    """Checkpoints on disk, those set aside too, that the ledger did not announce: so it is an older
+    copy of itself."""
+    problems = []
+    for name, about in list_kept(folder):
+        of_run = select_run(records, about["run"])
+        if about["step"] not in list_released_steps(of_run, about.get("branch")):
+            problems.append(f"the ledger did not release {name}")
     return problems

@@ -21,6 +21,7 @@ from utils.ledger.charges import (
     select_run,
 )
 from utils.ledger.checkpoints import (
+    SET_ASIDE,
     empty_unfinished,
     find_newest_intact,
     list_differences,
@@ -30,6 +31,7 @@ from utils.ledger.checkpoints import (
     sweep,
     was_left_unfinished,
 )
+from utils.ledger.checks import check_released
 from utils.ledger.ledger import Ledger, find_branch, make_run_name
 from utils.ledger.runs import NOTE, PRIVATE_DIGEST, Run, find_abandoned, find_earlier_branch
 from utils.ledger.statement import Circumstances, begins_with
@@ -59,6 +61,7 @@ def open_run(
         known = read_about(checkpoint)
         later = {"plan": None, PRIVATE_DIGEST: None}  # compared by `confirm`
         _refuse_changes(checkpoint, known["agreed"] | later, agreed | later)
+        _check_is_whole(ledger, checkpoint.parent)
         ledger.check_resuming(known, cap)
         _check_base(ledger, [*plan.builds_on, known["run"]], about)
         return Run(output_dir, find_branch(ledger, known["run"]), agreed, about, checkpoint)
@@ -75,6 +78,16 @@ def open_run(
         _check_base(ledger, plan.builds_on, about)
         branch = ledger.reserve(terms, cap, name, made_with=about.made_with())
     return Run(output_dir, branch, agreed, about)
+
+
+def _check_is_whole(ledger: Ledger, checkpoints: Path) -> None:
+    """Raises: UsageError if results of the run lie there that the ledger does not have."""
+    unknown = check_released(ledger.records(), checkpoints)
+    if unknown:
+        raise UsageError(
+            f"cannot resume: {unknown[0]}, so {ledger.path} is older than this run, as a backup "
+            "is, and would count too little: bring back the newest copy"
+        )
 
 
 def check_new(
@@ -129,7 +142,7 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str)
     branch = ledger.reserve(terms, cap, run.branch.run, about["step"], made_with, of_branch)
     for step in list_steps(run.checkpoints):
         if step > about["step"]:  # damaged, or passed over: never the latest again
-            aside = f"set-aside-{step}-of-branch-{branch.number - 1}"
+            aside = f"{SET_ASIDE}-{step}-of-branch-{branch.number - 1}"
             locate_checkpoint(run.checkpoints, step).rename(run.checkpoints / aside)
     steps = count_charged_steps(ledger.records(), branch.run)
     if steps > plan.steps:
@@ -266,7 +279,7 @@ def _find_checkpoint(output_dir: Path, wanted: str) -> Path:
     path = Path(wanted)
     if not path.is_absolute() and not path.is_dir():
         path = checkpoints / wanted
-    named = re.fullmatch(r"checkpoint-\d+|set-aside-.*", path.name)
+    named = re.fullmatch(rf"{CHECKPOINT}-\d+|{SET_ASIDE}-.*", path.name)
     if path.resolve().parent != checkpoints.resolve() or not named:
         known = ", ".join(f"checkpoint-{step}" for step in list_steps(checkpoints)) or "none"
         raise UsageError(

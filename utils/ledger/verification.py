@@ -60,6 +60,12 @@ class Source:
         """All that the ledger, or else the statement, has; after what is behind base models."""
         return self._compose()[0]
 
+    def is_private(self) -> bool:
+        """Whether no run of the ledger, nor the statement, is stamped NOT PRIVATE."""
+        records = [] if self.ledger is None else self.ledger.records()
+        stamps = [record["private"] for record in records if record["kind"] == "reserve"]
+        return all([*stamps, (self.statement or {}).get("private", True)])
+
     def _compose(self) -> tuple[list[dict], float]:
         statement = self.statement or {"events": []}
         base = statement.get("base")
@@ -230,6 +236,7 @@ def summarise_spending(source: Source) -> dict:
     events, delta = source.events(), source.delta()
     spent = account(events, delta)
     return {
+        "private": source.is_private(),
         "delta": delta,
         "events": [
             {**event, "epsilon": pld_epsilon([event], delta), "adds": added}
