@@ -250,6 +250,23 @@ def test_only_the_last_branch_can_hand_back_what_is_reserved(ledger):
     assert charge(ledger, again) == (6, 6)
 
 
+def test_a_later_reservation_of_fewer_steps_takes_nothing_back(ledger):
+    """No run writes that; who edits a ledger might."""
+    branch = ledger.reserve(TERMS)
+    checkpoint(branch, 8)
+    ledger.reserve(TERMS, run=branch.run, step=8)
+    *others, last = ledger.records()
+    last["event"] = last["event"] | {"steps": 3}
+    assert count_charged_steps([*others, last], branch.run) == 8
+
+
+def test_a_ledger_that_was_taken_away_takes_no_more(ledger):
+    branch = ledger.reserve(TERMS)
+    ledger.path.unlink()
+    with pytest.raises(UsageError, match="has lost run"):
+        branch.release(4, "checkpoint")
+
+
 def test_the_last_branch_of_a_run_is_found(ledger):
     branch = ledger.reserve(TERMS)
     checkpoint(branch, 4)

@@ -133,7 +133,7 @@ def _charge_branches(records: list[dict], run: str, live: bool) -> list[tuple[di
         branch_records = [r for r in run_records if r["branch"] == reservation["branch"]]
         until = max(list_released_steps(branch_records), default=reservation["from_step"])
         if live and reservation is reservations[-1] and not handed_back:
-            until = reservation["event"]["steps"]
+            until = max(until, reservation["event"]["steps"])
         charged.append((reservation, until - reservation["from_step"]))
     return charged
 

@@ -71,12 +71,14 @@ class Ledger:
             record = json.loads(line)
             version = record["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{where}: it is not a record; restore it from a backup") from error
+            raise UsageError(f"{where}: it is not a record; bring back the newest copy") from error
         if version > SCHEMA_VERSION:
             raise UsageError(f"the ledger {self.path} was written by a newer version of this code")
         intact = record.get("index") == number and record.get("previous") == previous
         if not intact or record.get("hash") != hash_record(record):
-            raise UsageError(f"{where}: a record was changed or removed; restore it from a backup")
+            raise UsageError(
+                f"{where}: a record was changed or removed; bring back the newest copy"
+            )
         return record
 
     @contextmanager
@@ -197,6 +199,8 @@ class Branch:
     def _append(self, kind: str, **fields) -> dict:
         with self.ledger.locked() as records:
             run_records = select_run(records, self.run)
+            if not run_records:
+                raise UsageError(f"{self.ledger.path} has lost run {self.run}: bring it back")
             given_up = any(
                 r["kind"] == "give_up" and r["branch"] == self.number for r in run_records
             )
