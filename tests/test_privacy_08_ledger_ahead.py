@@ -153,7 +153,7 @@ def test_another_base_model_or_set_is_refused_naming_it(
     images, output = copy_folder(image_folder, tmp_path / "images"), tmp_path / "own"
     start(tiny_base, images, output, *finished[1])
     (images / "0" / "0.png").write_bytes(b"damaged since")
-    assert "num_units was 40, is 39" in start(tiny_base, images, output, *latest)
+    assert "are others than it was trained on" in start(tiny_base, images, output, *latest)
     (images / "0" / "0.png").unlink()
     assert "num_units was 40, is 39" in start(tiny_base, images, output, *latest)
     output = copy_folder(finished[0], tmp_path / "run")

@@ -60,14 +60,13 @@ def test_a_bound_that_follows_the_data_is_caught(
     monkeypatch, tiny_base, image_folder, other_folder, tmp_path
 ):
     """Clipping at the first image's brightness, say."""
-    whole = utils.methods.fine_tuning.reserve
+    whole = utils.methods.fine_tuning.fine_tune
 
-    def peeks(*arguments):
-        private_set, plan, run = whole(*arguments)
+    def peeks(stage, state, private_set, plan, *others):
         bright = max(private_set.rows[0]["image"].convert("L").getdata())
-        return private_set, replace(plan, max_grad_norm=1.0 + bright), run
+        return whole(stage, state, private_set, replace(plan, max_grad_norm=1.0 + bright), *others)
 
-    monkeypatch.setattr(utils.methods.fine_tuning, "reserve", peeks)
+    monkeypatch.setattr(utils.methods.fine_tuning, "fine_tune", peeks)
     with pytest.raises(AssertionError):
         test_nothing_is_chosen_by_looking(
             monkeypatch, tiny_base, image_folder, other_folder, tmp_path

@@ -26,10 +26,10 @@ def hush_pillow() -> None:
     """Its warnings say what is in a private image; and libtiff prints a line whenever it decodes a
     damaged one, which tells whose batch that is in. For the whole process: `catch_warnings` is not
     thread-safe, and libtiff writes to the file descriptor itself."""
-    from PIL import _imaging
+    from PIL import Image
 
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    codecs = ctypes.CDLL(_imaging.__file__)  # also finds what that is linked with
+    codecs = ctypes.CDLL(Image.core.__file__)  # also finds what that is linked with
     for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with suppress(AttributeError):  # built without libtiff
             getattr(codecs, setter)(None)

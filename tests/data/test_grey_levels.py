@@ -198,6 +198,7 @@ def test_training_sees_a_scan_and_its_owner_sees_what_training_sees(tiny_base, t
     assert report == {
         "rows": 21,
         "units": 21,
+        "units_without_image": 0,
         "left_out": {},
         "pictures_in_several_units": 0,
         "captions_empty": 0,

@@ -115,11 +115,12 @@ def test_training_on_it_ends_well_and_counts_the_units_right(torture, tiny_base,
     arguments += ["--intensity_range", *LEVELS]
     shown = train_here([*arguments, "--latents_dir", tmp_path / "latents"])
     assert "saved the weights" in shown
-    assert f"{len(good)} private units (left out: {len(bad)} unreadable)" in shown
+    named = len(good) + len(bad)
+    assert f"{named} private units (left out: {len(bad)} unreadable)" in shown
     statement = read_json(tmp_path / "run" / "privacy.json")
-    assert statement["num_units"] == len(good)
+    assert statement["num_units"] == named
     event = statement["events"][0]
-    assert event["sampling_rate"] == pytest.approx(10 / len(good), abs=1e-12)
+    assert event["sampling_rate"] == pytest.approx(10 / named, abs=1e-12)
     about = read_json(next((tmp_path / "latents").glob("*/about.json")))
     # Of this tokenizer's few words, all but the empty captions make more than 8 tokens.
     assert about == {"rows": len(good), "captions_cut": len(good) * 3 // 4}
