@@ -33,7 +33,8 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
         )
     values = rows.with_format(None)[unit_column]  # a tensor is equal to nothing but itself
     if isinstance(feature, ClassLabel):  # a folder a person: they are told apart by their names
-        values = [value if value in (None, -1) else feature.int2str(value) for value in values]
+        names = dict(enumerate(feature.names))
+        values = [names.get(value, value) for value in values]
     missing = sum(
         value in (None, -1) or value != value or (isinstance(value, str) and not _normalise(value))
         for value in values
