@@ -19,7 +19,7 @@ from utils.privacy.accounting import (
     SMALLEST_DELTA,
     account,
     calibrate_noise_multiplier,
-    epsilon_curve,
+    membership_power,
     pld_epsilon,
     prv_epsilon,
 )
@@ -82,6 +82,14 @@ def test_pld_is_an_upper_bound_at_the_smallest_delta_that_may_be_asked_for(
     assert replaced < pld_epsilon(events, SMALLEST_DELTA, REPLACE_ONE) < replaced * 1.02 + 0.4
 
 
+def test_what_attackers_achieve_has_the_margin_for_rounding_too(monkeypatch):
+    events = [event(1.0, 0.5, 10), event(9.0)]  # of everyone in a step nothing is rounded
+    before = membership_power(events)
+    monkeypatch.setattr(utils.privacy.accounting, "ROUNDING", 1e-4)
+    for rate, power in membership_power(events).items():
+        assert power == pytest.approx(before[rate] + 1e-3, abs=1e-9)
+
+
 def test_what_rounding_may_hide_is_not_guessed():
     """A delta that is below what the transforms of so many steps round away."""
     many = [event(1.0, 1e-6, 2 * 10**6)]
@@ -97,8 +105,8 @@ def test_what_was_asked_before_with_the_same_beginning_changes_nothing():
             exact = gaussian_epsilon(1e-5, (first**-2 + other**-2) ** -0.5 / sensitivity)
             ours = pld_epsilon([event(first), event(other)], 1e-5, relation)
             assert exact - 1e-9 <= ours <= exact + 0.02
-        alone = epsilon_curve([event(first)], [1e-5], relation)
-        assert alone == [pytest.approx(gaussian_epsilon(1e-5, first / sensitivity), abs=0.02)]
+        alone = pld_epsilon([event(first)], 1e-5, relation)
+        assert alone == pytest.approx(gaussian_epsilon(1e-5, first / sensitivity), abs=0.02)
 
 
 def test_a_ledger_of_a_thousand_events_is_accounted_for():

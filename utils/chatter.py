@@ -1,4 +1,4 @@
-"""What libraries say that helps nobody here, or tells what is private, dropped where they do."""
+"""What libraries say that helps nobody here, or tells what is private: dropped at its source."""
 
 import ctypes
 import logging

@@ -79,9 +79,10 @@ def test_its_cost_is_composed_with_that_of_the_set(drawn, image_folder, tmp_path
 
 @pytest.mark.parametrize(
     "stage, work",
-    [(relabel, "relabelling.read_images"), (curate, "curation.number_rows")]
+    [(relabel, "relabelling.extract_candidates"), (relabel, "relabelling.read_images")]
+    + [(curate, "curation.number_rows")]
     + [(lambda _, *more: release(*more), "means.number_rows")],
-    ids=["relabel", "curate", "release_means"],
+    ids=["candidates", "relabel", "curate", "release_means"],
 )
 def test_what_ends_before_the_first_release_holds_no_budget(
     public, image_folder, tmp_path, monkeypatch, stage, work

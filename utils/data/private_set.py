@@ -76,10 +76,11 @@ def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
     good, digests, left_out = on_main_process(
         lambda: find_readable_rows(images, data.strict_images)
     )
-    named = number_units(rows, data.privacy_unit_column)
-    rows = rows.select(good) if left_out else rows
+    named = units = number_units(rows, data.privacy_unit_column)
+    if left_out:
+        rows = rows.select(good)
+        units = number_units(rows, data.privacy_unit_column)
     captions = read_captions(rows, data)
-    units = number_units(rows, data.privacy_unit_column)
     without = int(named.max() - units.max())
     found = PrivateSet(
         rows, data.image_column, captions, units, left_out, digests, data.window, without

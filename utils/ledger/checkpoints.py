@@ -86,10 +86,10 @@ def list_kept(folder: Path) -> Iterator[tuple[str, dict]]:
     """The name of every checkpoint in `folder`, of those set aside too, and what it says about
     itself; whether its state is whole is not looked at, and one that says nothing is none."""
     for path in sorted([*folder.glob("checkpoint-*"), *folder.glob(f"{SET_ASIDE}-*")]):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, AttributeError):
             about = json.loads((path / ABOUT).read_text())
-            about["run"], about["step"]
-            yield path.name, about
+            if {"run", "step"} <= about.keys():
+                yield path.name, about
 
 
 def rotate(folder: Path, limit: int) -> None:

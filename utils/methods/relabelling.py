@@ -90,11 +90,11 @@ def run_relabelling(
     agreed = collect_settings("relabelling", args, found.data, training) | about
     private_set, run = reserve(found, privacy, training, side, agreed, told, plan)
     accelerator.print(announce(plan, run, election))
-    seen = extract_candidates(candidates, election.extractor, accelerator)
-    whiten = fit_whitening(seen)
 
     # Learn the classes from every unit; every step is released with noise.
     with handing_back(run):
+        seen = extract_candidates(candidates, election.extractor, accelerator)
+        whiten = fit_whitening(seen)
         numbers = number_rows(private_set, found.data, election.classes, election.nearest)
         images = read_images(private_set, numbers, election.extractor, whiten, accelerator)
     weights = learn(accelerator, images, len(names), plan, run, training, randomness)

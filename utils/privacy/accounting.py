@@ -102,11 +102,6 @@ def split_budget(events: list[dict], delta: float) -> list[float]:
     return [step - before for before, step in zip([0.0, *steps], steps, strict=False)]
 
 
-def epsilon_curve(events: list[dict], deltas, relation=ADD_OR_REMOVE_ONE) -> list[float]:
-    """The epsilon of `events`, by PLD, at each of `deltas`."""
-    return [pld_epsilon(events, delta, relation) for delta in deltas]
-
-
 def membership_power(events: list[dict], rates: tuple[float, ...] = (0.01, 0.001)) -> dict:
     """The most that any attacker can achieve who tells from the result of `events` whether a unit
     was in: at each false-positive rate, the true-positive rate; keyed by the rate, as text.

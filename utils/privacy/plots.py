@@ -11,7 +11,7 @@ from tqdm import tqdm
 from utils.privacy.accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
-    epsilon_curve,
+    SMALLEST_DELTA,
     pld_epsilon,
     split_budget,
 )
@@ -38,9 +38,10 @@ def plot_spent(events: list[dict], delta: float, path: str) -> None:
         left.axvline(before, color="0.85", zorder=0)
     left.plot(steps, values, color="C0")
     left.set(xlabel="steps", ylabel="epsilon", title=f"spent, at delta {delta:g}", ylim=(0, None))
-    deltas = np.logspace(np.log10(delta) - 4, -2, 60)
+    deltas = np.geomspace(max(delta * 1e-4, SMALLEST_DELTA), 1e-2, 60)
     for relation, label in ((ADD_OR_REMOVE_ONE, "add or remove one"), (REPLACE_ONE, "replace one")):
-        right.semilogy(epsilon_curve(events, deltas, relation), deltas, label=label)
+        epsilons = [pld_epsilon(events, at, relation) for at in deltas]
+        right.semilogy(epsilons, deltas, label=label)
     right.axhline(delta, color="0.7", linestyle=":", zorder=0)
     right.set(xlabel="epsilon", ylabel="delta", title="everything together")
     right.legend(frameon=False)
