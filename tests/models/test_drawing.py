@@ -53,18 +53,6 @@ def test_by_default_guidance_is_that_of_the_pipeline(tmp_path, name, guidance):
     assert kept.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", None], ids=str)
-def test_images_begin_at_the_last_timestep_in_a_plain_pipeline_of_ours_too(tmp_path, name):
-    """Earlier ones are less noisy than what is put in; where XL's own scheduler would begin."""
-    if name:
-        base = load_pipeline(str(build_layout(name, tmp_path / "base")))
-        choose_settings(base, DrawingArguments(), None).use_scheduler(base)
-    else:
-        base = build_tiny_pipeline()
-    base.scheduler.set_timesteps(8)
-    assert base.scheduler.timesteps[0] == base.scheduler.config.num_train_timesteps - 1
-
-
 def test_settings_come_back_as_they_were_written(pipeline, tmp_path):
     chosen = choose_settings(pipeline, DrawingArguments(negative_prompt="text"), None)
     write_settings(chosen, tmp_path)

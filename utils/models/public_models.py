@@ -168,8 +168,8 @@ def build_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
         beta_end=0.012,
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         prediction_type=prediction_type,
-        timestep_spacing="trailing",  # begin in pure noise (Lin et al. 2024, section 3.3)
     )
 
 

@@ -66,13 +66,11 @@ class StableDiffusion(Family):
 
     @property
     def scheduler(self) -> dict[str, object]:
-        """DPM-Solver++ (Lu et al. 2022) on the model's own noise schedule, from its last timestep:
-        as noisy as the pure noise that it begins with (Lin et al. 2024, section 3.3)."""
+        """DPM-Solver++ (Lu et al. 2022), on the model's own noise schedule."""
         return {
             "_class_name": "DPMSolverMultistepScheduler",
             "algorithm_type": "dpmsolver++",
             "final_sigmas_type": "zero",
-            "timestep_spacing": "trailing",
         }
 
     @property
