@@ -222,7 +222,7 @@ def test_a_class_that_nobody_agrees_about_is_not_lost():
     assert agreement.find_agreed(before, before) == list(range(6))
 
 
-def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
+def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator, capsys):
     classes = np.array([0, 0, 1, 0, 2, 2, 1, 0, 2, 1, 1])
     drawn = Candidates([*range(11)], [{"label": str(c)} for c in classes], classes)
     for equal, count in [(False, 11), (True, 9)]:
@@ -230,6 +230,8 @@ def test_equal_classes_leaves_the_first_drawn_of_every_class(accelerator):
         named = agreement.Named(drawn, np.linspace(0.1, 0.9, 11))
         kept = agreement.choose_kept(drawn, named, args, accelerator)
         assert kept.images == [0, 2, 4, 1, 6, 5, 3, 9, 8, 7, 10][:count]
+    said = "9 images are left, 3 of each of 3 classes, as many as of the rarest, 2\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_labels_that_agree_by_chance_are_told_of(capsys):

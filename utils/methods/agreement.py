@@ -68,9 +68,13 @@ def choose_kept(
     left = after.select(sorted(keep_best(sure, after.classes, args.num_images or len(sure))))
     count = len(left.images)
     if args.equal_classes:
-        sizes = np.unique(left.classes, return_counts=True)[1]
+        _, first, sizes = np.unique(left.classes, return_index=True, return_counts=True)
         count = len(sizes) * int(sizes.min())
-        accelerator.print(f"{count} images are left, {sizes.min()} of each of {len(sizes)} classes")
+        rarest = left.entries[first[sizes.argmin()]]["label"]
+        accelerator.print(
+            f"{count} images are left, {sizes.min()} of each of {len(sizes)} classes, as many as "
+            f"of the rarest, {rarest}"
+        )
     as_drawn = -np.arange(len(left.images))  # so that the sheet does not show the surest
     return left.select(keep_best(as_drawn, left.classes, count))
 
