@@ -14,8 +14,8 @@ from utils.sampling.paid_sets import find_paid_set
 from utils.sampling.synthetic_sets import read_privacy
 
 
-def draw(base, output, prompts) -> str:
-    arguments = ["--pretrained_model_name_or_path", base, "--prompts_file", prompts]
+def draw(base, output, prompts, *more) -> str:
+    arguments = ["--pretrained_model_name_or_path", base, "--prompts_file", prompts, *more]
     return train_here([*arguments, "--num_images", 4, "--output_dir", output], "sample")
 
 
@@ -64,10 +64,38 @@ def test_what_was_added_to_a_set_is_not_written_over(drawn, tmp_path):
     (folder / "000002.png").write_bytes((folder / "000001.png").read_bytes())
     (folder / "metadata.jsonl").write_text("{}")
     before = read_all(folder)
-    assert "holds other images, or files, than were drawn" in draw(base, folder, prompts)
+    assert "holds other images than were drawn" in draw(base, folder, prompts)
     assert read_all(folder) == before
     with pytest.raises(UsageError, match="remove what was added, or draw it anew"):
         find_paid_set(str(folder), Ledger(tmp_path / "ledger.jsonl"), "--synthetic", "")
+
+
+def test_what_a_desktop_leaves_in_a_set_is_no_part_of_it(drawn):
+    """No reader of it takes a hidden file for an image; any other that is added is named."""
+    base, folder, prompts = drawn
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf")
+    copy = folder / ".ipynb_checkpoints" / "000001-checkpoint.png"
+    copy.parent.mkdir()
+    copy.write_bytes((folder / "000001.png").read_bytes())
+    assert read_privacy(str(folder), None)[1]["epsilon"]["value"] == 0
+    assert "4 images" in draw(base, folder, prompts)
+    copy.rename(folder / "000001-copy.png")
+    assert "000001-copy.png lies among the images, and" in draw(base, folder, prompts)
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_what_a_power_cut_emptied_is_drawn_again(tiny_base, tmp_path, form):
+    """Pieces are not synced one by one."""
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "set"
+    prompts.write_text("a red cat\n")
+    assert "4 images" in draw(tiny_base, folder, prompts, "--output_format", form)
+    (piece,) = [*folder.glob("000001.png"), *folder.glob("data/*.parquet")]
+    whole = piece.read_bytes()
+    for left in (b"", whole[: len(whole) // 2]):
+        piece.write_bytes(left)
+        assert "4 images" in draw(tiny_base, folder, prompts, "--output_format", form)
+        assert piece.read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_taken_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):

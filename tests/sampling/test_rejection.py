@@ -93,7 +93,7 @@ def test_a_finished_set_with_other_images_is_not_taken_for_it(
     digest = read_sampling(str(tmp_path / "set"))["set"]
     first, second = (tmp_path / "set" / f"00000{i}.png" for i in (0, 1))
     first.write_bytes(second.read_bytes())
-    assert "other images, or files, than were drawn" in draw(tiny_base, tmp_path / "set", *more)
+    assert "holds other images than were drawn" in draw(tiny_base, tmp_path / "set", *more)
     assert read_sampling(str(tmp_path / "set"))["set"] == digest
 
 

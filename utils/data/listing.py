@@ -19,7 +19,8 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-NO_IMAGES = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}  # of archives, of file servers
+# What archives, file servers and Windows leave.
+NO_IMAGES = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}
 RESULTS = (SAMPLING_SETTINGS, STATEMENT, METRICS)  # a folder with one of these has them of ours
 
 

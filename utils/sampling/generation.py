@@ -47,6 +47,7 @@ from utils.sampling.prompts import choose_template, read_prompts
 from utils.sampling.shards import (
     Piece,
     hash_set,
+    is_whole,
     list_set,
     plan_pieces,
     read_pieces,
@@ -191,7 +192,7 @@ def generate_folder(
     prompts = prepared.prompts
     entries = [prompts[i % len(prompts)] for i in range(sampling.num_images)]
     pieces = plan_pieces(sampling.output_format, len(entries), prepared.settings.resolution)
-    missing = [piece for piece in pieces if not (folder / piece.name).exists()]
+    missing = [piece for piece in pieces if not is_whole(folder / piece.name)]
     state.wait_for_everyone()  # all have looked, before anyone writes
     share = missing[state.process_index :: state.num_processes]
     generate_pieces(prepared, entries, share, sampling, folder)
@@ -209,15 +210,15 @@ def finish_folder(folder: Path, pieces: list[Piece], entries: list[dict], num_pr
     """
     record = folder / SAMPLING_SETTINGS
     settings = read_json(record)
-    if SET_DIGEST in settings and settings[SET_DIGEST] != hash_set(folder):
-        raise UsageError(
-            f"{folder} holds other images, or files, than were drawn: remove it, and draw it anew"
-        )
-    if pieces[0].name.endswith(".png"):
-        write_metadata(folder, entries)
     drawn = {folder / piece.name for piece in pieces} | {folder / METADATA}
     if others := [path for path in list_set(folder) if path not in drawn]:
         raise UsageError(f"{others[0]} lies among the images, and was not drawn: move it away")
+    if SET_DIGEST in settings and settings[SET_DIGEST] != hash_set(folder):
+        raise UsageError(
+            f"{folder} holds other images than were drawn: remove it, and draw it anew"
+        )
+    if pieces[0].name.endswith(".png"):
+        write_metadata(folder, entries)
     save_grid(folder, pieces, min(num_prompts, 10) if num_prompts > 1 else 8)
     write_durably(record, json.dumps(settings | {SET_DIGEST: hash_set(folder)}, indent=2) + "\n")
 

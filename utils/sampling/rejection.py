@@ -25,7 +25,14 @@ from utils.sampling.generation import (
     finish_folder,
     generate_folder,
 )
-from utils.sampling.shards import Piece, plan_image_files, plan_pieces, read_pieces, write_piece
+from utils.sampling.shards import (
+    Piece,
+    is_whole,
+    plan_image_files,
+    plan_pieces,
+    read_pieces,
+    write_piece,
+)
 
 DRAWN = "drawn"  # in the folder of a set, until it is done: all images that were drawn
 SIDE = 32  # pixels that the classifiers see
@@ -47,7 +54,7 @@ def generate_set(
     if len(prompts) < 2:
         raise UsageError("--reject compares prompts: give two or more, or class names")
     pieces = plan_pieces(sampling.output_format, count, prepared.settings.resolution)
-    missing = not all((folder / piece.name).exists() for piece in pieces)
+    missing = not all(is_whole(folder / piece.name) for piece in pieces)
     state.wait_for_everyone()  # all have looked, before anyone writes
     entries = [prompts[i % len(prompts)] for i in range(count)]
     if missing:

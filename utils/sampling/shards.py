@@ -32,6 +32,7 @@ from utils.files import (
 )
 
 IMAGES_PER_SHARD, BYTES_PER_SHARD = 1_000, 2**28
+ENDS = {".png": b"IEND\xaeB`\x82", ".parquet": b"PAR1"}  # of a whole file
 SET = "set"  # beside released means: the images drawn to match them; in the ledger: their digest
 
 
@@ -104,6 +105,16 @@ def _hide_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a piece is there, to its end: none is synced, so a power cut may leave it empty."""
+    if not path.is_file():
+        return False
+    end = ENDS[path.suffix]
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(end)))
+        return file.read() == end
+
+
 def read_pieces(folder: Path, pieces: list[Piece]) -> Iterator[bytes]:
     """The images of some pieces, as PNG, in order."""
     for piece in pieces:
@@ -117,12 +128,11 @@ def read_pieces(folder: Path, pieces: list[Piece]) -> Iterator[bytes]:
 
 def list_set(folder: Path) -> list[Path]:
     """Every file of a set, whatever its kind, also behind links: one that was added may be read
-    too. Not what is beside the set and never read as part of it: its grid, statement and settings,
-    and what evaluate.py left."""
+    too. Not what is never read as part of it: what is hidden, or of a file server, its grid,
+    statement and settings, and what evaluate.py left."""
     beside = {GRID, STATEMENT, SAMPLING_SETTINGS, METRICS, REPORT}
-    files = {path for path in folder.rglob("*") if path.is_file()}
-    names = {path: path.relative_to(folder) for path in files.union(list_files(folder).files)}
-    return sorted(p for p, n in names.items() if str(n) not in beside and n.parts[0] != PRIVATE)
+    names = {path: path.relative_to(folder) for path in list_files(folder).files}
+    return [p for p, n in names.items() if str(n) not in beside and n.parts[0] != PRIVATE]
 
 
 def hash_set(folder: Path) -> str:
