@@ -17,8 +17,8 @@ loss on public images that were held out, and, where there are classes, by how w
 learns from the images that the best of the low, the middle and the high rates draw. Fewer images
 suffice, since what they save in noise is added. Nothing private is read, but how many units there
 are (or --num_units says it), so losses and gradients are shown, and nothing is spent. Stages before
-training are not rehearsed. In --output_dir: best.yaml, for --config of the training script;
-rehearsal.json, rehearsal.png.
+training are not rehearsed; the rate, which is lower after a warm start, is then left to the
+training script. In --output_dir: best.yaml, for --config of that; rehearsal.json, rehearsal.png.
 """
 
 import argparse
@@ -48,6 +48,7 @@ TAKES = {
 }
 SCRIPTS = {name: f"train_{name.replace('-', '_')}.py" for name in TAKES}
 LEFT_OUT = {"output_dir", "num_units", "dry_run", "hub_token"}  # not of a run; and a secret
+STAGES = ("release_means", "warm_start", "select_saliency", "saliency_file")
 
 
 def write_config(path: Path, parsed: list, winner: dict) -> None:
@@ -62,10 +63,27 @@ def write_config(path: Path, parsed: list, winner: dict) -> None:
             value, usual = getattr(arguments, field.name), field.default
             if field.default_factory is not MISSING:
                 usual = field.default_factory()
+            if field.name == "mixed_precision" and value == "no":  # as it is where none was given
+                continue
             if value != usual and field.name not in LEFT_OUT:
                 values[field.name] = value
     text = yaml.safe_dump(values | winner, sort_keys=False, default_flow_style=None)
     write_durably(path, f"# The best of a rehearsal on public images.\n{text}")
+
+
+def leave_stages(stages: StageArguments, winner: dict, script: str) -> dict:
+    """What the winner changes, but its rate if a warm start comes first: then a lower one fits."""
+    given = [name for name in STAGES if getattr(stages, name, None)]
+    if not given:
+        return winner
+    told = f"warning: not rehearsed: --{', --'.join(given)}. The trials spent the whole budget on "
+    told += "private steps"
+    if {"release_means", "warm_start"} & {*given}:
+        winner = {name: value for name, value in winner.items() if name != "learning_rate"}
+        told += f", from the base itself, so best.yaml leaves --learning_rate to {script}, which "
+        told += "takes a lower one after a warm start"
+    print(told, file=sys.stderr)
+    return winner
 
 
 def find_method(words: list[str]) -> str:
@@ -79,15 +97,16 @@ def main():
     taken = TAKES[find_method(sys.argv[1:])]
     args, *parsed = parse(RehearsalArguments, *SHARED, *taken, description=__doc__)
     need_one_process("a rehearsal, whose trials run side by side (--workers),")
-    model, data, privacy, training, _, settings, _, *more = parsed
+    model, data, privacy, training, _, settings, stages, *more = parsed
     # Imported now, since it takes seconds: a mistake on the command line should not wait for it.
     from utils.methods.rehearsal import run_rehearsal
 
     names = more[-1].class_names if more else None
     winner = run_rehearsal(model, data, privacy, training, settings, args, names)
-    path = Path(training.output_dir) / "best.yaml"
-    write_config(path, parsed, winner | {"output_dir": f"{training.output_dir}/run"})
-    print(f"see {path}, for --config of {SCRIPTS[args.method]}, and rehearsal.png beside it")
+    path, script = Path(training.output_dir) / "best.yaml", SCRIPTS[args.method]
+    winner = leave_stages(stages, winner, script) | {"output_dir": f"{training.output_dir}/run"}
+    write_config(path, parsed, winner)
+    print(f"see {path}, for --config of {script}, and rehearsal.png beside it")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import yaml
 
 from tests.conftest import BUDGET, CAPTION, ROOT, read_json, train_here
 from tests.worlds import build_plan
-from utils.arguments.methods import LdmArguments, LoraArguments
+from utils.arguments.methods import BothStagesArguments, LdmArguments, LoraArguments
 from utils.arguments.publishing import PublishArguments
 from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.training import (
@@ -134,6 +134,26 @@ def test_a_token_is_not_written_down(tmp_path):
     assert written == {"hub_model_id": "user/name", "max_train_steps": 4}
 
 
+@pytest.mark.parametrize(
+    "given, leaves_rate", [({"select_saliency": True}, False), ({"release_means": True}, True)]
+)
+def test_a_rate_without_a_warm_start_is_none_for_one(given, leaves_rate, tmp_path, capsys):
+    """The script's own rate is a fifth after one: private steps at that of the trials would fail,
+    and cannot be repeated."""
+    script = runpy.run_path(str(ROOT / "rehearse.py"))
+    leave, stages, winner = script["leave_stages"], BothStagesArguments(), {"learning_rate": 0.01}
+    winner["max_train_steps"] = 8
+    assert leave(stages, winner, "train.py") == winner and capsys.readouterr().err == ""
+    stages, training = BothStagesArguments(**given), TrainingArguments(output_dir="-")
+    left = leave(stages, winner, "train.py")
+    (name,) = given
+    assert f"not rehearsed: --{name}" in capsys.readouterr().err
+    script["write_config"](tmp_path / "best.yaml", [training, stages], left)
+    rate = {} if leaves_rate else {"learning_rate": 0.01}
+    written = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert written == {**given, "max_train_steps": 8} | rate
+
+
 REHEARSAL = ["--tried_rates", 0.003, 0.02, "--tried_steps", 4, "--num_held_out", 16]
 
 
@@ -162,16 +182,18 @@ def test_a_rehearsal_leaves_a_plan_that_trains(
     assert '"steps": 4' in said, said
 
 
-def load(base, folder, tmp_path, prompts=None, **asked):
+def load(base, folder, tmp_path, prompts=None, image_column="image", **asked):
     model = ModelArguments(pretrained_model_name_or_path=str(base))
     data = DataArguments(label_column="label", caption_template="the digit {label}")
+    data = replace(data, image_column=image_column)
     args = RehearsalArguments(**({"num_held_out": 16} | asked))
     args = replace(args, stand_in=None if folder is None else str(folder))
     return stand_in.load_stand_in(model, data, args, tmp_path, prompts, 40)
 
 
-def test_a_stand_in_is_split_and_its_captions_found(tiny_base, image_folder, tmp_path):
-    found = load(tiny_base, image_folder, tmp_path)
+@pytest.mark.parametrize("column", ["image", "img"])  # of the private images
+def test_a_stand_in_is_split_and_its_captions_found(tiny_base, image_folder, tmp_path, column):
+    found = load(tiny_base, image_folder, tmp_path, image_column=column)
     assert (found.trained_on.num_units, found.judged_on.num_units) == (24, 16)
     assert set(found.judged_on.captions) <= {f"the digit {i}" for i in range(4)}
     both = [tuple(row) for part in (found.trained_on, found.judged_on) for row in part.digests]

@@ -232,7 +232,8 @@ def test_each_extractor_reads_images_its_own_way(folders, tmp_path):
     made = ExtractorArguments("classifier", public_data=[str(folders / "private")], public_steps=20)
     made.classifier_weights = str(tmp_path / "cnn.safetensors")
     wide = replace(made, classifier_weights=str(tmp_path / "wide"), public_network="wide-cnn")
-    wide.public_data = [*made.public_data, str(folders / "real")]  # whose classes are other ones
+    rows.rename_column("image", "img").to_parquet(str(tmp_path / "img" / "train.parquet"))
+    wide.public_data = [*made.public_data, str(tmp_path / "img")]  # whose classes are other ones
     cases = [
         (ExtractorArguments(), 224, 1280, 1000),
         (ExtractorArguments("clip", clip_model=str(tmp_path / "clip")), 24, 12, None),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.arguments.evaluation import EvaluateArguments, ExtractorArguments
-from utils.data.images import ImageRows, keep_readable, read_pixel_batches
+from utils.data.images import ImageRows, find_image_column, keep_readable, read_pixel_batches
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError
 from utils.files import replace_file, resolve_if_there
@@ -33,7 +33,9 @@ def train_extractor(args: ExtractorArguments, path: Path, device: torch.device) 
     pixels, labels = [], []
     for number, source in enumerate(args.public_data):
         refuse_as_public("--public_data", source)
-        images, _ = keep_readable(ImageRows(load_split(source, None, None, "train")))
+        rows = load_split(source, None, None, "train")
+        column = find_image_column(rows, None, "--public_data with one column of images")
+        images, _ = keep_readable(ImageRows(rows, column))
         own = read_labels(images.rows, args.public_label_column)
         labels += [(number, label) for label in own]
         pixels += read_pixel_batches(images, 32, 256)

@@ -10,7 +10,7 @@ from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import DataArguments, ModelArguments
 from utils.data.folders import TEXT
-from utils.data.images import read_pixel_batches
+from utils.data.images import find_image_column, read_pixel_batches
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows
 from utils.errors import UsageError
@@ -70,6 +70,9 @@ def load_stand_in(
         label_column=args.stand_in_label_column,
     )
     rows = load_rows(asked, output_dir / "cache")
+    if data.image_column not in rows.column_names:
+        column = find_image_column(rows, None, "--stand_in with one column of images")
+        asked = replace(asked, image_column=column)
     if asked.caption is None and asked.caption_column is None and asked.label_column is None:
         asked = _find_captions(asked, data, rows.column_names)
     rows, held_out = rows.shuffle(seed=0), args.num_held_out
