@@ -242,6 +242,9 @@ def open_image(content: bytes, window: Window = None, about: int | None = None) 
     if levels.wide and window is None:
         raise MoreBitsError
     image.load()
+    image.getexif()  # which is kept; without its bytes, of which Pillow fails to write some anew
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)
     image = ImageOps.exif_transpose(image)
     if levels.wide:
         image = levels.see_through(window, image)
