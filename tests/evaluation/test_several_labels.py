@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from tests.conftest import read_json
 from utils.arguments.evaluation import EvaluateArguments, ExtractorArguments
+from utils.data.images import ImageRows
 from utils.data.rows import read_label_sets
 from utils.errors import UsageError
 from utils.evaluation.downstream import (
@@ -21,7 +22,7 @@ from utils.evaluation.downstream import (
     LabelledImages,
     measure_downstream_auroc,
 )
-from utils.evaluation.measuring import extract_sets, load_sets
+from utils.evaluation.measuring import LabelledRows, choose_separator, extract_sets, load_sets
 from utils.metrics.clip_score.clip_score import clip_score
 from utils.metrics.frechet_distance.frechet_distance import (
     frechet_distance,
@@ -124,10 +125,14 @@ def test_sets_with_several_labels_are_measured_label_by_label(run_script, tmp_pa
     assert "ROC area of each label" in report and "effusion" in report
 
 
-def test_labels_in_lists_and_in_texts():
+@pytest.mark.parametrize("kind", [List, LargeList])
+def test_labels_in_lists_and_in_texts(kind):
     names = ClassLabel(names=["a, b", "c"])
-    lists = Dataset.from_dict({"label": [[0, 1], [], [1]]}, Features({"label": List(names)}))
+    lists = Dataset.from_dict({"label": [[0, 1], [], [1]]}, Features({"label": kind(names)}))
     assert read_label_sets(lists, "label", ",") == [{"a, b", "c"}, set(), {"c"}]
+    asked = EvaluateArguments(synthetic="-", test_dataset_name="-")
+    real = LabelledRows(ImageRows(lists), "label")
+    assert choose_separator(asked, {"real": real}) == ","  # so each is a label of several
     texts = Dataset.from_dict({"label": ["a|b", "", None, " c | a"]})
     assert read_label_sets(texts, "label", "|") == [{"a", "b"}, set(), set(), {"a", "c"}]
     with pytest.raises(UsageError, match="no such column"):

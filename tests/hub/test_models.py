@@ -59,6 +59,7 @@ def from_the_card(on_hub, card: str, output) -> None:
     tmp_path, expected = output.parent, output / "samples" / "0000.png"
     usage, recompute = re.findall(r"```python\n(.*?)```", card, re.S)
     assert "this/adapter" not in usage
+    assert "without a safety checker" in card  # which plain diffusers would run
     ran = on_hub("-c", f"{usage}image.save('card.png')", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert_alike(tmp_path / "card.png", expected)

@@ -19,8 +19,8 @@ class DrawingArguments:
         None,
     )
     guidance_scale: float | None = option(
-        "classifier-free guidance, 1 is none; of FLUX.1 [dev] an input, in training, too; default: "
-        "the model's, or else the pipeline's",
+        "classifier-free guidance, 1 is none (of Z-Image, 0); of FLUX.1 [dev] an input, in "
+        "training, too; default: the model's, or else the pipeline's",
         None,
     )
     negative_prompt: str | None = option("what the images should not show", None)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from datasets import List
+from datasets import LargeList, List
 
 from utils.arguments.evaluation import (
     LARGEST_SIDE,
@@ -171,7 +171,7 @@ def load_sets(args: EvaluateArguments, cache: str) -> dict[str, LabelledRows]:
 def choose_separator(args: EvaluateArguments, sets: dict[str, LabelledRows]) -> str | None:
     """What is between the names of an image's labels; None where it has one."""
     images, column = sets["real"]
-    several = isinstance(images.rows.features.get(column), List)
+    several = isinstance(images.rows.features.get(column), List | LargeList)
     return args.label_separator or ("," if several else None)
 
 

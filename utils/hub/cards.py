@@ -11,6 +11,7 @@ from utils.arguments.training import ModelArguments
 from utils.hub.privacy_words import describe_formally, describe_plainly
 from utils.ledger.statement import quote_total
 from utils.models.drawing import DrawingSettings
+from utils.models.families import FAMILIES
 from utils.models.lora import loads_lora
 
 METHODS = {
@@ -85,6 +86,7 @@ def build_model_card(facts: Facts, statement: dict) -> str:
 
 This draws the first of the images in `samples/`, all of which this model made; `sampling.json` has
 the settings. Sampling costs no further privacy.
+{FAMILIES[facts.pipeline].about_unused}
 
 ## Privacy
 

@@ -33,6 +33,7 @@ class Family(ABC):
         part: of the denoiser, and of its folder.
         encoder_parts, tokenizer_parts: of the text encoders, in one order.
         unused: parts that training and drawing do without, with what stands for them.
+        about_unused: a paragraph for the card about what they do to images elsewhere.
         autoencoders: those whose latents can be trained on.
         has_shift: are latents shifted before they are scaled?
         text_dtype: that conditioning is kept in; masks are numbers there, too.
@@ -52,6 +53,7 @@ class Family(ABC):
     encoder_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizer_parts: ClassVar[tuple[str, ...]] = ("tokenizer",)
     unused: ClassVar[dict] = {}
+    about_unused: ClassVar[str] = ""
     autoencoders: ClassVar[tuple[type, ...]] = (AutoencoderKL,)
     has_shift: ClassVar[bool] = True
     text_dtype: ClassVar[torch.dtype] = torch.bfloat16

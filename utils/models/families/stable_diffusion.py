@@ -19,6 +19,10 @@ class StableDiffusion(Family):
     part = "unet"
     # All of it looks at finished images only.
     unused = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+    about_unused = (
+        "The samples were drawn without a safety checker. A base may have one, which turns images "
+        "black that it finds indecent: `safety_checker=None`, when it is loaded, leaves it out."
+    )
     autoencoders = (AutoencoderKL, AsymmetricAutoencoderKL)
     text_dtype = torch.float32
     process = "Ddpm"
@@ -93,7 +97,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     encoder_parts = ("text_encoder", "text_encoder_2")
     tokenizer_parts = ("tokenizer", "tokenizer_2")
-    unused = {}
+    unused, about_unused = {}, ""
     can_train_text = can_loda = has_loda_pipeline = False
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
