@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+from safetensors import SafetensorError
+
 from utils.chatter import drop_chatter
 
 PATIENCE = timedelta(hours=6)  # of processes that wait for the main one, which checks all images
@@ -28,6 +30,9 @@ OUT_OF_MEMORY = (
     "--noise_multiplicity, which does change it), and --resume_from_checkpoint latest if a "
     "checkpoint was saved; for drawing images, a smaller --batch_size"
 )
+MAKE_ROOM = "; make room, and give the command again"
+# Of torch.save, and of safetensors: neither has an OSError.
+DISK_IS_FULL = ("PytorchStreamWriter", "unexpected pos", "os error 28", "os error 122")
 
 
 class UsageError(ValueError):
@@ -135,8 +140,8 @@ def find_differences(one: dict, other: dict) -> Iterator[tuple[str, object, obje
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`, and end with a sentence on stderr rather than a traceback.
 
-    Exit code 2 for a `UsageError`, or a path that cannot be read or written as it was meant; 128 +
-    signal for a clean stop; 1 if memory ran out, or another
+    Exit code 2 for a `UsageError`, a path that cannot be read or written as it was meant, or a full
+    disk; 128 + signal for a clean stop; 1 if memory ran out, or another
     process was lost.
     """
     where = f" (process {_rank()})" if _rank() else ""
@@ -161,13 +166,16 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno not in BAD_PATHS or (error.filename is None and not is_full):
             raise
         place = "" if error.filename is None else f"{error.filename}: "
-        then = "; make room, and give the command again" if is_full else ""
+        then = MAKE_ROOM if is_full else ""
         print(f"error{where}: {place}{error.strerror}{then}", file=sys.stderr)
         sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, SafetensorError) as error:
         if _ran_out_of_memory(error):
             print(f"error{where}: {OUT_OF_MEMORY} ({first_line(error)})", file=sys.stderr)
             sys.exit(1)
+        if any(words in str(error) for words in DISK_IS_FULL):
+            print(f"error{where}: a disk is full ({first_line(error)}){MAKE_ROOM}", file=sys.stderr)
+            sys.exit(2)
         if not _lost_a_process(error):
             raise
         print(

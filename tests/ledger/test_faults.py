@@ -10,11 +10,12 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.conftest import ROOT, few_fast, quiet_environment, read_json, train_arguments, train_here
 from tests.worlds import LinearWorld, assert_normal, build_plan, train
 from utils.arguments.training import TrainingArguments
-from utils.errors import StopRequest, UsageError
+from utils.errors import StopRequest, UsageError, run_script
 from utils.files import make_private, replace_file, write_durably
 from utils.ledger import runs
 from utils.ledger.charges import CHECKPOINT, count_charged_steps
@@ -67,6 +68,22 @@ def test_a_signal_ends_training_at_a_checkpoint(tiny_base, image_folder, tmp_pat
 
 def full_disk(*_, **__):
     raise OSError(28, "No space left on device")
+
+
+def fail_as_safetensors() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "save", [lambda: torch.save(torch.zeros(10**5), "/dev/full"), fail_as_safetensors, full_disk]
+)
+def test_a_full_disk_is_told_of_whatever_was_being_written(save, capsys):
+    """Of what is public, too: torch and safetensors have errors of their own for it."""
+    with pytest.raises(SystemExit) as end:
+        run_script(save)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.endswith("make room, and give the command again\n")
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "weights", "statement"])
