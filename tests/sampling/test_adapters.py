@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -49,6 +51,25 @@ def test_it_is_the_same_adapter(given, tiny_base, trained, merged, tmp_path):
     is_ours = given in ("folder", "file")
     assert found == (trained[0] if is_ours else tmp_path / "faces_v2.safetensors")
     assert set(hash_adapter(found)) >= {NAME if is_ours else "faces_v2.safetensors"}
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_a_lora_on_a_text_encoder_too_is_loaded_whole(family, tmp_path):
+    """As other programs write them; by itself FLUX.1 fuses the transformer's part alone."""
+    torch.manual_seed(0)
+    trained, layers = build_family(family), {}
+    for part, targets in {"transformer": ["attn.to_q"], "text_encoder": ["q_proj"]}.items():
+        model = getattr(trained, part)
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
+    trained.save_lora_weights(tmp_path, **layers)
+    bare, plain, ours = (build_family(family) for _ in range(3))
+    plain.load_lora_weights(tmp_path)
+    load_adapter(ours, tmp_path / NAME)
+    words = torch.arange(8)[None]
+    bare, plain, ours = (p.text_encoder(words).last_hidden_state for p in (bare, plain, ours))
+    torch.testing.assert_close(ours, plain)
+    assert not torch.allclose(plain, bare, atol=1e-3)
 
 
 def test_of_several_files_one_must_be_named(tmp_path, trained):

@@ -129,8 +129,7 @@ def _add_lora(pipeline: DiffusionPipeline, folder: str, name: str) -> None:
         raise ValueError(
             f"it was made for another model: of its {expected} layers this one has {loaded}"
         )
-    # So that sampling with it costs no more than without; every part: by itself FLUX.1 would fuse
-    # one, and unload all.
-    loadable = [name for name in pipeline._lora_loadable_modules if getattr(pipeline, name, None)]
-    pipeline.fuse_lora(components=loadable)
+    # So that sampling with it costs no more than without. Of every part that it is in: by itself
+    # FLUX.1 would fuse one, and unload all.
+    pipeline.fuse_lora(components=list(pipeline.get_list_adapters()))
     pipeline.unload_lora_weights()
