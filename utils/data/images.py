@@ -30,7 +30,6 @@ from utils.data.rows import load_split, require_column
 from utils.errors import UsageError
 
 LARGEST_IMAGE = 178_956_970  # pixels; more is taken for a decompression bomb
-EXIF = ("exif", "Raw profile type exif")
 PERCENT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # not how many rows there are
 CHANGED = (
     "the images changed after they were checked, or the processes see different ones: leave them "
@@ -244,7 +243,7 @@ def open_image(content: bytes, window: Window = None, about: int | None = None) 
         raise MoreBitsError
     image.load()
     image.getexif()  # which is kept; without its bytes, of which Pillow fails to write some anew
-    image.info = {k: v for k, v in image.info.items() if k not in EXIF}
+    image.info = {k: v for k, v in image.info.items() if "exif" not in k}
     image = ImageOps.exif_transpose(image)
     if levels.wide:
         image = levels.see_through(window, image)
