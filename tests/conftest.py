@@ -120,6 +120,15 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """Of PyTorch, as many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def no_device_yet():
     """Neither device nor precision is chosen yet; afterwards those that tests share are back."""

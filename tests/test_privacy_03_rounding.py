@@ -122,7 +122,7 @@ def test_one_more_unit_in_front_changes_no_other_gradient(accelerator, positions
     assert (whole - rest - alone).norm() < 1e-10
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("side, precision", [(10, "fp32"), (32, "fp32"), (32, "bf16")])
 @pytest.mark.parametrize(
     "channels, adapt",
     [
@@ -131,32 +131,42 @@ def test_one_more_unit_in_front_changes_no_other_gradient(accelerator, positions
         ((32, 64), lambda p: add_lora(p, LoraArguments(rank=6, target_modules=TIMES))),
     ],
 )
-def test_one_more_unit_in_front_changes_no_other_gradient_of_a_model(threads, channels, adapt):
-    """Of odd sides and ranks, by threads whose shares end anywhere."""
-    before = torch.get_num_threads()
+def test_one_more_unit_in_front_changes_no_other_gradient_of_a_model(
+    threads, channels, adapt, side, precision
+):
+    """Of odd sides and ranks, or so large that a norm is shared out, by threads whose shares end
+    anywhere."""
     pipeline = prepare_pipeline(build_tiny_pipeline(channels=channels), "a tiny model")
     adapt(pipeline)
-    leave_out_unused(pipeline, 20, silently=True)
+    leave_out_unused(pipeline, 2 * side, silently=True)
     family, process = find_family(pipeline), read_process(pipeline.scheduler)
     for parameter in family.denoiser.parameters():
         if parameter.requires_grad:
             parameter.data += 0.02 * torch.randn_like(parameter)
-    engine, (latents, noise) = PerUnitGradients(family.denoiser), torch.randn(2, 6, 4, 10, 10)
-    text = {name: t.float() for name, t in embed_captions(pipeline, ["3"] * 6, 20).items()}
-    torch.set_num_threads(threads)
-    try:
-        for size in (2, 3, 5):
-            found = []
-            for start in (0, 1):
-                part = slice(start, start + size)
-                words = {name: values[part] for name, values in text.items()}
-                inputs = (latents[part], words, noise[part], torch.linspace(0, 1, 7)[part])
-                with highest_precision(), engine.recording(size) as record:
-                    denoising_loss(family.predictor, process, *inputs).sum().backward()
-                found.append(record.digest_units())
-            assert found[0][1:] == found[1][:-1]
-    finally:
-        torch.set_num_threads(before)
+    engine, (latents, noise) = PerUnitGradients(family.denoiser), torch.randn(2, 6, 4, side, side)
+    text = {n: t.float() for n, t in embed_captions(pipeline, ["3"] * 6, 2 * side).items()}
+    for size in (2, 3, 5):
+        found = []
+        for start in (0, 1):
+            part = slice(start, start + size)
+            words = {name: values[part] for name, values in text.items()}
+            inputs = (latents[part], words, noise[part], torch.linspace(0, 1, 7)[part])
+            with highest_precision(), engine.recording(size) as record:
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    losses = denoising_loss(family.predictor, process, *inputs)
+                losses.sum().backward()
+            found.append(record.digest_units())
+        assert found[0][1:] == found[1][:-1]
+
+
+def test_one_more_unit_in_front_changes_no_other_latent(threads):
+    """Of images that an autoencoder's norms are shared out for."""
+    family = find_family(prepare_pipeline(build_tiny_pipeline(channels=(32, 64)), "a tiny model"))
+    images = torch.rand(6, 3, 40, 40) * 2 - 1
+    for size in (2, 3, 5):
+        with highest_precision(), torch.no_grad():
+            found = [family.encode_images(images[s : s + size]) for s in (0, 1)]
+        assert torch.equal(found[0][1:], found[1][:-1])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])

@@ -139,6 +139,7 @@
         products            the tensor mathematics of it
         fast_linear         linear layers on a CPU, through oneDNN
         elementwise         activations on a CPU, each number by its value alone
+        whole_groups        group norm on a CPU, each image by itself
         short_attention     attention to few keys on a CPU, in fp32 under autocast
     metrics/        modules of `evaluate`, each loadable alone; they import nothing of ours
     arguments/      every option of every script, a dataclass a group; `parsing` reads them

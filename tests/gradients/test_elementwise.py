@@ -28,13 +28,9 @@ CASES = FUNCTIONS | {f"gradient of {name}": gradient(f) for name, f in FUNCTIONS
 PLAIN = {name: f(torch.linspace(-9, 9, 77)) for name, f in CASES.items()}  # before any rule
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+@pytest.fixture(autouse=True)
+def _rules():
     use_alike_activations()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

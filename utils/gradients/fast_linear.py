@@ -2,9 +2,9 @@
 
 PyTorch computes fp32 linear layers with MKL, which keeps to AVX2 on processors that are not
 Intel's; oneDNN, which it has for convolutions and bf16, uses what there is. The operator for it is
-the one that torch.compile calls. Thin matrices stay with MKL, which adds a row up by where it lies
-in memory: all are made to lie alike, or one unit more would round those behind it anew. On a GPU,
-or under autocast, nothing changes.
+the one that torch.compile calls. MKL also adds a row up by where it lies in memory, and by where
+its threads' shares end: one unit more would round those behind it anew. On a GPU, or under
+autocast, nothing changes.
 """
 
 from functools import partial
@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-THIN = 16  # a side below this gains nothing
 ALIKE = 4  # numbers: rows of a multiple of so many begin alike, at multiples of 16 bytes
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in] times weight [out, in], plus bias: [..., out]; for use without autograd."""
-    if not _is_plain(x, weight):
+    if not is_plain(x, weight):
         return F.linear(x, weight, bias)
-    if ONEDNN and min(weight.shape) >= THIN:
+    if ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if zeros := -x.shape[-1] % ALIKE:
         x, weight = F.pad(x, (0, zeros)), F.pad(weight, (0, zeros))
@@ -40,7 +39,7 @@ def convolve(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias) -> to
     """`conv` of x [R, in, H, W], by these weights: [R, out, H, W]; for use without autograd. A thin
     one of single pixels rounds a row by its place, where rows do not begin alike."""
     uneven = x[0].numel() % ALIKE or weight.shape[0] % ALIKE or weight.shape[1] % ALIKE
-    if uneven and is_pixelwise(conv) and _is_plain(x, weight):
+    if uneven and is_pixelwise(conv) and is_plain(x, weight):
         return linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
@@ -54,12 +53,12 @@ def use_fast_linear(model: nn.Module) -> None:
 
 def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     frozen = not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
-    if not frozen or not _is_plain(x, layer.weight):
+    if not frozen or not is_plain(x, layer.weight):
         return F.linear(x, layer.weight, layer.bias)
     return _FrozenLinear.apply(x, layer.weight, layer.bias)
 
 
-def _is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == weight.dtype == torch.float32

@@ -9,13 +9,12 @@ Source: Hu et al. 2021, section 4.1.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from utils.errors import UsageError
-from utils.gradients.fast_linear import ALIKE, is_pixelwise, linear
+from utils.gradients.fast_linear import is_pixelwise, is_plain, linear
 from utils.gradients.recording import Recording
 
 
@@ -114,7 +113,8 @@ class _UnitLora(torch.autograd.Function):
 
 def _add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Add x [..., in] times weight [out, in] to `total` [..., out], where it lies."""
-    rows, zeros = total.view(-1, total.shape[-1]), -x.shape[-1] % ALIKE
-    if zeros and x.device.type == "cpu":  # as in `linear`
-        x, weight = F.pad(x, (0, zeros)), F.pad(weight, (0, zeros))
+    if is_plain(x, weight):
+        total += linear(x, weight)
+        return
+    rows = total.view(-1, total.shape[-1])
     rows.addmm_(x.reshape(-1, x.shape[-1]).to(total.dtype), weight.t().to(total.dtype))

@@ -13,6 +13,7 @@ from utils.files import DENOISERS, GRID, STATEMENT
 from utils.gradients.elementwise import use_alike_activations
 from utils.gradients.fast_linear import use_fast_linear
 from utils.gradients.short_attention import use_fast_attention
+from utils.gradients.whole_groups import use_whole_groups
 from utils.models.families import FAMILIES, find_family
 from utils.models.processes import find_distillation, read_process
 
@@ -166,11 +167,12 @@ def _explain(error: Exception, name: str, variant: str | None) -> str:
 
 
 def freeze(part: nn.Module) -> nn.Module:
-    """Turn off gradients and dropout; choose the fastest memory layout, products and attention, and
-    activations that look at each number alone."""
+    """Turn off gradients and dropout; choose the fastest memory layout, products and attention,
+    activations that look at each number alone, and norms that look at each image alone."""
     use_fast_linear(part)
     use_fast_attention()
     use_alike_activations()
+    use_whole_groups()
     return part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
