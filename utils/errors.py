@@ -123,7 +123,7 @@ def require_alike(told: dict) -> None:
         differ = dict.fromkeys(f"{name}: {here} and {there}" for name, here, there in found)
         raise UsageError(
             f"the processes were not started alike ({'; '.join(differ)}): give all of them the "
-            "same command, files and version of this code"
+            "same command, files, packages and version of this code, and devices of one kind"
         )
 
 

@@ -38,7 +38,7 @@ def _rules():
 def test_the_value_of_a_number_is_that_of_any_place(threads, name, dtype):
     """Behind one more, or before one more; in one share, or in several."""
     function = CASES[name]
-    for size in (1, 70, 4096, 98305):
+    for size in (1, 70, 4096, 40960, 98305):
         x = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
         whole = function(x)
         for left in (1, 7, 33):

@@ -6,6 +6,7 @@ front would bring other numbers there, and change the gradients of others. So no
 end: what does not fill the threads' vectors is computed after the rest, with zeros behind it.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -13,9 +14,10 @@ from functools import cache
 import torch
 
 VECTORS = 64  # numbers: whole vectors of any precision, two of them on every processor
-GRAIN = 32768  # at::internal::GRAIN_SIZE: fewer numbers are not shared out among threads
+GRAIN = 32768  # at::internal::GRAIN_SIZE: a thread more gets to work for as many numbers
+GELU = 16384  # GELU_MIN_ELEMENTS_FOR_MULTI_THREADING: of more, each thread gets a share of gelu
 # Those whose two routines differ; and their backward passes.
-FORWARD = ("silu", "gelu", "sigmoid", "softplus", "rsqrt")
+FORWARD = ("silu", "sigmoid", "softplus", "rsqrt")
 BACKWARD = ("silu_backward", "gelu_backward", "sigmoid_backward", "softplus_backward")
 
 
@@ -24,6 +26,7 @@ def use_alike_activations() -> torch.library.Library:
     """Change how a CPU computes activations, in this process, while what is returned lives."""
     rules, aten = torch.library.Library("aten", "IMPL", "CPU"), torch.ops.aten
     kernels = {name: _by_value(getattr(aten, name).out, "out") for name in FORWARD}
+    kernels["gelu"] = _by_value(aten.gelu.out, "out", GELU)
     kernels |= {name: _by_value(getattr(aten, name).grad_input, "grad_input") for name in BACKWARD}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[\\s\\S]*Overriding a previously registered kernel")
@@ -32,9 +35,9 @@ def use_alike_activations() -> torch.library.Library:
     return rules
 
 
-def _by_value(whole: Callable, target: str) -> Callable:
+def _by_value(whole: Callable, target: str, eager: float = math.inf) -> Callable:
     """An operator of tensors of one shape, and of settings, that writes to `target`: the same, of
-    each number by itself."""
+    each number by itself. Of more numbers than `eager` all threads get a share."""
 
     def apply(*arguments, **options) -> torch.Tensor:
         count = sum(isinstance(argument, torch.Tensor) for argument in arguments)
@@ -46,7 +49,7 @@ def _by_value(whole: Callable, target: str) -> Callable:
             tensors = [tensor.contiguous() for tensor in tensors]
             out = torch.empty_like(tensors[0])
         flat, result = [_flatten(tensor) for tensor in tensors], _flatten(out)
-        filled = _count_filled(len(result))
+        filled = _count_filled(len(result), eager)
         whole(*(x[:filled] for x in flat), *settings, **options, **{target: result[:filled]})
         if filled < len(result):
             rest = [_fill(x[filled:]) for x in flat]
@@ -63,10 +66,12 @@ def _flatten(dense: torch.Tensor) -> torch.Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def _count_filled(count: int) -> int:
+def _count_filled(count: int, eager: float) -> int:
     """The most numbers, at most `count`, of which each thread's share is whole vectors."""
     while count:
-        threads = max(1, min(torch.get_num_threads(), -(-count // GRAIN)))
+        threads = torch.get_num_threads()
+        if count <= eager:
+            threads = min(threads, -(-count // GRAIN))
         if count % (VECTORS * threads) == 0:
             break
         count -= count % (VECTORS * threads)

@@ -34,9 +34,12 @@ from utils.ledger.statement import Circumstances
 from utils.models.families import Family, find_family
 from utils.privacy.accounting import account
 from utils.privacy.plan import PrivacyPlan, make_plan, name_unit, summarise_plan
+from utils.privacy.precision import describe_arithmetic
 from utils.version import find_commit
 
 ROW = "one row: an image and its caption; a picture that is in several rows is protected less"
+# Options that a unit's gradient is rounded by: they may change later, but not between processes.
+ROUNDS_BY = ("train_batch_size", "base_precision", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,9 @@ def reserve(
     """
     content = {"dataset_name", "train_data_dir"}  # of which `load_private_set` compares what counts
     data = {k: v for k, v in agreed.get("data", {}).items() if k not in content}
-    require_alike(plan.bounds() | agreed | {"data": data, "code": find_commit()})
+    told = {"data": data, "code": find_commit(), "mixed_precision": about.precision}
+    told |= {"randomness": about.randomness} | {k: getattr(training, k) for k in ROUNDS_BY}
+    require_alike(plan.bounds() | agreed | told | describe_arithmetic(PartialState().device))
     spent = account(plan.events(), plan.delta)  # if the accountants disagree, nothing is reserved
 
     def open_and_remember() -> Run:

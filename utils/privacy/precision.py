@@ -21,6 +21,16 @@ def name_precision(accelerator: Accelerator) -> str:
     return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
 
 
+def describe_arithmetic(device: torch.device) -> dict:
+    """What a process rounds by: one unit more in front hands each one behind it to another."""
+    if device.type == "cpu":
+        name = torch.backends.cpu.get_cpu_capability()
+        name = f"{name}, {torch.get_num_threads()} threads"
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {"device": f"{device.type} {name}".strip(), "torch": torch.__version__}
+
+
 @contextmanager
 def highest_precision() -> Iterator[None]:
     """Within this context, fp32 products are computed in fp32.

@@ -20,7 +20,7 @@ from utils.gradients.recording import Recording
 from utils.privacy.accounting import pld_epsilon
 from utils.privacy.dp_sgd import add_noise_once, clipped_sum, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan
-from utils.privacy.precision import check_products, highest_precision
+from utils.privacy.precision import check_products, describe_arithmetic, highest_precision
 from utils.privacy.randomness import SecretRandomness
 
 # (indices of units [U]) -> losses [U], each a function of its own unit alone
@@ -93,7 +93,8 @@ def private_steps(
 
     Raises:
         UsageError: fp16, whose gradients overflow and need a loss scale that looks at the data; or
-            fp32 products are not computed in fp32; or the processes have different plans.
+            fp32 products are not computed in fp32; or the processes have different plans, or would
+            round or draw differently.
         RuntimeError: a trainable tensor did not move at the first step with a positive rate, or the
             processes' weights differ after a step.
     """
@@ -101,7 +102,12 @@ def private_steps(
         raise UsageError("fp16 is not supported: its loss scaling looks at the data; use bf16")
     engine, optimizer = state.engine, state.optimizer
     check_products(engine.device)
-    require_alike(plan.bounds())
+    require_alike(
+        plan.bounds()
+        | describe_arithmetic(engine.device)
+        | {"mixed_precision": accelerator.mixed_precision, "micro_batch_size": micro_batch_size}
+        | {"randomness": randomness.source}
+    )
     start_as_main_process(state.adapter.values())
     progress = _Progress(accelerator, plan, state) if show_progress else None
     size = min(micro_batch_size, largest_share(plan, accelerator.num_processes))
