@@ -42,6 +42,7 @@ from utils.arguments.reports import (
     VerifyArguments,
 )
 from utils.errors import CannotLoad, UsageError, run_script
+from utils.privacy.accounting import quote
 
 NUMBERS = ["expected_batch_size", "max_train_steps", "target_delta", "target_epsilon"]
 NUMBERS += ["noise_multiplier"]
@@ -214,8 +215,8 @@ def plan(args: PlanArguments) -> None:
     print(
         f"N {chosen.num_units}, B {chosen.expected_batch_size:g} (q = {chosen.sampling_rate:.5g}), "
         f"{chosen.steps} steps, delta {chosen.delta:g}: noise multiplier "
-        f"{chosen.noise_multiplier:.4f}{after} is epsilon {spent.add_or_remove_one:.3f} "
-        f"(replace one: {spent.replace_one:.3f})"
+        f"{chosen.noise_multiplier:.4f}{after} is epsilon {quote(spent.add_or_remove_one)} "
+        f"(replace one: {quote(spent.replace_one)})"
     )
     table = calibrate_table(chosen, {0.5, 1.0, 2.0, 4.0, 8.0, args.target_epsilon or 8.0})
     print("\nepsilon  noise multiplier  noise on the mean, in units of C")

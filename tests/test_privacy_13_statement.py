@@ -13,8 +13,17 @@ from tests.worlds import build_plan
 from utils.hub.privacy_words import describe_plainly
 from utils.ledger.checks import check_statement
 from utils.ledger.statement import Circumstances, build_statement
-from utils.privacy.accounting import account, membership_power
+from utils.privacy.accounting import account, membership_power, quote
 from utils.privacy.plan import make_plan
+
+
+@pytest.mark.parametrize(
+    "epsilon, told",
+    [(1.0, "1.000"), (9.9996, "10.000"), (1.0041, "1.005"), (12.3456, "12.346"), (3e-9, "0.001")]
+    + [(0.9999999999, "1.000"), (1.0000000001, "1.000"), (0.0, "0.000"), (float("inf"), "inf")],
+)
+def test_an_epsilon_is_told_as_no_less_than_it_is(epsilon, told):
+    assert quote(epsilon) == told
 
 
 @pytest.fixture(scope="module", params=["flat", "automatic", "per_layer"])

@@ -8,6 +8,7 @@ from tests.conftest import read_json
 from tests.hub_parts import Collections
 from utils.arguments.publishing import RepositoryArguments
 from utils.errors import UsageError
+from utils.privacy.accounting import quote
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_what_is_published_joins_a_collection_once(hub, on_hub, finished):
         ("model", "user/second"),
     ]
     epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
-    note = f"epsilon {epsilon:.3f}, delta 0.001, for adding or removing one image"
+    note = f"epsilon {quote(epsilon)}, delta 0.001, for adding or removing one image"
     assert {item["note"]["text"] for item in made["items"]} == {note}
 
 
@@ -35,6 +36,7 @@ JOIN = """
 import json, sys
 from utils.arguments.publishing import RepositoryArguments
 from utils.hub.collection import join_collection
+from utils.privacy.accounting import quote
 name, statement = json.loads(sys.argv[1])
 arguments = RepositoryArguments(hub_collection="Sets", hub_private_repo=True)
 join_collection(name, "dataset", statement, arguments, "finish it")

@@ -8,6 +8,7 @@ from tests.conftest import ROOT, read_json
 from tests.hub_stand_in import TOKEN
 from utils.arguments.publishing import RepositoryArguments
 from utils.hub.upload import list_files_to_publish, upload
+from utils.privacy.accounting import quote
 
 
 @pytest.mark.slow
@@ -32,7 +33,7 @@ def test_a_synthetic_set_is_published_pulled_and_evaluated(
     assert repository.private and sorted(repository.files()) == names
     card = repository.files()["README.md"].decode()
     epsilon = read_json(finished / "privacy.json")["epsilon"]["add_or_remove_one"]
-    assert "synthetic" in card and "user/drawer" in card and f"{epsilon:.3f}" in card
+    assert "synthetic" in card and "user/drawer" in card and quote(epsilon) in card
     for content in repository.files().values():
         assert str(tmp_path).encode() not in content and TOKEN.encode() not in content
 
@@ -150,7 +151,7 @@ def test_a_curated_set_is_published_with_all_that_it_cost(
     assert sorted(repository.files()) == names
     card = repository.files()["README.md"].decode()
     epsilon = read_json(tmp_path / "curated" / "privacy.json")["epsilon"]["add_or_remove_one"]
-    assert f"{epsilon:.3f}" in card and "Every unit voted" in card and "noisy mean" in card
+    assert quote(epsilon) in card and "Every unit voted" in card and "noisy mean" in card
     assert "8 synthetic images" in card and "a small generator" in card
 
 

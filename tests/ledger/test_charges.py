@@ -20,7 +20,7 @@ from utils.ledger.remembered import find_other_ledgers, remember_run
 from utils.ledger.runs import Run
 from utils.ledger.statement import Circumstances
 from utils.ledger.verification import find_problems, read_source
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 
 def terms(steps: int, **changes) -> dict:
@@ -69,7 +69,7 @@ def test_a_cap_says_what_is_held_and_who_holds_it(ledger):
     with pytest.raises(UsageError) as refused:
         ledger.reserve(terms(2), total_epsilon=total - 1e-6)
     text = str(refused.value)
-    assert f"to epsilon {total:.3f}, above --total_epsilon {total - 1e-6:g}" in text
+    assert f"to epsilon {quote(total)}, above --total_epsilon {total - 1e-6:g}" in text
     assert f"comes to {held:.3f} at delta 0.0001, the smallest on record" in text
     assert f"(unfinished: {live.run}; resume them" in text and done.run not in text
     ledger.reserve(terms(2), total_epsilon=total + 1e-9)
@@ -160,7 +160,7 @@ def test_the_total_counts_the_private_bases_of_other_runs(ledger, tmp_path):
     assert "everything" not in statements["first"]["ledger"]  # its own base and itself
     total = statements["second"]["ledger"]["everything"]
     assert total["delta"] == 1e-5 and total["epsilon"]["add_or_remove_one"] == spent
-    assert f"epsilon = {spent:.3f} (" in describe_formally(statements["second"])
+    assert f"epsilon = {quote(spent)} (" in describe_formally(statements["second"])
     alone = read_source(str(ledger.path), None)
     assert pld_epsilon(alone.events(), alone.delta()) == spent
     for name in statements:
@@ -168,7 +168,7 @@ def test_the_total_counts_the_private_bases_of_other_runs(ledger, tmp_path):
         assert find_problems(read_source(str(tmp_path / name), None)) == []
     remember_run("scans", ledger, "first", 1.0, 1e-4)
     (said,) = find_other_ledgers("scans", Ledger(tmp_path / "other.jsonl"))
-    assert f"stands at epsilon {spent:.3f} at delta 1e-05" in said
+    assert f"stands at epsilon {quote(spent)} at delta 1e-05" in said
 
 
 def test_a_run_that_is_not_private_has_no_total(ledger, tmp_path):

@@ -24,7 +24,7 @@ from utils.ledger.statement import (
 )
 from utils.methods.private_run import describe_for_trackers
 from utils.methods.stages import collect_settings
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 OTHERS = "the private images, their captions or their units are others"
 PLAIN = Circumstances(randomness="Philox", precision="bf16")
@@ -121,7 +121,7 @@ def test_what_is_charged_once_more_is_told():
     told = describe_for_trackers(plan, None, 2, TrainingArguments(output_dir="unused"))
     epsilon = pld_epsilon(plan.events(5), plan.delta)
     assert told["epsilon"] == pytest.approx(epsilon) and told["delta"] == plan.delta
-    assert told["cost"] == f"epsilon {epsilon:.3f} at delta {plan.delta:g}"
+    assert told["cost"] == f"epsilon {quote(epsilon)} at delta {plan.delta:g}"
 
 
 def test_a_base_of_which_nobody_knows_is_not_covered(tmp_path):
@@ -198,7 +198,7 @@ def test_the_cap_counts_what_the_private_bases_have_cost(tmp_path):
     assert ledger.records() == []
     ledger.reserve(terms, total + 1e-9, made_with=about.made_with())
     twice = pld_epsilon([*statement["base"]["events"], *2 * statement["events"]], 1e-6)
-    with pytest.raises(UsageError, match=f"to epsilon {twice:.3f}.*comes to {total:.3f}"):
+    with pytest.raises(UsageError, match=f"to epsilon {quote(twice)}.*comes to {quote(total)}"):
         ledger.reserve(terms, twice - 0.01, made_with=about.made_with())
     ledger.reserve(terms, twice + 1e-9, made_with=about.made_with())
 

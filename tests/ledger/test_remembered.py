@@ -8,7 +8,7 @@ from tests.worlds import build_plan
 from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger
 from utils.ledger.remembered import find_other_ledgers, locate_memory, remember_run
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_another_ledger_is_named_with_what_it_stands_at(tmp_path):
     (sentence,) = find_other_ledgers("scans", here)
     events = list_charged_events(other.records())
     assert [event["steps"] for event in events] == [3, 5]
-    assert f"{other.path}, which stands at epsilon {pld_epsilon(events, 1e-4):.3f}" in sentence
+    assert f"{other.path}, which stands at epsilon {quote(pld_epsilon(events, 1e-4))}" in sentence
     assert "at delta 0.0001." in sentence and f"--privacy_ledger {other.path}" in sentence
     (sentence,) = find_other_ledgers("scans", other)
     assert str(here.path) in sentence

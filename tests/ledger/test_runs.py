@@ -30,7 +30,7 @@ from utils.ledger.reservations import (
 )
 from utils.ledger.runs import claim_output_dir, find_earlier_branch
 from utils.ledger.statement import Circumstances
-from utils.privacy.accounting import pld_both_relations, pld_epsilon
+from utils.privacy.accounting import pld_both_relations, pld_epsilon, quote
 
 
 def test_a_folder_is_claimed_once_and_only_its_owner_may_enter(tmp_path):
@@ -90,7 +90,7 @@ def test_a_run_resumes_where_it_was_and_pays_twice_for_an_older_checkpoint(tmp_p
     epsilon = pld_epsilon(PLAN.events(6), PLAN.delta)
     said = capsys.readouterr().out
     assert "resuming from step 1 charges 2 steps once more" in said
-    assert f"will come to epsilon {epsilon:.3f}" in said
+    assert f"will come to epsilon {quote(epsilon)}" in said
     names = {path.name for path in run.checkpoints.iterdir()}
     assert {"set-aside-2-of-branch-1", "set-aside-3-of-branch-1", "checkpoint-1"} <= names
     for wanted, sentence in (
@@ -207,7 +207,7 @@ def test_room_for_two_stages_is_measured_at_the_smallest_delta(tmp_path):
     check_room_for(
         folder, privacy(total_epsilon=total + 1e-9, **about), events[1:], Circumstances()
     )
-    with pytest.raises(UsageError, match=f"to epsilon {total:.3f}, above --total_epsilon"):
+    with pytest.raises(UsageError, match=f"to epsilon {quote(total)}, above --total_epsilon"):
         check_room_for(
             folder, privacy(total_epsilon=total - 1e-6, **about), events[1:], Circumstances()
         )

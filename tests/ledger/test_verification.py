@@ -23,6 +23,7 @@ from utils.ledger.verification import (
     read_source,
     summarise_spending,
 )
+from utils.privacy.accounting import quote
 
 PLAN = PUBLISHED
 
@@ -36,7 +37,7 @@ def test_a_published_run_verifies_in_words(published):
     assert find_problems(source) == []
     epsilon, files, ledger = describe_verified(source)
     stated = source.statement["epsilon"]
-    assert f"ok: epsilon {stated['add_or_remove_one']:.3f} at delta 0.0001" in epsilon
+    assert f"ok: epsilon {quote(stated['add_or_remove_one'])} at delta 0.0001" in epsilon
     assert f"(replace one: {stated['replace_one']:.3f})" in epsilon
     assert files == "ok: the 2 published file(s) are those paid for"
     assert ledger == "ok: the ledger is whole, and agrees with the statement and checkpoints"
@@ -141,7 +142,7 @@ def test_a_private_base_is_counted_wherever_a_number_is_told(published):
     for source in (read_source(str(path), None), read_source(str(published), None)):
         assert source.events() == events and source.delta() == 1e-5
         said = describe_verified(source)
-        assert any(f"together epsilon {together:.3f} at delta 1e-05" in line for line in said)
+        assert any(f"together epsilon {quote(together)} at delta 1e-05" in line for line in said)
         spent = summarise_spending(source)
         assert spent["epsilon"]["pld"] == statement["base"]["epsilon"]
         assert spent["membership_inference"] == statement["membership_inference"]

@@ -14,6 +14,7 @@ from utils.ledger.charges import list_charged_events
 from utils.ledger.ledger import Ledger, find_branch
 from utils.ledger.verification import find_problems, read_source
 from utils.methods.saliency_file import read_saliency
+from utils.privacy.accounting import quote
 from utils.sampling.shards import hash_set
 
 SMALL = ["--generator_steps", 2, "--num_synthetic_images", 40, "--num_frequencies", 50]
@@ -264,16 +265,15 @@ def test_the_plan_of_a_config_counts_what_was_paid_before(
     arguments = train_arguments(tiny_base, image_folder, tmp_path / "run", "--warm_start_steps", 2)
     arguments += ["--warm_start", tmp_path / "first" / "set"]
     (planned,) = read_plans(train_here([*arguments, "--dry_run"]))
-    pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    config = {name.removeprefix("--"): str(value) for name, value in pairs}
+    named = zip(arguments[::2], map(str, arguments[1::2]), strict=True)
+    config = {name.removeprefix("--"): value for name, value in named} | {"warm_start_steps": 2}
     config |= {"target_epsilon": 8, "target_delta": 0.001, "expected_batch_size": 10}
-    config |= {"max_train_steps": 3, "train_batch_size": 4, "noise_multiplicity": 2}
-    config |= {"num_validation_images": 2, "warm_start_steps": 2}
+    config |= {"max_train_steps": 3, "num_validation_images": 2, "noise_multiplicity": 2}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     plan = ["plan", "--config", tmp_path / "c.yaml", "--num_units", 40, "--json"]
     shown = train_here([*plan, "--plot", tmp_path / "plan.png"], "privacy_report")
-    assert f"noise multiplier {planned['noise_multiplier']:.4f} after means is epsilon" in shown
-    assert f"epsilon {planned['epsilon']['add_or_remove_one']:.3f}" in shown
+    epsilon, noise = planned["epsilon"]["add_or_remove_one"], planned["noise_multiplier"]
+    assert f"noise multiplier {noise:.4f} after means is epsilon {quote(epsilon)} " in shown
     capsys.readouterr()
     for more in (["--noise_multiplier", 1], []):  # of another budget; of a base that is not here
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))

@@ -13,6 +13,7 @@ from tests.scripts.test_many_processes import together
 from utils.arguments.means import MeansArguments
 from utils.ledger.charges import count_charged_steps, list_charged_events
 from utils.ledger.ledger import Ledger
+from utils.ledger.public_sets import refuse_as_public
 from utils.ledger.statement import UNKNOWN_BASE, add_doubts
 from utils.ledger.verification import find_problems, read_source
 from utils.methods import means as story
@@ -146,6 +147,13 @@ def test_what_no_ledger_paid_for_is_refused(released, tiny_base, image_folder, t
     (tmp_path / "cheap" / "set" / "privacy.json").write_text(json.dumps(cheap))
     assert "says epsilon" in start(tmp_path / "cheap" / "set")
     assert not (tmp_path / "run" / "privacy.json").exists()
+
+
+def test_a_set_that_lost_its_statement_is_not_taken_as_public_silently(released, tmp_path, capsys):
+    shutil.copytree(released / "set", tmp_path / "set")
+    (tmp_path / "set" / "privacy.json").unlink()
+    refuse_as_public("--stand_in", str(tmp_path / "set"))
+    assert "or by a private run; here it is taken as public" in capsys.readouterr().err
 
 
 def test_a_public_warm_start_costs_nothing(tiny_base, image_folder, tmp_path):

@@ -18,7 +18,7 @@ from utils.methods import private_run
 from utils.methods.election import Election
 from utils.models.own_weights import save_denoiser
 from utils.models.pipelines import load_pipeline
-from utils.privacy.accounting import pld_both_relations, pld_epsilon
+from utils.privacy.accounting import pld_both_relations, pld_epsilon, quote
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import _Progress
 from utils.sampling import paid_sets
@@ -62,7 +62,7 @@ def test_what_a_run_shows_counts_its_base(private_base, image_folder, tmp_path, 
     epsilon, delta = quote_total(read_json(tmp_path / "run" / STATEMENT))
     assert epsilon > 8.05  # at most 8 are its own
     assert (told[0]["epsilon"], told[0]["delta"]) == (pytest.approx(epsilon), delta)
-    assert shown == [pytest.approx(epsilon)] and f"{epsilon:.3f} at" in told[0]["cost"]
+    assert shown == [pytest.approx(epsilon)] and f"{quote(epsilon)} at" in told[0]["cost"]
 
 
 def test_a_base_and_an_adapter_add_up(private_base, adapter):
@@ -213,13 +213,13 @@ def test_training_on_a_private_base_adds_what_was_spent_on_it(
     shown = train_here(arguments)
     statement, base = read_json(output / STATEMENT), read_json(private_base / STATEMENT)
     total, delta = quote_total(statement)
-    said = f"{total:.3f} at delta {delta:g} with what its private base model cost"
+    said = f"{quote(total)} at delta {delta:g} with what its private base model cost"
     assert "saved" in shown and said in shown
     assert statement["base"]["events"] == base["events"]
     together = [*base["events"], *statement["events"]]
     assert quote_total(statement)[0] == pld_epsilon(together, 1e-3)
     card = (output / "README.md").read_text()
-    assert f"epsilon = {total:.3f} at delta" in card
+    assert f"epsilon = {quote(total)} at delta" in card
     (code,) = [part for part in re.findall("```python\n(.*?)```", card, re.S) if "PLD" in part]
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: output / STATEMENT)
     exec(code, {})

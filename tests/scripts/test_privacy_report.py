@@ -9,7 +9,7 @@ from tests.conftest import read_json, train_arguments, train_here
 from tests.worlds import build_plan
 from utils.errors import run_script
 from utils.ledger.ledger import START, TERMS, Ledger, hash_record
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 LEDGER = "private/ledger.jsonl"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -270,9 +270,9 @@ def test_the_officers_page_answers_for_one_adapter(published, report, tmp_path):
     text = (tmp_path / "officer.html").read_text()
     statement = read_json(published / "privacy.json")
     epsilon = statement["epsilon"]["add_or_remove_one"]
-    for fact in (f"{epsilon:.3g}", "One image, with its caption", "Against everybody who sees"):
+    for fact in (quote(epsilon), "One image, with its caption", "Against everybody who sees"):
         assert fact in text, fact
-    assert f"4 times epsilon, {4 * epsilon:.3g}" in text
+    assert f"4 times epsilon, {quote(4 * epsilon)}" in text
     assert all(point[1:] in text for point in statement["not_covered"])
     assert "follows from the events" in text and "Name, date, signature" in text
     assert "<script" not in text and "http" not in text

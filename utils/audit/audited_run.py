@@ -31,7 +31,7 @@ from utils.ledger.reservations import find_ledger
 from utils.models.families import find_family
 from utils.models.lora import add_lora
 from utils.models.pipelines import choose_resolution, load_pipeline
-from utils.privacy.accounting import calibrate_noise_multiplier, pld_epsilon
+from utils.privacy.accounting import calibrate_noise_multiplier, pld_epsilon, quote
 from utils.privacy.plan import PrivacyPlan, make_plan
 from utils.privacy.randomness import make_randomness
 from utils.privacy.training import (
@@ -123,7 +123,7 @@ def record_audit(args: AuditArguments, data: DataArguments, plan: PrivacyPlan) -
     warn_of_other_ledgers(source, ledger)
     remember_run(source, ledger, branch.run, epsilon, plan.delta)
     branch.release(plan.steps, "audit")
-    print(f"recorded in {ledger.path}: epsilon {epsilon:.3f} at delta {plan.delta:g}")
+    print(f"recorded in {ledger.path}: epsilon {quote(epsilon)} at delta {plan.delta:g}")
 
 
 def audit_by_replay(args: AuditArguments, data: DataArguments, mutant: str | None) -> dict:

@@ -18,6 +18,7 @@ from utils.evaluation.plots import (
 )
 from utils.hub.pages import lay_out_numbers, lay_out_stages, mark_up, write_page
 from utils.hub.privacy_words import describe_formally, describe_plainly, name_one
+from utils.privacy.accounting import quote
 
 FIDELITY = {
     "frechet_distance": ("Fréchet distance", "lower is better"),
@@ -103,7 +104,7 @@ def _privacy(page: Page) -> str:
         )
     numbers = ""
     if epsilon is not None and epsilon["value"] is not None:
-        cells = [("epsilon", f"{epsilon['value']:.3g}")]
+        cells = [("epsilon", quote(epsilon["value"]))]
         if page.statement is not None:
             cells += [("delta", f"{page.statement['delta']:g}")]
             cells += [("privacy unit", name_one(page.statement))]

@@ -9,6 +9,7 @@ from utils.errors import UsageError
 from utils.hub.failures import HUB_ERRORS, explain
 from utils.hub.privacy_words import name_one
 from utils.ledger.statement import quote_total
+from utils.privacy.accounting import quote
 
 SLUG = re.compile(r"[^/\s]+/[^/\s]+-[0-9a-f]{24}")  # USER/TITLE-NUMBER, as in its address
 
@@ -46,7 +47,7 @@ def join_collection(
     note = "no epsilon: nothing is promised about the images behind it"
     if statement is not None:
         epsilon, delta = quote_total(statement)
-        note = f"epsilon {epsilon:.3f}, delta {delta:g}, for adding or removing one "
+        note = f"epsilon {quote(epsilon)}, delta {delta:g}, for adding or removing one "
         note += name_one(statement)
     try:
         HfApi(token=args.hub_token).add_collection_item(

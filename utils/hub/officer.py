@@ -14,7 +14,7 @@ from utils.hub.pages import (
 from utils.hub.privacy_words import describe_formally, describe_plainly, name_one, per_hundred
 from utils.ledger.statement import quote_total
 from utils.ledger.verification import Source, describe_verified
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 HOUSEHOLD = 4
 
@@ -45,7 +45,7 @@ def _summarise(statement: dict, problems: list[str]) -> str:
     if not statement["private"]:
         return f'<section class="card wrong">{mark_up(describe_plainly(statement))}</section>'
     epsilon, delta = quote_total(statement)
-    cells = [("epsilon", f"{epsilon:.3g}"), ("delta", f"{delta:g}")]
+    cells = [("epsilon", quote(epsilon)), ("delta", f"{delta:g}")]
     cells += [("protected, each", name_one(statement)), ("of them", f"{statement['num_units']:,}")]
     words = mark_up(describe_plainly(statement, "these files"))
     return (
@@ -67,8 +67,8 @@ def _who(statement: dict) -> str:
     epsilon, _ = quote_total(statement)
     return f"<h2>Who is protected</h2>{mark_up(who)}" + mark_up(
         f"A group of {HOUSEHOLD}, such as a household, is protected together at {HOUSEHOLD} times "
-        f"epsilon, {HOUSEHOLD * epsilon:.3g}, and a larger delta. What holds of everybody is what "
-        "the model is for, and stays no secret."
+        f"epsilon, {quote(HOUSEHOLD * epsilon)}, and a larger delta. What holds of everybody is "
+        "what the model is for, and stays no secret."
     )
 
 
@@ -120,7 +120,7 @@ def _checked(name: str, source: Source, known: list[str]) -> str:
         everything = pld_epsilon(source.events(), source.delta())
         sentences.append(
             f"all that the ledger records on these images, this{with_base} included, comes to "
-            f"epsilon {everything:.3f} at delta {source.delta():g}"
+            f"epsilon {quote(everything)} at delta {source.delta():g}"
         )
     said = "".join(f"<li>{mark_up_words(sentence)}</li>" for sentence in sentences)
     made, audit = statement.get("made_by", {}), statement.get("audit")
@@ -141,10 +141,10 @@ def _checked(name: str, source: Source, known: list[str]) -> str:
 
 
 def _before_signing(statement: dict) -> str:
-    unit, (epsilon, _) = name_one(statement), quote_total(statement)
+    unit, told = name_one(statement), quote(quote_total(statement)[0])
     questions = [
         "The images may be used for this: consent, law, contract.",
-        f"Epsilon {epsilon:.3g} is what was agreed to for these images, all runs on them together.",
+        f"Epsilon {told} is what was agreed to for these images, all runs on them together.",
         f"No person is behind more than one {unit}.",
         f"That there are {statement['num_units']:,} of them may be known, and the prompts too.",
         "The ledger in `private/` is kept as long as the images; the copies in it are deleted.",

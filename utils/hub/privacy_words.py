@@ -3,6 +3,7 @@
 import math
 
 from utils.ledger.statement import quote_total
+from utils.privacy.accounting import quote
 
 # Purposes of mechanisms that clip and noise gradients; the others release means or votes.
 DP_SGD = ("training", "selection", "relabelling")
@@ -67,12 +68,12 @@ def describe_formally(statement: dict) -> str:
     return (
         f"{'Trained with DP-SGD' if trained else 'Made from noisy means or votes'} "
         f"{'on' if trained else 'of'} {statement['num_units']} private {units}: "
-        f"**epsilon = {epsilon['add_or_remove_one']:.3f}, delta = {statement['delta']:g}**, for "
-        f"adding or removing one of them (epsilon = {epsilon['replace_one']:.3f} for replacing "
+        f"**epsilon = {quote(epsilon['add_or_remove_one'])}, delta = {statement['delta']:g}**, for "
+        f"adding or removing one of them (epsilon = {quote(epsilon['replace_one'])} for replacing "
         f"one). {' '.join(_event_in_words(event) for event in statement['events'])} Accountants: "
-        f"PLD (dp-accounting) {accountants['pld']['epsilon']:.3f}, PRV (Opacus) "
-        f"{accountants['prv']['epsilon']:.3f}. `privacy.json` holds every event, so the number can "
-        f"be recomputed. Not covered: {', '.join(statement['not_covered'])}."
+        f"PLD (dp-accounting) {quote(accountants['pld']['epsilon'])}, PRV (Opacus) "
+        f"{quote(accountants['prv']['epsilon'])}. `privacy.json` holds every event, so the number "
+        f"can be recomputed. Not covered: {', '.join(statement['not_covered'])}."
         f"{_total(statement)}{_base(statement)}"
     )
 
@@ -83,7 +84,7 @@ def _base(statement: dict) -> str:
     epsilon, delta = quote_total(statement)
     return (
         " The base model is a private result, too: with what was spent on it, epsilon = "
-        f"{epsilon:.3f} at delta = {delta:g}."
+        f"{quote(epsilon)} at delta = {delta:g}."
     )
 
 
@@ -128,9 +129,9 @@ def _total(statement: dict) -> str:
     everything = statement.get("ledger", {}).get("everything")
     if everything is None:
         return ""
-    epsilon = everything["epsilon"]
+    delta = everything.get("delta", statement["delta"])
+    one, other = (everything["epsilon"][name] for name in ("add_or_remove_one", "replace_one"))
     return (
-        f" Together with all else that its ledger records on these data: epsilon = "
-        f"{epsilon['add_or_remove_one']:.3f} ({epsilon['replace_one']:.3f} for replacing one) at "
-        f"delta = {everything.get('delta', statement['delta']):g}."
+        f" Together with all else that its ledger records on these data: epsilon = {quote(one)} "
+        f"({quote(other)} for replacing one) at delta = {delta:g}."
     )

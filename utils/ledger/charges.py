@@ -19,7 +19,7 @@ from utils.ledger.statement import (
     list_base_entries,
     recall,
 )
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 CHECKPOINT, WEIGHTS = "checkpoint", "weights"  # what a release shows
 
@@ -88,9 +88,9 @@ def check_admissible(records: list[dict], terms: dict, cap: float | None, path: 
         before, _ = compose_with_bases(records[:-1])
         held = pld_epsilon(before, delta) if before else 0.0
         raise UsageError(
-            f"this run would bring the ledger {path} to epsilon {spent:.3f}, above --total_epsilon "
-            f"{cap:g}; what is spent or reserved there comes to {held:.3f} at delta "
-            f"{delta:g}, the smallest on record" + _describe_unfinished(records[:-1])
+            f"this run would bring the ledger {path} to epsilon {quote(spent)}, above "
+            f"--total_epsilon {cap:g}; what is spent or reserved there comes to {quote(held)} at "
+            f"delta {delta:g}, the smallest on record" + _describe_unfinished(records[:-1])
         )
 
 

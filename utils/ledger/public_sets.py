@@ -35,7 +35,9 @@ def refuse_as_public(argument: str, name: str | None, revision: str | None = Non
         _warn(argument, name, "may have a privacy.json on the Hub, which cannot be reached")
     settings, _ = fetch_file(name, SAMPLING_SETTINGS, revision, "dataset")
     if settings is not None and not _is_public(settings.read_text()):
-        _warn(argument, name, "was drawn by what nobody could tell to be public, or not")
+        _warn(
+            argument, name, "was drawn by what nobody could tell to be public, or by a private run"
+        )
     ledger = find_own_ledger(name)
     if ledger is not None:
         _warn(argument, name, f"was charged to the ledger {ledger} as private images")

@@ -17,7 +17,7 @@ from utils.errors import UsageError
 from utils.files import make_private, resolve_if_there, write_durably
 from utils.ledger.charges import compose_with_bases, select_run
 from utils.ledger.ledger import Ledger
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 
 
 def locate_memory() -> Path:
@@ -61,13 +61,13 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
         if path != str(ledger.path) and events:
             sentences.append(
                 f"{source} was also charged to the ledger {path}, which stands at epsilon "
-                f"{pld_epsilon(events, delta):.3f} at delta {delta:g}. For the same people both "
+                f"{quote(pld_epsilon(events, delta))} at delta {delta:g}. For the same people both "
                 f"add up: --privacy_ledger {path} would count them together"
             )
         sentences += [
             f"{source} was also charged to run {entry['run']} of {entry['date']} (planned epsilon "
-            f"{entry['epsilon']:.3f} at delta {entry['delta']:g}), whose ledger {path} is gone. If "
-            "anything that it made was kept or shown, that adds up"
+            f"{quote(entry['epsilon'])} at delta {entry['delta']:g}), whose ledger {path} is gone. "
+            "If anything that it made was kept or shown, that adds up"
             for entry in charged
             if not select_run(records, entry["run"])
         ]

@@ -35,7 +35,7 @@ from utils.ledger.checks import check_released
 from utils.ledger.ledger import Ledger, find_branch, make_run_name
 from utils.ledger.runs import NOTE, PRIVATE_DIGEST, Run, find_abandoned, find_earlier_branch
 from utils.ledger.statement import Circumstances, begins_with
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 from utils.privacy.plan import PrivacyPlan
 
 
@@ -149,7 +149,7 @@ def confirm(run: Run, privacy: PrivacyArguments, plan: PrivacyPlan, digest: str)
         print(
             f"resuming from step {about['step']} charges {steps - plan.steps} steps once more: "
             f"their noisy results exist already. The run will come to epsilon "
-            f"{pld_epsilon(plan.events(steps), plan.delta):.3f}"
+            f"{quote(pld_epsilon(plan.events(steps), plan.delta))}"
         )
     return replace(run, branch=branch, agreed=agreed, recharged=steps - plan.steps)
 
@@ -228,7 +228,7 @@ def check_room_for(
     spent = pld_epsilon(*compose_with_bases([*standing, *to_come]))
     if spent > privacy.total_epsilon:
         raise UsageError(
-            f"all stages would bring the ledger {ledger.path} to epsilon {spent:.3f}, above "
+            f"all stages would bring the ledger {ledger.path} to epsilon {quote(spent)}, above "
             f"--total_epsilon {privacy.total_epsilon:g}"
         )
 

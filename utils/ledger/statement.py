@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from utils.files import STATEMENT, write_durably
-from utils.privacy.accounting import Spent, account, membership_power, pld_both_relations
+from utils.privacy.accounting import Spent, account, membership_power, pld_both_relations, quote
 from utils.privacy.plan import PrivacyPlan
 from utils.version import VERSION, find_commit
 
@@ -199,12 +199,12 @@ def describe_cost(plan: PrivacyPlan, base: dict | None, recharged: int = 0) -> s
     """
     events = plan.events(plan.steps + recharged)
     spent = account(events, plan.delta)
-    said = f"epsilon {spent.add_or_remove_one:.3f} at delta {plan.delta:g}"
+    said = f"epsilon {quote(spent.add_or_remove_one)} at delta {plan.delta:g}"
     if base is None:
         return said
     epsilon, delta = quote_plan(plan, base, recharged)
     total = epsilon["add_or_remove_one"]
-    return f"{said}, {total:.3f} at delta {delta:g} with what its private base model cost"
+    return f"{said}, {quote(total)} at delta {delta:g} with what its private base model cost"
 
 
 def quote_plan(

@@ -30,7 +30,7 @@ from utils.ledger.checks import check_checkpoints, check_ledger, check_records, 
 from utils.ledger.ledger import Ledger
 from utils.ledger.runs import FIRST_MEANS
 from utils.ledger.statement import list_all_events, quote_total
-from utils.privacy.accounting import account, membership_power, pld_epsilon, split_budget
+from utils.privacy.accounting import account, membership_power, pld_epsilon, quote, split_budget
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHT_SUFFIXES += (".npz", ".npy", ".onnx", ".gguf", ".msgpack", ".h5")
@@ -211,14 +211,15 @@ def describe_verified(source: Source) -> list[str]:
     if statement is not None:
         epsilon = statement["epsilon"]
         sentences.append(
-            f"ok: epsilon {epsilon['add_or_remove_one']:.3f} at delta {statement['delta']:g} "
-            f"(replace one: {epsilon['replace_one']:.3f}) follows from the events of the statement"
+            f"ok: epsilon {quote(epsilon['add_or_remove_one'])} at delta {statement['delta']:g} "
+            f"(replace one: {quote(epsilon['replace_one'])}) follows from the events of "
+            "the statement"
         )
     if statement is not None and "base" in statement:
         total, delta = quote_total(statement)
         sentences.append(
-            f"ok: its base model is a private result, too: together epsilon {total:.3f} at delta "
-            f"{delta:g}"
+            f"ok: its base model is a private result, too: together epsilon {quote(total)} at "
+            f"delta {delta:g}"
         )
     if statement is not None and source.folder is not None:
         sentences.append(f"ok: the {len(statement['files'])} published file(s) are those paid for")

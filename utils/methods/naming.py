@@ -22,7 +22,6 @@ from utils.errors import UsageError, on_main_process
 from utils.evaluation.features import Extractor, build_extractor
 from utils.files import LABELLER, LEDGER, explain_disk_errors, private_folder
 from utils.ledger.ledger import Ledger
-from utils.ledger.public_sets import IS_PUBLIC
 from utils.ledger.reservations import find_ledger
 from utils.ledger.runs import find_earlier_branch
 from utils.ledger.statement import add_doubts, list_doubts
@@ -116,7 +115,7 @@ def name_more(
     named = name_images(candidates, scores, labeller.names, prompts)
     kept = choose_kept(candidates, named, args, accelerator)
     folder, seen_by = output_dir / SET, {"extractor": labeller.extractor, "candidates": paid.digest}
-    about = {"relabelled": asdict(args) | seen_by, "from": paid.settings, IS_PUBLIC: False}
+    about = {"relabelled": asdict(args) | seen_by, "from": paid.settings}
     about[ADAPTER_FILES] = hash_adapter(labeller.folder)
 
     def write() -> None:

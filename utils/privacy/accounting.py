@@ -57,6 +57,11 @@ def _dp_event(numbers: Numbers) -> dp_accounting.DpEvent:
     return dp_accounting.ComposedDpEvent(composed)
 
 
+def quote(epsilon: float) -> str:
+    """An epsilon as it is told: with three decimals, and never less than it is."""
+    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}" if math.isfinite(epsilon) else "inf"
+
+
 def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:
     """Epsilon of all `events` composed, by privacy loss distributions (Koskela et al. 2020;
     dp-accounting); an upper bound from a delta of `SMALLEST_DELTA`, infinite where what the
@@ -178,7 +183,7 @@ def calibrate_noise_multiplier(
     if prior and pld_epsilon(list(prior), delta) >= epsilon:
         raise UsageError(
             f"--target_epsilon {epsilon:g} is spent already by what this run builds on, which "
-            f"comes to {pld_epsilon(list(prior), delta):.3f} at delta {delta:g}"
+            f"comes to {quote(pld_epsilon(list(prior), delta))} at delta {delta:g}"
         )
     before = _list_numbers(list(prior))
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from utils.errors import UsageError, require_alike
 from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.gradients.recording import Recording
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 from utils.privacy.dp_sgd import add_noise_once, clipped_sum, sample_poisson_batch
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.precision import check_products, describe_arithmetic, highest_precision
@@ -284,7 +284,7 @@ class _Progress:
         seconds = time.perf_counter() - self.start
         rate = (self.done - self.first) * self.plan.expected_batch_size / seconds
         self.bar.update(self.done - self.bar.n)
-        self.bar.set_postfix_str(f"epsilon <= {self.epsilon:.2f}, {rate:.0f} images/s")
+        self.bar.set_postfix_str(f"epsilon <= {quote(self.epsilon)}, {rate:.0f} images/s")
         if self.accelerator.trackers:
             self.accelerator.log(values, step=self.done)
 

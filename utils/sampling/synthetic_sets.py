@@ -97,7 +97,7 @@ def write_files(
             write_piece(folder, pieces[number], [png], entries)
         write_metadata(folder, entries)
         save_grid(folder, pieces, columns)
-        settings = settings | {SET_DIGEST: (digest := hash_set(folder))}
+        settings = settings | {IS_PUBLIC: False, SET_DIGEST: (digest := hash_set(folder))}
         write_durably(folder / SAMPLING_SETTINGS, json.dumps(settings, indent=2) + "\n")
     return digest
 
