@@ -24,12 +24,12 @@ def list_captions(family) -> list[str]:
     return CLASSES if family.title == "DiT" else CAPTIONS
 
 
-def draw_inputs(family, units: int = 2, draws: int = 1, seed: int = 0):
+def draw_inputs(family, units: int = 2, draws: int = 1, seed: int = 0, side: int = SIDE):
     """Latents, noise and quantiles [units * draws, ...], and text of unequal captions."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (units * draws, *family.latent_shape(SIDE))
+    shape = (units * draws, *family.latent_shape(side))
     latents, noise = torch.randn(2, *shape, generator=generator)
     quantiles = torch.rand(len(latents), generator=generator)
     captions = [list_captions(family)[i % 2] for i in range(len(latents))]
-    text = embed_captions(family.pipeline, captions, SIDE)
+    text = embed_captions(family.pipeline, captions, side)
     return latents, noise, quantiles, {name: values.float() for name, values in text.items()}

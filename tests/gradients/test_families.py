@@ -20,6 +20,7 @@ from utils.models.families import find_family
 from utils.models.pipelines import load_pipeline
 from utils.models.processes import read_process
 from utils.privacy.dp_sgd import clip_scales
+from utils.privacy.precision import highest_precision
 
 # A parameter outside any layer, whose gradients by unit are not known.
 BARE = {"Sana": "scale_shift_table", "Z-Image": "x_pad_token"}
@@ -60,6 +61,28 @@ def adapt(pipeline, method: str) -> None:
     for parameter in find_family(pipeline).denoiser.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_more_unit_in_front_changes_no_other_gradient(pipeline, threads, autocast):
+    """Of images so large that a CPU's threads share them out."""
+    adapt(pipeline, "lora")
+    family = find_family(pipeline)
+    side = int(min(128, family.largest_side * family.pixels_per_side))
+    leave_out_unused(pipeline, side, silently=True)
+    engine, process = PerUnitGradients(family.denoiser), read_process(pipeline.scheduler)
+    latents, noise, quantiles, text = draw_inputs(family, 6, side=side)
+    found = []
+    for units in (slice(5), slice(1, 6)):
+        words = {name: values[units] for name, values in text.items()}
+        with highest_precision(), engine.recording(5) as record:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                inputs = (latents[units], words, noise[units], quantiles[units])
+                losses = denoising_loss(family.predictor, process, *inputs)
+            losses.sum().backward()
+        found.append(record.digest_units())
+    assert found[0][1:] == found[1][:-1]
 
 
 @pytest.mark.parametrize(

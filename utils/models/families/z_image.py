@@ -62,6 +62,19 @@ class ZImage(Family):
         return ".attention." in name
 
 
+class _Turns(torch.Tensor):
+    """Complex numbers that multiply others as pairs of real ones, which a CPU rounds alike wherever
+    they lie (see `elementwise`)."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.mul:
+            return super().__torch_function__(func, types, args, kwargs)
+        x, y = (part.as_subclass(torch.Tensor) for part in args)
+        real = x.real * y.real - x.imag * y.imag
+        return torch.complex(real, x.real * y.imag + x.imag * y.real)
+
+
 @contextmanager
 def _equal_lengths(denoiser: nn.Module, longest: int) -> Iterator[None]:
     """Within this context captions fill up to `longest` tokens, which nothing attends to.
@@ -87,6 +100,7 @@ def _equal_lengths(denoiser: nn.Module, longest: int) -> Iterator[None]:
 
     def prepare_masked(feats, ids, pad, token, *more):
         feats, freqs, mask, lengths, noise = prepare(feats, ids, pad, token, *more)
+        freqs = freqs.as_subclass(_Turns) if freqs.device.type == "cpu" else freqs
         return feats, freqs, masks[0] if token is denoiser.cap_pad_token else mask, lengths, noise
 
     def unify_masked(x, *more):
