@@ -28,11 +28,16 @@ def use_alike_activations() -> torch.library.Library:
     kernels = {name: _by_value(getattr(aten, name).out, "out") for name in FORWARD}
     kernels["gelu"] = _by_value(aten.gelu.out, "out", GELU)
     kernels |= {name: _by_value(getattr(aten, name).grad_input, "grad_input") for name in BACKWARD}
+    for name, kernel in kernels.items():
+        override(rules, name, kernel)
+    return rules
+
+
+def override(rules: torch.library.Library, name: str, kernel: Callable, **options) -> None:
+    """Register a kernel in place of PyTorch's own, without its warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "[\\s\\S]*Overriding a previously registered kernel")
-        for name, kernel in kernels.items():
-            rules.impl(name, kernel, allow_override=True)
-    return rules
+        rules.impl(name, kernel, allow_override=True, **options)
 
 
 def _by_value(whole: Callable, target: str, eager: float = math.inf) -> Callable:

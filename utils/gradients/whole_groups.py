@@ -6,11 +6,12 @@ in front would move the borders into other units, and change their gradients: un
 bf16 by a tenth of C in all, of 30. In the usual layout a group is one thread's.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
+
+from utils.gradients.elementwise import override
 
 # By operator, how many tensors of images come first: a gradient, too, in the second.
 TENSORS = {"native_group_norm": 1, "native_group_norm_backward": 2}
@@ -21,11 +22,9 @@ def use_whole_groups() -> torch.library.Library:
     """Change how several threads of a CPU compute group norm, in this process, while what is
     returned lives."""
     rules = torch.library.Library("aten", "IMPL", "CPU")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "[\\s\\S]*Overriding a previously registered kernel")
-        for name, count in TENSORS.items():
-            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-            rules.impl(name, _lay_out(kernel, count), allow_override=True, with_keyset=True)
+    for name, count in TENSORS.items():
+        kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+        override(rules, name, _lay_out(kernel, count), with_keyset=True)
     return rules
 
 
