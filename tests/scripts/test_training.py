@@ -25,7 +25,7 @@ from utils.gradients.per_unit_gradients import PerUnitGradients
 from utils.models.adapters import load_adapter
 from utils.models.lora import add_lora, save_lora
 from utils.models.pipelines import collect_trained_modules, load_pipeline
-from utils.privacy.accounting import pld_epsilon
+from utils.privacy.accounting import pld_epsilon, quote
 from utils.privacy.randomness import SecretRandomness
 from utils.privacy.training import clipped_gradient_sum
 
@@ -43,7 +43,7 @@ def test_training_leaves_what_it_promises(trained):
     recomputed = pld_epsilon(statement["events"], statement["delta"])
     assert recomputed == pytest.approx(statement["epsilon"]["add_or_remove_one"], abs=1e-9)
     assert recomputed <= 8
-    assert f"{recomputed:.3f}" in (output / "README.md").read_text()
+    assert f"{quote(recomputed)}" in (output / "README.md").read_text()
     assert "loss" not in shown.lower()
 
 
