@@ -1,5 +1,7 @@
 """Captions of classes: told apart by the model, and made as their owner believes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,6 +9,7 @@ from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
 from tests.conftest import BUDGET, build_tiny_pipeline, read_json, train_here
+from tests.families import build_family
 from utils.arguments.training import DataArguments
 from utils.data.diagnostics import list_class_captions, warn_of_captions
 from utils.data.rows import read_captions
@@ -22,6 +25,14 @@ def test_captions_that_the_model_cannot_tell_apart_are_counted():
     long = "the digit the digit the digit the digit "
     assert family.count_alike([long + "1", long + "2", long + "3", "the digit 1"]) == 2
     assert family.count_alike(["the digit 1", "the Digit 1"]) == 1  # CLIP reads no capitals
+
+
+def test_one_text_encoder_that_tells_captions_apart_is_enough(monkeypatch):
+    family = find_family(build_family("sd3"))
+    last, seven = family.tokenizers[-1], SimpleNamespace(input_ids=[[1, 7]] * 10)
+    monkeypatch.setattr(type(last), "__call__", lambda self, captions, **options: seven)
+    assert family.count_alike([f"the digit {i}" for i in range(10)]) == 0
+    assert family.count_alike(["the digit 1"] * 10) == 9
 
 
 def test_the_captions_of_classes_are_those_of_the_template():

@@ -248,9 +248,12 @@ class Family(ABC):
         return sum(len(ids) > self.longest_caption for ids in tokens)
 
     def count_alike(self, captions: list[str]) -> int:
-        """How many captions are to the (last) text encoder, which cuts long ones, as another is."""
-        tokens = self.tokenizers[-1](captions, verbose=False).input_ids if captions else []
-        return len(tokens) - len({tuple(ids[: self.longest_caption - 1]) for ids in tokens})
+        """How many captions are to all text encoders, which cut long ones, as another is."""
+        limits = [part.model_max_length for part in self.tokenizers[:-1]] + [self.longest_caption]
+        parts = zip(self.tokenizers, limits, strict=True) if captions else ()
+        tokens = [(part(captions, verbose=False).input_ids, limit) for part, limit in parts]
+        cut = [[tuple(ids[: limit - 1]) for ids in found] for found, limit in tokens]
+        return len(captions) - len(set(zip(*cut, strict=True)))
 
     @property
     def longest_caption(self) -> int:
