@@ -36,7 +36,6 @@ JOIN = """
 import json, sys
 from utils.arguments.publishing import RepositoryArguments
 from utils.hub.collection import join_collection
-from utils.privacy.accounting import quote
 name, statement = json.loads(sys.argv[1])
 arguments = RepositoryArguments(hub_collection="Sets", hub_private_repo=True)
 join_collection(name, "dataset", statement, arguments, "finish it")
