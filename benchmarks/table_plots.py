@@ -37,7 +37,7 @@ def plot(rows: list[dict], target: Path) -> None:
     methods = sorted({row["method"] for row in rows if row["epsilon"]})
     colours = dict(zip(methods, cycle(plt.get_cmap("tab20").colors), strict=False))
     size = (11, 3 * len(sets) + 0.2 + 0.15 * len(methods))
-    figure, axes = plt.subplots(len(sets), 3, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(len(sets), 3, figsize=size, squeeze=False, layout="constrained")
     for line, name in zip(axes, sets, strict=True):
         mine = [row for row in rows if row["set"] == name and row["epsilon"]]
         by_method = {method: [r for r in mine if r["method"] == method] for method in methods}
@@ -61,8 +61,8 @@ def plot(rows: list[dict], target: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for axis in axes[:, 0] for h in axis.get_lines()[::-1]}
     handles = {label: handle for label, handle in handles.items() if label in {*colours, *CEILINGS}}
-    figure.legend(handles.values(), handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    place = {"loc": "outside lower center", "ncols": 3}
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, **place)
     figure.savefig(target, dpi=130)
     plt.close(figure)
 
