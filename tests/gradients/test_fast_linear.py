@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.gradients import fast_linear
 from utils.gradients.fast_linear import ONEDNN, linear, use_fast_linear
 
 DEVICE = "cpu"
@@ -72,11 +73,23 @@ def test_fp32_goes_through_onednn(kind, out, through):
     assert ("mkldnn::_linear_pointwise" in names) == through
 
 
-@pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize("width, out", [(1281, 10), (130, 4), (77, 2), (9, 3), (64, 6), (20, 11)])
 @pytest.mark.parametrize("rows", [5, 65])
-def test_a_row_is_the_same_wherever_it_lies(threads, rows, width, out, turned):
+def test_a_row_is_the_same_wherever_it_lies(threads, rows):
+    check_rows(rows)
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
+@pytest.mark.parametrize("rows", [5, 65])
+def test_a_row_is_the_same_on_one_thread_without_onednn(monkeypatch, threads, rows):
+    monkeypatch.setattr(fast_linear, "ONEDNN", False)
+    check_rows(rows)
+
+
+def check_rows(rows: int) -> None:
+    """The products of each of `rows`, one place further on."""
     torch.manual_seed(0)
-    weight = torch.randn(width, out).t() if turned else torch.randn(out, width)
-    x = torch.randn(rows, width)
-    assert torch.equal(linear(x[:-1].clone(), weight)[1:], linear(x[1:].clone(), weight)[:-1])
+    for width, out in [(1281, 10), (130, 4), (77, 2), (9, 3), (64, 6), (20, 11)]:
+        x = torch.randn(rows, width)
+        for weight in (torch.randn(width, out).t(), torch.randn(out, width)):
+            first, later = linear(x[:-1].clone(), weight), linear(x[1:].clone(), weight)
+            assert torch.equal(first[1:], later[:-1]), (width, out, weight.stride())

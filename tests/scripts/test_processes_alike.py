@@ -30,6 +30,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ('planning.find_commit = lambda: "b"', "code: a and b"),
         ('sys.argv += ["--mixed_precision", "bf16"]', "mixed_precision: fp32 and bf16"),
         ('sys.argv += ["--train_batch_size", "3"]', "train_batch_size: 4 and 3"),
+        ('sys.argv += ["--gradient_checkpointing"]', "gradient_checkpointing: False and True"),
+        (
+            'sys.argv += ["--mixed_precision", "bf16", "--base_precision", "bf16"]',
+            "mixed_precision: fp32 and bf16; base_precision: fp32 and bf16",
+        ),
         ('sys.argv += ["--debug_noise_seed", "1"]', "randomness: Philox, keyed by the operating"),
         ("import torch; torch.set_num_threads(5)", "device: cpu"),
     ],

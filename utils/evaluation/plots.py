@@ -14,6 +14,7 @@ from PIL import Image
 from utils.data.images import ImageRows, read_pixel_batches, tile_images
 from utils.data.rows import read_labels
 from utils.evaluation.memorisation import Neighbours
+from utils.privacy.accounting import quote
 
 matplotlib.use("Agg")
 TEXT = "#010203"  # becomes the page's own colour, light or dark
@@ -47,11 +48,11 @@ def plot_quality_trade_off(runs: list[tuple[str, dict]], metric: str, label: str
             axis.annotate(
                 name, (place, entry["value"]), xytext=offset, textcoords="offset points", fontsize=9
             )
-        axis.set_xticks(range(len(levels)), [f"{level:.3g}" for level in levels])
+        axis.set_xticks(range(len(levels)), [quote(level) for level in levels])
         axis.set(xlabel="epsilon", ylabel=label)
         axis.set_xlim(-0.4, len(levels) + 0.1)
         values = [
-            f"{name}: {entry['value']:.4g} at epsilon {epsilon:.3g}"
+            f"{name}: {entry['value']:.4g} at epsilon {quote(epsilon)}"
             for epsilon, name, entry in points
         ]
         return _svg(figure, f"{label} against epsilon. {'; '.join(values)}.")
@@ -76,7 +77,7 @@ def plot_classes_of_runs(runs: list[tuple[str, dict]], metric: str, label: str) 
             found = results[metric]["per_class"]
             shares = [100 * found.get(name, 0) for name in classes]
             axis.barh(places, shares, color=BLUE)
-            axis.set_title(f"{run}\nepsilon {results['epsilon']['value']:.3g}", fontsize=8)
+            axis.set_title(f"{run}\nepsilon {quote(results['epsilon']['value'])}", fontsize=8)
             axis.set(xlim=(0, 100), yticks=places, yticklabels=classes)
             worst = int(np.argmin(shares))
             values.append(f"{run}: worst {classes[worst]}, {shares[worst]:.1f} %")

@@ -13,6 +13,7 @@ from utils.ledger.statement import quote_total
 from utils.models.drawing import DrawingSettings
 from utils.models.families import FAMILIES
 from utils.models.lora import loads_lora
+from utils.privacy.accounting import quote
 
 METHODS = {
     "dp-lora": "DP-LoRA adapter",
@@ -198,15 +199,15 @@ def _numbers(statement: dict) -> str:
         return ""
     epsilon = statement["epsilon"]
     rows = [
-        ("epsilon, adding or removing one unit", f"{epsilon['add_or_remove_one']:.4f}"),
-        ("epsilon, replacing one unit", f"{epsilon['replace_one']:.4f}"),
+        ("epsilon, adding or removing one unit", quote(epsilon["add_or_remove_one"])),
+        ("epsilon, replacing one unit", quote(epsilon["replace_one"])),
         ("delta", f"{statement['delta']:g}"),
         ("privacy unit", statement["privacy_unit"]),
         ("units, N (public)", statement["num_units"]),
     ]
     if "base" in statement:
         total, delta = quote_total(statement)
-        rows.append((f"epsilon with its base model, at delta {delta:g}", f"{total:.4f}"))
+        rows.append((f"epsilon with its base model, at delta {delta:g}", quote(total)))
     for rate, power in statement.get("membership_inference", {}).items():
         rows.append((f"membership inference at a false-positive rate of {rate}", f"{power:.4f}"))
     for event in statement["events"]:

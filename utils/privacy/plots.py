@@ -13,6 +13,7 @@ from utils.privacy.accounting import (
     REPLACE_ONE,
     SMALLEST_DELTA,
     pld_epsilon,
+    quote,
     split_budget,
 )
 from utils.privacy.plan import PrivacyPlan
@@ -58,7 +59,7 @@ def _draw_stages(axes, events: list[dict], delta: float) -> None:
         if added > 0.06 * sum(parts):
             axes.text(start + added / 2, 0, label, ha="center", va="center", color="white")
         start += added
-    axes.set(yticks=[], xlim=(0, start), title=f"epsilon {start:.3f}: what each stage adds")
+    axes.set(yticks=[], xlim=(0, start), title=f"epsilon {quote(start)}: what each stage adds")
     axes.spines[:].set_visible(False)
 
 

@@ -22,7 +22,7 @@ def name_precision(accelerator: Accelerator) -> str:
 
 
 def describe_arithmetic(device: torch.device) -> dict:
-    """What a process rounds by: one unit more in front hands each one behind it to another."""
+    """What this process rounds by. One unit more in front hands each one behind it to another."""
     if device.type == "cpu":
         name = torch.backends.cpu.get_cpu_capability()
         name = f"{name}, {torch.get_num_threads()} threads"
