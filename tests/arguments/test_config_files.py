@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import torch
 
+from utils.arguments import values
 from utils.arguments.parsing import option, parse
 from utils.arguments.training import TrainingArguments
 from utils.errors import UsageError
@@ -121,6 +123,23 @@ def test_fp16_is_explained_wherever_it_comes_from(monkeypatch, where):
     asked = "fp16" if where == "option" else None
     with pytest.raises(UsageError, match="loss scaling looks at the data; use bf16"):
         TrainingArguments(output_dir="x", mixed_precision=asked)
+
+
+@pytest.mark.parametrize("precision, supported, said", [
+    ("bf16", False, 1),
+    ("bf16", True, 0),
+    ("no", False, 0),
+])  # fmt: skip
+def test_a_processor_without_bf16_is_spoken_of_once(
+    monkeypatch, capsys, precision, supported, said
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    values._warn_of_slow_bf16.cache_clear()
+    for _ in range(2):
+        TrainingArguments(output_dir="x", mixed_precision=precision)
+    assert capsys.readouterr().err.count("take --mixed_precision no") == said
 
 
 def test_a_home_folder_is_found_where_no_shell_looks(monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 
 import math
 import os
+import sys
+from functools import cache
 
 from utils.errors import UsageError
 
@@ -29,7 +31,27 @@ def choose_precision(asked: str | None) -> str:
         )
     if precision not in PRECISIONS:
         raise UsageError(f"{source} {precision}: there are {' and '.join(PRECISIONS)}")
+    if precision == "bf16":
+        _warn_of_slow_bf16()
     return precision
+
+
+@cache  # once in a process
+def _warn_of_slow_bf16() -> None:
+    """Say so if a CPU computes that oneDNN has no bf16 for: one without AVX-512, of PCs."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    if torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    if not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            "warning: this processor computes in bf16 several times as slowly as in fp32; take "
+            "--mixed_precision no, unless a run that began in bf16 goes on",
+            file=sys.stderr,
+        )
 
 
 def check_range(levels: list[float] | None) -> tuple[float, float] | None:
