@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
+from utils.privacy.accounting import pld_epsilon
 
 # By its path: Opacus installs a package of the name benchmarks.
 table = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "table.py")))
@@ -162,6 +163,9 @@ def test_rows_are_described_as_they_are():
     for row in rows:
         if "privacy" in row and row["epsilon"]:
             assert row["privacy"]["epsilon"] <= row["epsilon"]
+        if events := row.get("privacy", {}).get("events"):
+            epsilon = pld_epsilon(events, row["privacy"]["delta"])
+            assert row["privacy"]["epsilon"] == pytest.approx(epsilon, abs=1e-3), row["cell"]
         if "networks" in row:
             mean = sum(row["networks"].values()) / len(row["networks"])
             assert abs(mean - row["accuracy"]) < 1e-9
