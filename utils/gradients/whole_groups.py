@@ -1,9 +1,9 @@
 """Group norm on a CPU: each image by itself, wherever it lies in a batch.
 
 Of images in channels_last PyTorch shares out the pixels of a whole batch among its threads, if an
-image has 1,024 of them (backward: 2,048): a group that lies across a border is added up in two parts. One unit more
-in front would move the borders into other units, and change their gradients: under autocast to
-bf16 by a tenth of C in all, of 30. In the usual layout a group is one thread's.
+image has 1,024 of them (backward: 2,048): a group that lies across a border is added up in two
+parts. One unit more in front would move the borders into other units, and change their gradients:
+under autocast to bf16 by a tenth of C in all, of 30. In the usual layout a group is one thread's.
 """
 
 from collections.abc import Callable

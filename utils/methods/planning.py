@@ -15,7 +15,7 @@ from utils.data.diagnostics import list_class_captions, show_private_set, warn_o
 from utils.data.images import describe_left_out
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows, name_source, read_captions
-from utils.data.units import number_units
+from utils.data.units import number_units, warn_of_similar_units
 from utils.errors import UsageError, on_main_process, require_alike
 from utils.files import CACHE, private_folder
 from utils.gradients.per_unit_gradients import PerUnitGradients
@@ -103,6 +103,7 @@ def load_private_rows(
         find_family(told).check_captions(captions)
         on_main_process(lambda: _check_classes(find_family(told), rows, data))
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
+    warn_of_similar_units(rows, data.privacy_unit_column)
     return PrivateRows(data, rows, num_units)
 
 
