@@ -47,8 +47,7 @@ class Facts:
         method: the tag of the method, such as dp-lora.
         usage: Python that makes `pipeline`; `{load}({base})` and `{adapter}` stand for what loads
             the base model, and for the repository.
-        base: where the base model is. pipeline: name of its class.
-        drawing: how the images in samples/ were drawn.
+        base: where the base model is. pipeline: its class. drawing: how samples/ were drawn.
         prompt_code: the first prompt, as Python that calls the pipeline has it.
         prompts: of those, of which there are `num_samples`: image i has prompt i modulo the number
             of prompts, and starts from the noise of a generator whose seed is i.

@@ -33,6 +33,7 @@ from utils.methods.outlook import (
     show_plan,
 )
 from utils.methods.planning import (
+    check_captions,
     load_private_rows,
     plan_training,
     preview,
@@ -127,10 +128,12 @@ def run_method(
     privacy = join_ledger(privacy, method.stages)
 
     # Adapt the public model, and choose what was not asked for.
+    data = adopt_template(data, model)
+    found = load_private_rows(accelerator, data, training, method.stages.warm_start)
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)
-    modules, data = leave_out_unused(stage.pipeline, stage.resolution), adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training, stage.pipeline, method.stages.warm_start)
+    modules = leave_out_unused(stage.pipeline, stage.resolution)
+    check_captions(found, stage.pipeline, training.validation_prompt)
     facts = collect_facts(modules, found.num_units, method.rate, method.has_warm_start())
     privacy, training, reasons = choose_missing(privacy, training, method.before(stage, facts))
     engine = PerUnitGradients(modules, privacy.noise_multiplicity)

@@ -24,6 +24,7 @@ from utils.methods.means import read_means, run_release
 from utils.methods.planning import (
     ALONE,
     OtherStages,
+    check_captions,
     check_later_training,
     load_private_rows,
 )
@@ -94,13 +95,15 @@ def check_adapter(
     with after it.
 
     Raises:
-        UsageError: see `load_stage`, `add_lora`, `leave_out_unused` and `load_private_rows`.
+        UsageError: see `load_private_rows`, `load_stage`, `add_lora`, `leave_out_unused` and
+            `check_captions`.
     """
     accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
+    found = load_private_rows(accelerator, adopt_template(data, model), training)
     stage = load_stage(accelerator, model, data, privacy, training)
     add_lora(stage.pipeline, lora)
     leave_out_unused(stage.pipeline, stage.resolution, silently=True)  # training says what
-    load_private_rows(accelerator, adopt_template(data, model), training, stage.pipeline)
+    check_captions(found, stage.pipeline, training.validation_prompt)
 
 
 def select_first(

@@ -75,40 +75,44 @@ def load_private_rows(
     accelerator: Accelerator,
     data: DataArguments,
     training: TrainingArguments,
-    told: DiffusionPipeline | None = None,
     public: list[str] | None = None,
 ) -> PrivateRows:
-    """Whatever `datasets` caches of the images stays under OUTPUT_DIR/private.
+    """Before a base is downloaded. Whatever `datasets` caches of the images stays under
+    OUTPUT_DIR/private.
 
     Args:
-        told: the model that is to be told the captions, and the prompts.
         public: folders and Hub ids of images that the stage takes as public.
 
     Raises:
-        UsageError: see `load_rows`, `read_captions`, `refuse_as_private`,
-            `refuse_own_images`; or that model cannot be told one of them.
+        UsageError: see `load_rows`, `read_captions`, `number_units`, `refuse_as_private`,
+            `refuse_own_images`.
     """
     name = data.train_data_dir or data.dataset_name
     if name is not None:
         refuse_own_images(public or [], name)
         on_main_process(lambda: refuse_as_private(name))
-    if told is not None:
-        find_family(told).check_captions(training.validation_prompt or [])
     if training.num_units is not None:
         return PrivateRows(data, None, training.num_units)
     with accelerator.main_process_first():
         rows = load_rows(data, private_folder(training.output_dir) / CACHE)
-    captions = read_captions(rows, data)
-    if told is not None:
-        find_family(told).check_captions(captions)
-        on_main_process(lambda: _check_classes(find_family(told), rows, data))
+    read_captions(rows, data)
     num_units = int(number_units(rows, data.privacy_unit_column).max()) + 1
     warn_of_similar_units(rows, data.privacy_unit_column)
     return PrivateRows(data, rows, num_units)
 
 
+def check_captions(
+    found: PrivateRows, pipeline: DiffusionPipeline, prompts: list[str] | None
+) -> None:
+    """Raises: UsageError if that model cannot be told one of them, or tell the classes apart."""
+    family = find_family(pipeline)
+    family.check_captions(prompts or [])
+    if found.rows is not None:
+        family.check_captions(read_captions(found.rows, found.data))
+        on_main_process(lambda: _check_classes(family, found.rows, found.data))
+
+
 def _check_classes(family: Family, rows: Dataset, data: DataArguments) -> None:
-    """Raises: UsageError if the model cannot tell the classes apart; it names none."""
     warn_of_captions(rows, data)
     captions = list_class_captions(rows, data)
     if alike := family.count_alike(captions):

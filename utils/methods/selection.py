@@ -32,6 +32,7 @@ from utils.methods.choice import Keep, build_keep, conclude
 from utils.methods.planning import (
     ALONE,
     OtherStages,
+    check_captions,
     check_later_training,
     describe,
     load_private_rows,
@@ -65,16 +66,19 @@ def run_selection(
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
     accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
+    found = None
+    if args.mechanism != "random":  # which reads nothing, and costs nothing
+        data = adopt_template(data, model)
+        found = load_private_rows(accelerator, data, training)
     stage = load_stage(accelerator, model, data, privacy, training)
     candidates, side = find_used_candidates(stage, args.scope), stage.resolution
     scoring = build_scoring(list(candidates), args)
     keep = build_keep(candidates, scoring, lora)
-    if args.mechanism == "random":  # reads nothing, costs nothing
+    if found is None:
         return select_at_random(stage, scoring, keep, args, training)
 
     # Plan the one release, and reserve it.
-    data = adopt_template(data, model)
-    found = load_private_rows(accelerator, data, training, stage.pipeline)
+    check_captions(found, stage.pipeline, training.validation_prompt)
     width = median_width([module.weight.shape for module in candidates.values()])
     facts = PublicFacts(found.num_units, int(keep.trained.sum()), width, ADAPTER_RATE)
     privacy, training, _ = choose_missing(privacy, training, facts)
