@@ -88,7 +88,10 @@ def main():
     from utils.audit.auditing import plot_findings
     from utils.data.folders import refuse_among_images
     from utils.files import make_private, private_folder, write_durably
+    from utils.ledger.public_sets import refuse_as_public
 
+    if args.data_is_public:
+        refuse_as_public("--data_is_public:", data.train_data_dir or data.dataset_name)
     output_dir, is_private = Path(args.output_dir), names_images(data) and not args.data_is_public
     refuse_among_images(output_dir, data.train_data_dir, data.dataset_name)
     make_private(private_folder(output_dir))

@@ -73,10 +73,11 @@ def show(args: ShowArguments) -> None:
         print(f"run {run['run']}: {run['released']} of {run['planned']} steps, {run['state']}")
     print(f"\ntogether, at delta {delta:g}    PLD      PRV")
     pld, prv = report["epsilon"]["pld"], report["epsilon"]["prv"]
-    print(f"add or remove one   {pld['add_or_remove_one']:8.3f} {prv['add_or_remove_one']:8.3f}")
-    print(f"replace one         {pld['replace_one']:8.3f} {prv['replace_one']:8.3f}")
+    for what in ("add_or_remove_one", "replace_one"):
+        print(f"{what.replace('_', ' '):17} {quote(pld[what]):>10} {quote(prv[what]):>8}")
     for rate, power in report["membership_inference"].items():
-        print(f"membership inference, false-positive rate {rate}: at most {power:.4f} are found")
+        found = f"at most {quote(power, 4)} are found"
+        print(f"membership inference, false-positive rate {rate}: {found}")
     plot_spent(events, delta, args.plot)
     print(f"see {args.plot}")
     if args.json:

@@ -14,6 +14,7 @@ FLOORS = [
     {"chatter", "version", "memory"},
     {"errors"},
     {"files", "fetching"},
+    {"listing"},
     {"arguments", "metrics"},
     {"gradients"},
     {"privacy"},

@@ -115,9 +115,15 @@ def test_what_fails_beside_others_alone_is_not_left_out(tmp_path, monkeypatch, e
     kept, left_out = keep_readable(image_rows([cell] * 16 + [cell | {"bytes": b"broken"}]))
     assert (len(kept), left_out) == (16, {"unreadable": 1}) and together
 
+    together.clear()
+    (batch,) = images.read_pixel_batches(kept, 8, 16)  # as training does, and each step again
+    assert len(batch) == 16 and together
+
     with pytest.raises(MemoryError):  # alone, too
         monkeypatch.setattr(images, "open_image", run_out)
         keep_readable(image_rows([cell]))
+    with pytest.raises(MemoryError):
+        list(images.read_pixel_batches(kept, 8, 16))
 
 
 def run_out(*arguments):

@@ -134,6 +134,9 @@ def test_the_words_name_the_unit_and_round_up(statement):
     words = describe_plainly(patients)
     assert "any one patient's images were among" in words
     assert "at most 31.3 in a hundred" in words and "at most 5 in a hundred" in words
+    for epsilon, odds in ((2.35, "11"), (1.0, "2.72"), (0.5, "1.65"), (20.0, "4.86e+08")):
+        told = describe_plainly(statement | {"epsilon": {"add_or_remove_one": epsilon}})
+        assert f"a factor of at most e^epsilon = {odds}, except" in told
 
 
 def test_reproducible_noise_gives_no_epsilon():

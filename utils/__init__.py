@@ -78,12 +78,12 @@
         evaluation_card     a card's section on evaluate.py's figures
     data/           rows to images, captions, latents and losses
         folders             an image folder: its files and classes, as rows
-        listing             what lies below a folder: files, images, splits
         metadata            the tables of an image folder, as text
         parquet             whether a folder's parquet files all belong to a split
         rows                loading a split; the caption and label of each row
         units               whose each row is: the privacy units
         grey_levels         which levels of a grey of more than 8 bits are black and white
+        image_column        the column that holds the images
         images              which images can be read; decoding, cropping, batches, sheets
         private_set         the readable rows with their captions and units
         diagnostics         what the owner of a private set should look at first
@@ -145,6 +145,7 @@
     arguments/      every option of every script, a dataclass a group; `parsing` reads them
     memory          how much of it something takes, and how many images fit at once
     fetching        one file of a folder, or of a repository on the Hub
+    listing         what lies below a folder: files, images, splits; also behind links
     files           names of what a run leaves; files whole or absent, digests, modes
     version         which version of this code made something
     chatter         what libraries say that helps nobody

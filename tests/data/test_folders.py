@@ -168,6 +168,8 @@ def test_what_is_not_used_is_counted_with_its_reason(tmp_path, capsys):
         draw(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "scan.dcm").write_bytes(b"")
+    (tmp_path / "IM00001").write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "captions.csv").write_text("file_name,text\n0.png,x\n")
     (tmp_path / ".DS_Store").write_bytes(b"")
     table = [{"file_name": f"{number}.png", "text": "x"} for number in (0, 1, 2, 9)]
     write_csv(tmp_path / "metadata.csv", table)
@@ -179,9 +181,11 @@ def test_what_is_not_used_is_counted_with_its_reason(tmp_path, capsys):
         "1 .png (in the metadata, but not there)",
         "1 .txt (not an image)",
         "1 .dcm (a scan, convert it)",
+        "1 other (a scan, convert it)",
+        "1 .csv (a table is read if it is metadata.csv or .jsonl)",
     ):
         assert part in said
-    assert ".csv" not in said and "DS_Store" not in said
+    assert said.count(".csv (") == 1 and "DS_Store" not in said
 
 
 def test_nothing_is_said_where_all_is_used(tmp_path, capsys):

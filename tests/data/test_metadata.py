@@ -59,8 +59,8 @@ def test_csv_files_as_programs_write_them(tmp_path, content):
 @pytest.mark.parametrize(
     "name, content, sentence",
     [
-        ("csv", ("file_name,text\n" + ROWS).replace(",", ";"), "it has: file_name;text"),
-        ("csv", ("file_name,text\n" + ROWS).replace(",", "\t"), "it has: file_name\ttext"),
+        ("csv", ("file_name,text\n" + ROWS).replace(",", ";"), "separated by semicolons or tabs"),
+        ("csv", ("file_name,text\n" + ROWS).replace(",", "\t"), "save it with commas"),
         ("csv", "filename,text\n" + ROWS, "it has: filename, text"),
         ("csv", "File_Name,text\n" + ROWS, "it has: File_Name, text"),
         ("csv", "file_name,text,text\n0.png,a,b\n", "two columns have one name"),
@@ -229,10 +229,12 @@ def test_paths_from_the_root_and_back_up_are_the_same_images(tmp_path, monkeypat
             assert (rows["text"], rows["file_name"]) == (["a cat"], ["sub/a.png"]), (name, folder)
 
 
-def test_a_folder_of_scans_says_how_to_convert_them(tmp_path):
-    for name in ("1.dcm", "2.DCM"):
+@pytest.mark.parametrize("names", [["1.dcm", "2.DCM"], ["1", "1.2.840.113"]])
+def test_a_folder_of_scans_says_how_to_convert_them(tmp_path, names):
+    for name in names:
         (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
-    with pytest.raises(UsageError, match="but 2 scans such as 1.dcm: convert .* --intensity_range"):
+    sentence = f"but 2 scans such as {names[0]}: convert .* --intensity_range"
+    with pytest.raises(UsageError, match=sentence):
         load(tmp_path)
 
 

@@ -152,6 +152,8 @@ def test_the_test_images_of_parquet_files_and_of_a_saved_dataset(tmp_path, split
         else:
             with pytest.raises(UsageError, match="the test images .* name one"):
                 load_split(*where)
+            with pytest.raises(UsageError, match="it has the splits a, b: give one as --split"):
+                load_split(*where[:3], "train", where[4])
 
 
 def test_what_pyarrow_writes_can_be_trained_on(tmp_path, tiny_base):

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,8 @@ def test_training_on_it_ends_well_and_counts_the_units_right(torture, tiny_base,
     assert statement["num_units"] == named
     event = statement["events"][0]
     assert event["sampling_rate"] == pytest.approx(10 / named, abs=1e-12)
+    listed = read_json(tmp_path / "run" / "private" / "data.json")["left_out_images"]
+    assert sorted(map(Path, listed["unreadable"])) == sorted(folder / name for name in bad)
     about = read_json(next((tmp_path / "latents").glob("*/about.json")))
     # Of this tokenizer's few words, all but the empty captions make more than 8 tokens.
     assert about == {"rows": len(good), "captions_cut": len(good) * 3 // 4}
@@ -130,7 +133,8 @@ def test_training_on_it_ends_well_and_counts_the_units_right(torture, tiny_base,
 def test_strict_images_refuses_it_with_a_sentence(torture, tiny_base, tmp_path):
     arguments = train_arguments(tiny_base, torture[0], tmp_path / "run", "--caption_column", "text")
     shown = train_here([*arguments, "--strict_images", "--intensity_range", *LEVELS])
-    assert shown.startswith("error: the image of row") and "is unreadable" in shown
+    assert shown.startswith("error: images that cannot be used (--strict_images): ")
+    assert shown.count(" (unreadable)") == 5 and "and 1 more" in shown
     assert not (tmp_path / "run" / "privacy.json").exists()
 
 

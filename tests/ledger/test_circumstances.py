@@ -20,6 +20,7 @@ from utils.ledger.statement import (
     UNKNOWN_BASE,
     Circumstances,
     add_base,
+    begins_with,
     quote_total,
 )
 from utils.methods.private_run import describe_for_trackers
@@ -204,13 +205,17 @@ def test_the_cap_counts_what_the_private_bases_have_cost(tmp_path):
 
 
 def test_bases_that_no_ledger_knows_are_told_apart_by_what_they_did(tmp_path):
-    """Statements without an entry, as others may write: one must not stand for another."""
-    ledger, bases = Ledger(tmp_path / "ledger.jsonl"), [state(steps=steps) for steps in (2, 9)]
+    """Statements without an entry, as others may write: one must not stand for another, though it
+    be of the same recipe."""
+    ledger, files = Ledger(tmp_path / "ledger.jsonl"), [{"unet": "a"}, {"unet": "a"}, {"unet": "b"}]
+    bases = [state(steps=n) | {"files": f} for n, f in zip((2, 9, 9), files, strict=True)]
+    bases = [{k: v for k, v in base.items() if k != "ledger"} for base in bases]
     for base in (*bases, bases[0]):
-        about = Circumstances(base={k: v for k, v in base.items() if k != "ledger"})
+        about = Circumstances(base=base)
         ledger.reserve(PLAN.terms(True), made_with=about.made_with())
     events, _ = compose_with_bases(ledger.records())
-    assert sorted(event["steps"] for event in events[:2]) == [2, 9] and len(events) == 5
+    assert sorted(event["steps"] for event in events[:3]) == [2, 9, 9] and len(events) == 7
+    assert begins_with(bases[1], bases[1]) and not begins_with(bases[1], bases[2])
 
 
 def test_the_cap_does_not_count_a_base_twice_that_the_ledger_itself_paid_for(tmp_path):

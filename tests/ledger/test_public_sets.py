@@ -14,7 +14,7 @@ from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
-from utils.evaluation.trained_extractors import list_public_data, refuse_as_learned_from
+from utils.evaluation.trained_extractors import list_public_data, refuse_as_not_public
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import (
     refuse_as_private,
@@ -53,10 +53,11 @@ def test_a_doubt_about_images_is_told(images, capsys, name, content, warns):
     assert said.count("drawn by what nobody could tell") == warns and bool(said) == warns
 
 
-def test_private_images_that_are_called_public_are_told_of(images, tmp_path, capsys):
+@pytest.mark.parametrize("configuration", ["", ", chest"])
+def test_private_images_that_are_called_public_are_told_of(images, tmp_path, capsys, configuration):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     run = ledger.reserve(build_plan().terms(True)).run
-    remember_run(str(images.resolve()), ledger, run, 1.0, 1e-4)
+    remember_run(f"{images.resolve()}{configuration}", ledger, run, 1.0, 1e-4)
     refuse_as_public("--public_data", str(images))
     said = capsys.readouterr().err
     assert f"charged to the ledger {ledger.path} as private images" in said
@@ -78,6 +79,12 @@ def test_public_inputs_of_every_kind_are_asked(images, tmp_path, run_script):
     more = ["--resolution", 32, "--label_column", "label", "--output_dir", tmp_path / "base"]
     run = run_script("pretrain_ldm.py", "--dataset_name", images, *more)
     assert run.returncode == 2 and REFUSED in run.stderr and not (tmp_path / "base").exists()
+    judged = EvaluateArguments(synthetic="set", test_data_dir=str(images), test_is_public=True)
+    with pytest.raises(UsageError, match=f"--test_is_public: .*{REFUSED}"):
+        refuse_as_not_public(judged, ExtractorArguments())
+    more = ["--data_is_public", "--mutants", "--label_column", "label"]
+    run = run_script("audit_privacy.py", "--train_data_dir", images, *more)
+    assert run.returncode == 2 and f"--data_is_public: {images}" in run.stderr
 
 
 MADE = {
@@ -128,6 +135,42 @@ def test_the_private_images_themselves_are_not_public(images, monkeypatch):
         with pytest.raises(UsageError, match="what is public must lie elsewhere"):
             refuse_own_images(["user/other", public], private)
     refuse_own_images(["user/other", "images/some"], "user/scans")
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["a folder", "its files"])
+def test_what_links_lead_to_is_asked_as_well(images, tmp_path, deep):
+    """Images are read behind links, so that is where they lie."""
+    (made := tmp_path / "run" / "set").mkdir(parents=True)
+    (public := tmp_path / "public").mkdir()
+    for number, place in enumerate((images, made)):
+        Image.new("L", (8, 8), number).save(place / "x.png")
+        link = public / place.name
+        if deep:
+            link.mkdir()
+            (link / "x.png").symlink_to(place / "x.png")
+        else:
+            link.symlink_to(place)
+    for private, other in ((images, public), (public, images)):
+        with pytest.raises(UsageError, match="or leads to it by a link"):
+            refuse_own_images([str(other)], str(private))
+    refuse_own_images([str(images)], str(made))
+    for refuse in (partial(refuse_as_public, "--stand_in"), refuse_as_private):
+        refuse(str(public))
+    (made / "privacy.json").write_text("{}")
+    for refuse in (partial(refuse_as_public, "--stand_in"), refuse_as_private):
+        with pytest.raises(UsageError, match=f"{made} has a privacy.json"):
+            refuse(str(public))
+
+
+def test_links_to_other_files_of_one_pool_are_no_overlap(images, tmp_path):
+    for number, name in enumerate(("private", "public")):
+        Image.new("L", (8, 8), number).save(images / f"{number}.png")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").symlink_to(images / f"{number}.png")
+    refuse_own_images([str(tmp_path / "public")], str(tmp_path / "private"))
+    (tmp_path / "public" / "y.png").symlink_to(images / "0.png")
+    with pytest.raises(UsageError, match="or leads to it by a link"):
+        refuse_own_images([str(tmp_path / "public")], str(tmp_path / "private"))
 
 
 def test_every_stage_asks_what_its_private_images_are(images, tiny_base, run_script, tmp_path):
@@ -210,9 +253,9 @@ def test_evaluation_does_not_learn_from_the_images_to_protect(images, tmp_path, 
     private = elsewhere | {"private_data_dir": str(images)}
     for sets in (own, private, private | {"test_is_public": True}):
         with pytest.raises(UsageError, match="what is public must lie elsewhere"):
-            refuse_as_learned_from(EvaluateArguments(synthetic="set", **sets), extractor)
+            refuse_as_not_public(EvaluateArguments(synthetic="set", **sets), extractor)
     for sets in (elsewhere, own | {"test_is_public": True}):
-        refuse_as_learned_from(EvaluateArguments(synthetic="set", **sets), extractor)
+        refuse_as_not_public(EvaluateArguments(synthetic="set", **sets), extractor)
 
 
 @pytest.mark.parametrize(

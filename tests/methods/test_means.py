@@ -258,6 +258,7 @@ def test_two_processes_release_one_sum(image_folder, tmp_path):
         (["--release", "random_features", "random_features"], "one of them twice"),
         (["--class_names", "0", "1"], "a row has a class that --class_names does not name"),
         (["--class_names", "0", "0"], "names a class twice"),
+        (["--privacy_unit_column", "label"], "would be those of whom to protect"),
         (["--num_frequencies", "0"], "--num_frequencies 0 must be at least 1"),
         (["--length_scale", "nan"], "positive and finite"),
         (["--release_epsilon", "-1"], "must be positive"),

@@ -198,7 +198,7 @@ def test_unreadable_images_are_skipped_or_refused(run_script, tiny_base, image_f
     assert plan["images_left_out"] == {"unreadable": 1} and plan["num_units"] == 40
     assert "1 of 40 units have no image that can be used (left out: 1 unreadable)" in run.stderr
     run = run_script("train_dp_lora.py", *arguments, "--strict_images")
-    assert run.returncode == 2 and "row 3 is unreadable" in run.stderr
+    assert run.returncode == 2 and f"{damaged / '0' / '3.png'} (unreadable)" in run.stderr
 
 
 def test_the_command_line_wins_over_the_config(run_script, tiny_base, image_folder, tmp_path):

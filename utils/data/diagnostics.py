@@ -92,6 +92,7 @@ def _show(private_set: PrivateSet, resolution: int, folder: Path) -> None:
         "units": private_set.num_units,
         "units_without_image": private_set.without_image,
         "left_out": dict(private_set.left_out),
+        "left_out_images": dict(private_set.bad),
         "pictures_in_several_units": repeated,
         "captions_empty": empty,
     }

@@ -8,20 +8,21 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
 
-from utils.data.listing import find_image_extensions, find_split, list_files
 from utils.data.metadata import FILE_NAME, METADATA_NAMES, read_metadata, require_images
 from utils.errors import UsageError
 from utils.files import read_text
+from utils.listing import find_image_extensions, find_reach, find_split, list_files
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
+DICOM = b"DICM"  # of scans without a suffix, after 128 bytes
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".ods")
 CAMERA = (".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 PARQUET = ".parquet"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.parquet$")
@@ -45,10 +46,7 @@ def refuse_among_images(
     for images in sets:
         if images is None or not Path(images).is_dir():
             continue
-        places = {Path(images).resolve()}
-        with suppress(OSError):  # who reads the images says so
-            places |= list_files(Path(images)).places
-        if not places.isdisjoint((output, *output.parents)):
+        if not find_reach(str(images)).places.isdisjoint((output, *output.parents)):
             raise UsageError(
                 f"{option} {output_dir} lies in {images}, whose images are read: pictures of "
                 "this run would be among them next time; name a folder elsewhere"
@@ -66,7 +64,8 @@ def is_image_folder(folder: Path) -> bool:
     suffixes = Counter(path.suffix.lower() for path in files)
     images = sum(suffixes[suffix] for suffix in find_image_extensions())
     if not suffixes[PARQUET]:
-        return any(suffixes[suffix] for suffix in ARCHIVES + MEDICAL + CAMERA) or images > 0
+        others = any(suffixes[suffix] for suffix in ARCHIVES + CAMERA)
+        return images > 0 or others or any(map(_is_scan, files))
     tables = [path for path in files if path.suffix.lower() == PARQUET]
     strays = [path for path in tables if not SHARD.search(path.name.lower())]
     if images > len(tables) and strays:
@@ -94,7 +93,9 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     unused |= {path: "not an image" for path in files if path.suffix.lower() not in extensions}
     if not images:
         raise UsageError(f"{root} holds no images{_hint_at(unused)}")
-    unused |= {path: "a scan, convert it" for path in files if path.suffix.lower() in MEDICAL}
+    names = {path for path in files if path.suffix.lower() in TABLES}
+    unused |= dict.fromkeys(names, "a table is read if it is metadata.csv or .jsonl")
+    unused |= {path: "a scan, convert it" for path in files if _is_scan(path)}
     unused |= {path: "convert it to JPEG" for path in files if path.suffix.lower() in CAMERA}
     tables = [path for path in unused if path.name.lower() in METADATA_NAMES]
     if root != folder:
@@ -107,10 +108,19 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     return _make_rows(images, root, columns)
 
 
+def _is_scan(path: Path) -> bool:
+    """By its suffix; or by how it begins, if it has none, or a number's, as archives name them."""
+    suffix = path.suffix.lower()
+    if suffix[1:2].isalpha():
+        return suffix in MEDICAL
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == DICOM
+
+
 def _hint_at(files: Iterable[Path]) -> str:
     """What to do with what a folder without images holds."""
     archives = [path.name for path in files if path.suffix.lower() in ARCHIVES]
-    scans = [path.name for path in files if path.suffix.lower() in MEDICAL]
+    scans = [path.name for path in files if _is_scan(path)]
     photographs = [path.name for path in files if path.suffix.lower() in CAMERA]
     if photographs:
         return (

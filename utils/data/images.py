@@ -8,8 +8,8 @@ import hashlib
 import io
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from utils.chatter import hush_pillow
 from utils.data.grey_levels import MORE_BITS, GreyLevels, MoreBitsError, Window
-from utils.data.listing import list_image_formats
-from utils.data.rows import load_split, require_column
+from utils.data.image_column import check_image_column
+from utils.data.rows import load_split
 from utils.errors import UsageError
+from utils.listing import list_image_formats
 
 LARGEST_IMAGE = 178_956_970  # pixels; more is taken for a decompression bomb
 PERCENT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # not how many rows there are
@@ -36,6 +37,7 @@ CHANGED = (
     "as they are while a run reads them, and give every process the same"
 )
 UNREADABLE = "unreadable"
+LISTED = 5  # images that cannot be used, in an error
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 hush_pillow()
@@ -74,12 +76,17 @@ class Checked(NamedTuple):
     Attributes:
         good: the numbers of the rows whose image can be used. digests: of the bytes of each,
             [n, 32].
-        left_out: how many others there are, by the reason.
+        bad: by the reason, the others: by the path of the image, or the number of the row.
     """
 
     good: list[int]
     digests: np.ndarray
-    left_out: Counter
+    bad: dict[str, list[str]]
+
+    @property
+    def left_out(self) -> Counter:
+        """How many, by the reason."""
+        return count_bad(self.bad)
 
 
 def keep_readable(images: ImageRows, strict: bool = False) -> tuple[ImageRows, Counter]:
@@ -113,59 +120,35 @@ def find_readable_rows(images: ImageRows, strict: bool = False) -> Checked:
         UsageError: the column is missing or holds no images; a disk fails, or forbids; no image
             can be used, or, with `strict`, any cannot. MemoryError: there was too little for one.
     """
-    _check_column(images)
-    good, digests, left_out = [], [], Counter()
+    check_image_column(images.rows, images.column)
+    good, digests, bad = [], [], defaultdict(list)
     work = partial(_check, window=images.window)
     with tqdm(total=len(images), desc="checking images", bar_format=PERCENT, leave=False) as bar:
         for start, checked in _map_rows(images, 256, work):
             for index, found in enumerate(checked, start):
-                if found == UNREADABLE:
-                    found = work(images.undecoded()[index][images.column], alone=True)
+                if isinstance(found, str):
+                    raw = images.undecoded()[index][images.column]
+                    found = work(raw, alone=True) if found == UNREADABLE else found
                 if isinstance(found, bytes):
                     good.append(index)
                     digests.append(found)
-                elif strict:
-                    raise UsageError(f"the image of row {index} is {found} (--strict_images)")
                 else:
-                    left_out[found] += 1
+                    bad[found].append((raw or {}).get("path") or f"row {index}")
             bar.update(len(checked))
     if not good:
-        raise UsageError(_explain_why_none(len(images), left_out))
-    return Checked(good, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), left_out)
-
-
-def _check_column(images: ImageRows) -> None:
-    require_column(images.rows, images.column, "--image_column")
-    feature = images.rows.features[images.column]
-    if isinstance(feature, dict):  # pyarrow's struct of bytes and path
-        readable = getattr(feature.get("bytes"), "dtype", "").endswith("binary")
-    else:  # datasets' own; or the bytes alone
-        readable = isinstance(feature, Image) or getattr(feature, "dtype", "").endswith("binary")
-    if not readable:
+        raise UsageError(_explain_why_none(len(images), count_bad(bad)))
+    if strict and bad:
+        names = [f"{name} ({why})" for why, found in sorted(bad.items()) for name in found]
+        more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
         raise UsageError(
-            f"--image_column {images.column} does not hold images, but {_name_feature(feature)}"
+            f"images that cannot be used (--strict_images): {', '.join(names[:LISTED])}{more}"
         )
+    return Checked(good, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), dict(bad))
 
 
-def find_image_column(rows: Dataset, asked: str | None, argument: str) -> str:
-    """The column of the images: as asked; or `image`; or the only one that holds images.
-
-    Raises:
-        UsageError: several do, or none.
-    """
-    if asked is not None:
-        require_column(rows, asked, argument)
-        return asked
-    found = [name for name in rows.column_names if isinstance(rows.features[name], Image)]
-    found = found or [name for name in rows.column_names if name == "image"]
-    if "image" in found or len(found) == 1:
-        return "image" if "image" in found else found[0]
-    raise UsageError(f"give {argument}: the columns are {', '.join(rows.column_names)}")
-
-
-def _name_feature(feature: object) -> str:
-    kind = getattr(feature, "dtype", None) or type(feature).__name__
-    return "texts; for paths or addresses, make an image folder" if kind == "string" else kind
+def count_bad(bad: Mapping[str, Sequence[str]]) -> Counter:
+    """How many images cannot be used, by the reason."""
+    return Counter({why: len(names) for why, names in bad.items()})
 
 
 def _explain_why_none(count: int, left_out: Counter) -> str:
@@ -276,16 +259,21 @@ def read_pixel_batches(
             `digests` [rows, 32].
     """
 
-    def pixels(raw: dict) -> tuple[torch.Tensor, bytes] | None:
+    def pixels(raw: dict, alone: bool = False) -> tuple[torch.Tensor, bytes] | None:
         try:
             content = _read_bytes(raw)
             image = open_image(content, images.window, 2 * resolution)
             return crop_to_pixels(image, resolution), hashlib.sha256(content).digest()
-        except Exception:  # as in `_check`; the error may name a private file
+        except Exception as error:  # as in `_check`; the error may name a private file
+            if alone and isinstance(error, MemoryError):
+                raise
             return None
 
     for start, batch in _map_rows(images, batch_size, pixels):
         for row, read in enumerate(batch, start):
+            if read is None:
+                raw = images.undecoded()[row][images.column]
+                read = batch[row - start] = pixels(raw, alone=True)
             if read is None or (digests is not None and digests[row].tobytes() != read[1]):
                 raise UsageError(CHANGED)
         yield torch.stack([image for image, _ in batch])

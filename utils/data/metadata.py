@@ -68,6 +68,8 @@ def _find_named(folder: Path, name: str) -> Path:
 def _read_csv(table: Path) -> list[dict]:
     reader = csv.DictReader(io.StringIO(read_text(table)), strict=True)
     names = [name.strip() for name in reader.fieldnames or ()]
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        raise ValueError("its columns are separated by semicolons or tabs: save it with commas")
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have one name, among {', '.join(names)}")
     reader.fieldnames = names

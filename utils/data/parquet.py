@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import get_dataset_config_names, load_dataset_builder
 
 from utils.data.folders import PARQUET
-from utils.data.listing import list_files
+from utils.listing import list_files
 
 
 def require_all_parquet(folder: Path, cache: str | None) -> None:

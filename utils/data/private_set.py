@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from utils.arguments.training import DataArguments
 from utils.data.grey_levels import Window
-from utils.data.images import ImageRows, find_readable_rows
+from utils.data.images import ImageRows, count_bad, find_readable_rows
 from utils.data.rows import read_captions
 from utils.data.units import number_units
 from utils.errors import UsageError, on_main_process
@@ -25,7 +25,7 @@ class PrivateSet:
     Attributes:
         rows: the dataset; its images are in `image_column`.
         captions: [rows]. unit_of_row: [rows], the privacy unit, from 0.
-        left_out: how many rows were, because their image could not be used, by the reason.
+        bad: images that were left out, because they cannot be used, by the reason; private.
         digests: [rows, 32], the SHA-256 of each image's bytes, to detect changes; never published.
         window: see `ImageRows`.
         without_image: how many units have no row here; they have the last numbers.
@@ -35,7 +35,7 @@ class PrivateSet:
     image_column: str
     captions: Sequence[str]
     unit_of_row: torch.Tensor
-    left_out: Mapping[str, int]
+    bad: Mapping[str, Sequence[str]]
     digests: np.ndarray
     window: Window = None
     without_image: int = 0
@@ -44,6 +44,11 @@ class PrivateSet:
     def num_units(self) -> int:
         """N, which is public: of all that are named, so that no image decides whether it counts."""
         return int(self.unit_of_row.max()) + 1 + self.without_image
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many rows were, by the reason."""
+        return count_bad(self.bad)
 
     @property
     def images(self) -> ImageRows:
@@ -73,18 +78,14 @@ def load_private_set(rows: Dataset, data: DataArguments) -> PrivateSet:
             read different data.
     """
     images = ImageRows(rows, data.image_column, data.window)
-    good, digests, left_out = on_main_process(
-        lambda: find_readable_rows(images, data.strict_images)
-    )
+    good, digests, bad = on_main_process(lambda: find_readable_rows(images, data.strict_images))
     named = units = number_units(rows, data.privacy_unit_column)
-    if left_out:
+    if bad:
         rows = rows.select(good)
         units = number_units(rows, data.privacy_unit_column)
     captions = read_captions(rows, data)
     without = int(named.max() - units.max())
-    found = PrivateSet(
-        rows, data.image_column, captions, units, left_out, digests, data.window, without
-    )
+    found = PrivateSet(rows, data.image_column, captions, units, bad, digests, data.window, without)
     if len(set(gather_object([found.digest]))) > 1:
         raise UsageError("the processes read different data: give all of them the same")
     return found

@@ -98,6 +98,8 @@ def load_saved(folder: Path, split: str | None) -> Dataset:
     """
     rows = load_from_disk(str(folder))
     if isinstance(rows, DatasetDict):
+        if split is not None and split not in rows:
+            raise ValueError(f"it has the splits {', '.join(rows)}: give one as --split")
         rows = rows[split or choose_split(rows)]
     elif split not in (None, "train", str(rows.split)):  # `train` is asked for by default
         raise ValueError(f"it was saved as one split, {rows.split or 'without a name'}")

@@ -21,10 +21,10 @@ from utils.arguments.evaluation import (
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.values import check_range
 from utils.data.folders import LABEL, TEXT
+from utils.data.image_column import find_image_column
 from utils.data.images import (
     ImageRows,
     describe_left_out,
-    find_image_column,
     find_readable_rows,
     read_pixel_batches,
 )
@@ -42,7 +42,7 @@ from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_
 from utils.evaluation.outputs import choose_output
 from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
-from utils.evaluation.trained_extractors import refuse_as_learned_from
+from utils.evaluation.trained_extractors import refuse_as_not_public
 from utils.files import (
     METRICS,
     REPORT,
@@ -71,7 +71,7 @@ def evaluate_set(
     """
     state, folder = PartialState(), Path(args.synthetic)
     runs = read_runs(args.compare or [])
-    on_main_process(lambda: refuse_as_learned_from(args, extractor))
+    on_main_process(lambda: refuse_as_not_public(args, extractor))
     if model.pretrained_model_name_or_path is not None:
         source = check_judge(sampling.reject_by, find_source(model, sampling))
         prepared = prepare_generation(model, sampling, source, folder, state)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.arguments.evaluation import EvaluateArguments, ExtractorArguments
-from utils.data.images import ImageRows, find_image_column, keep_readable, read_pixel_batches
+from utils.data.image_column import find_image_column
+from utils.data.images import ImageRows, keep_readable, read_pixel_batches
 from utils.data.rows import load_split, read_labels
 from utils.errors import UsageError
 from utils.files import replace_file, resolve_if_there
@@ -85,9 +86,10 @@ def list_public_data(args: ExtractorArguments) -> list[str]:
     return [*named, *learned_from]
 
 
-def refuse_as_learned_from(args: EvaluateArguments, extractor: ExtractorArguments) -> None:
-    """Refuse an extractor whose `--public_data` are among the images to protect: who lets private
-    images vote by its features would take it as public.
+def refuse_as_not_public(args: EvaluateArguments, extractor: ExtractorArguments) -> None:
+    """Refuse test images that are said to be public, but known not to be; and an extractor whose
+    `--public_data` are among the images to protect: who lets private images vote by its features
+    would take it as public.
 
     Raises:
         UsageError: they are the private images, or test images that are not said to be public.
@@ -96,7 +98,9 @@ def refuse_as_learned_from(args: EvaluateArguments, extractor: ExtractorArgument
     if args.has_private:
         refuse_own_images(learned_from, args.private_dataset_name or args.private_data_dir)
     test = args.test_dataset_name or args.test_data_dir
-    if test is not None and not args.test_is_public:
+    if args.test_is_public:
+        refuse_as_public("--test_is_public:", test)
+    elif test is not None:
         otherwise = "what is public must lie elsewhere, or the test images be --test_is_public"
         refuse_own_images(learned_from, test, otherwise)
 

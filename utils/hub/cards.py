@@ -173,7 +173,7 @@ def _front_matter(facts: Facts, statement: dict) -> str:
                 dataset_name=f"{statement['num_units']} private units",
                 metric_type="epsilon",
                 metric_name=f"epsilon (add or remove one) at delta {delta:g}",
-                metric_value=round(epsilon, 4),
+                metric_value=float(quote(epsilon)),
             )
         ]
     data = ModelCardData(
@@ -208,7 +208,7 @@ def _numbers(statement: dict) -> str:
         total, delta = quote_total(statement)
         rows.append((f"epsilon with its base model, at delta {delta:g}", quote(total)))
     for rate, power in statement.get("membership_inference", {}).items():
-        rows.append((f"membership inference at a false-positive rate of {rate}", f"{power:.4f}"))
+        rows.append((f"membership inference at a false-positive rate of {rate}", quote(power, 4)))
     for event in statement["events"]:
         noise = f"{event['noise_multiplier']:.4f}"
         mechanism = f"Poisson-sampled Gaussian, {event['steps']} steps"

@@ -15,7 +15,9 @@ def describe_plainly(statement: dict, what: str = "this repository") -> str:
         return f"**{statement['warning']}**"
     epsilon, delta = quote_total(statement)
     factor = math.exp(min(epsilon, 700))
-    odds = f"{factor:,.0f}" if 10 <= factor < 1e6 else f"{factor:.3g}"
+    scale = 1 if 10 <= factor < 1e6 else 10 ** (math.floor(math.log10(factor)) - 2)
+    shown = math.ceil(factor / scale - 1e-9) * scale  # three digits, and never less than it is
+    odds = f"{shown:,.0f}" if scale == 1 else f"{shown:.3g}"
     unit = name_one(statement)
     was = "image was" if unit == "image" else f"{unit}'s images were"
     weak = ""

@@ -9,6 +9,7 @@ from utils.fetching import fetch_file
 from utils.files import SAMPLING_SETTINGS, STATEMENT, resolve_if_there
 from utils.ledger.remembered import find_own_ledger
 from utils.ledger.verification import fetch_statement
+from utils.listing import find_reach
 
 IS_PUBLIC = "is_public"  # in sampling.json: whether nothing private is behind the images
 
@@ -75,28 +76,31 @@ def refuse_own_images(
     Raises:
         UsageError: one is `private`, is part of it, or holds it.
     """
-    own = Path(resolve_if_there(private))
+    own, reach = Path(resolve_if_there(private)), find_reach(private)
     for name in names:
         other = Path(resolve_if_there(name))
-        if own.is_relative_to(other) or other.is_relative_to(own):
+        nested = own.is_relative_to(other) or other.is_relative_to(own)
+        if nested or find_reach(name).meets(reach):
             raise UsageError(
-                f"{name} is the private images' own folder, {private}, or one is in the other: "
-                f"{otherwise}"
+                f"{name} is the private images' own folder, {private}, or one is in the other, or "
+                f"leads to it by a link: {otherwise}"
             )
 
 
 def find_carrier(name: str, revision: str | None = None) -> tuple[str | None, bool]:
     """What has the privacy statement of a folder or Hub id of images: that itself; what it is a
-    part of (the data of a set, the samples of an adapter); or a folder in it. And whether the
-    absence of all is known."""
+    part of (the data of a set, the samples of an adapter); or a folder in it, also behind a link.
+    And whether the absence of all is known."""
     statement, is_known = fetch_statement(name, revision, "dataset")
     if statement is not None:
         return name, True
     folder = Path(name).resolve()
     if not folder.is_dir():
         return None, is_known
-    around = [folder.parent] if (folder.parent / SAMPLING_SETTINGS).is_file() else []
-    around += [path.parent for path in sorted(folder.rglob(STATEMENT))]
+    reach = find_reach(name)
+    read = [folder, *sorted(reach.places | {path.parent for path in reach.linked})]
+    around = [path.parent for path in read if (path.parent / SAMPLING_SETTINGS).is_file()]
+    around += [*read, *(path.parent for path in sorted(folder.rglob(STATEMENT)))]
     return next((str(path) for path in around if (path / STATEMENT).is_file()), None), True
 
 

@@ -75,9 +75,11 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
 
 
 def find_own_ledger(name: str) -> str | None:
-    """A ledger that the images of a folder or Hub id were charged to, if any is remembered."""
-    entries = _read(locate_memory()).get(resolve_if_there(name), [])
-    return entries[-1]["ledger"] if entries else None
+    """A ledger that the images of a folder or Hub id, by any of its configurations, were charged
+    to, if any is remembered."""
+    known, own = _read(locate_memory()), resolve_if_there(name)
+    found = [e for key in known if key == own or key.startswith(f"{own}, ") for e in known[key]]
+    return found[-1]["ledger"] if found else None
 
 
 def warn_of_other_ledgers(source: str, ledger: Ledger) -> None:

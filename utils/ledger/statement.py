@@ -1,5 +1,6 @@
 """privacy.json: the public statement of what a run spent."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -182,13 +183,16 @@ def begins_with(paid: dict | None, behind: dict) -> bool:
 def list_base_entries(base: dict) -> list[str]:
     """The entries of ledgers that a base model's weights, and those of its own base, are paid by.
 
-    Two runs of one recipe have the same events, but no entry in common.
+    Two runs of one recipe have the same events, but no entry in common; nor, where there is none,
+    the digest of their files, which stands for it.
 
     Args:
         base: a statement, or the `base` of one.
     """
     before = base.get("base", {}).get("entries", [])
-    return base.get("entries", [*before, base.get("ledger", {}).get("entry")])
+    files = json.dumps(base.get("files"), sort_keys=True)
+    digest = hashlib.sha256(files.encode()).hexdigest()
+    return base.get("entries", [*before, base.get("ledger", {}).get("entry") or f"files {digest}"])
 
 
 def describe_cost(plan: PrivacyPlan, base: dict | None, recharged: int = 0) -> str:

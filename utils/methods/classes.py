@@ -60,7 +60,7 @@ def find_classes(
 
     Raises:
         UsageError: the label column does not name its classes, and nobody else does; or not all; or
-            prompts were given where there are labels.
+            its classes are the privacy units; or prompts were given where there are labels.
     """
     if data.label_column is None or data.caption is not None:
         if class_names is not None:
@@ -68,6 +68,12 @@ def find_classes(
         return Classes([], class_prompts or [data.caption or ""])
     if class_prompts is not None:
         raise UsageError("--class_prompts are for captions; --label_column has classes already")
+    if class_names is None and data.label_column == data.privacy_unit_column:
+        raise UsageError(
+            f"--label_column {data.label_column} is --privacy_unit_column, too, so the names of "
+            "its classes, which are published, would be those of whom to protect: give another "
+            "column, --caption, or --class_names, all there may be"
+        )
     labels = read_labels(rows, data.label_column)
     names, feature = class_names, rows.features[data.label_column]
     if names is None and isinstance(feature, ClassLabel):

@@ -125,10 +125,9 @@ def run_method(
         training = replace(training, validation_prompt=[data.caption or ""])
     accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
     check_early(hub, privacy, training)
-    privacy = join_ledger(privacy, method.stages)
+    privacy, data = join_ledger(privacy, method.stages), adopt_template(data, model)
 
     # Adapt the public model, and choose what was not asked for.
-    data = adopt_template(data, model)
     found = load_private_rows(accelerator, data, training, method.stages.warm_start)
     stage = load_stage(accelerator, model, data, privacy, training)
     method.adapt(stage.pipeline)

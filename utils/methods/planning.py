@@ -269,7 +269,7 @@ def _check_images(found: PrivateRows) -> PrivateSet:
         print(
             f"{private_set.without_image} of {private_set.num_units} units have no image that can "
             f"be used ({describe_left_out(private_set.left_out)}): they add nothing, and count in "
-            "N, which is published; mend or remove their images",
+            "N, which is published; mend or remove their images (OUTPUT_DIR/private/data.json)",
             file=sys.stderr,
         )
     return private_set

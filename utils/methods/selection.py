@@ -66,10 +66,8 @@ def run_selection(
         UsageError: bad input of any kind, before an image is read where that is possible.
     """
     accelerator, _lock = start(training, data.train_data_dir, data.dataset_name)
-    found = None
-    if args.mechanism != "random":  # which reads nothing, and costs nothing
-        data = adopt_template(data, model)
-        found = load_private_rows(accelerator, data, training)
+    data, reads = adopt_template(data, model), args.mechanism != "random"  # which costs nothing
+    found = load_private_rows(accelerator, data, training) if reads else None
     stage = load_stage(accelerator, model, data, privacy, training)
     candidates, side = find_used_candidates(stage, args.scope), stage.resolution
     scoring = build_scoring(list(candidates), args)

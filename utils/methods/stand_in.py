@@ -10,7 +10,8 @@ from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.sampling import SamplingArguments
 from utils.arguments.training import DataArguments, ModelArguments
 from utils.data.folders import TEXT
-from utils.data.images import find_image_column, read_pixel_batches
+from utils.data.image_column import find_image_column
+from utils.data.images import read_pixel_batches
 from utils.data.private_set import PrivateSet, load_private_set
 from utils.data.rows import load_rows
 from utils.errors import UsageError

@@ -57,9 +57,12 @@ def _dp_event(numbers: Numbers) -> dp_accounting.DpEvent:
     return dp_accounting.ComposedDpEvent(composed)
 
 
-def quote(epsilon: float) -> str:
-    """An epsilon as it is told: with three decimals, and never less than it is."""
-    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}" if math.isfinite(epsilon) else "inf"
+def quote(epsilon: float, decimals: int = 3) -> str:
+    """An epsilon, or another bound, as it is told: never less than it is."""
+    if not math.isfinite(epsilon):
+        return "inf"
+    units = max(math.ceil(epsilon * 10**decimals - 1e-6), int(epsilon > 0))
+    return f"{units / 10**decimals:.{decimals}f}"
 
 
 def pld_epsilon(events: list[dict], delta: float, relation=ADD_OR_REMOVE_ONE) -> float:

@@ -19,7 +19,6 @@ from datasets import (
     enable_progress_bars,
 )
 
-from utils.data.listing import list_files
 from utils.files import (
     GRID,
     METRICS,
@@ -30,6 +29,7 @@ from utils.files import (
     hash_file,
     replace_file,
 )
+from utils.listing import list_files
 
 IMAGES_PER_SHARD, BYTES_PER_SHARD = 1_000, 2**28
 ENDS = {".png": b"IEND\xaeB`\x82", ".parquet": b"PAR1"}  # of a whole file

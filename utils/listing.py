@@ -4,6 +4,7 @@ Files are listed here, not by name patterns: the name of a file never decides ab
 """
 
 from collections import deque
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image as PILImage
 
 from utils.errors import UsageError
-from utils.files import METRICS, PRIVATE, SAMPLING_SETTINGS, STATEMENT
+from utils.files import METRICS, PRIVATE, SAMPLING_SETTINGS, STATEMENT, resolve_if_there
 
 # Names of folders that are splits, where every folder of a set has such a name.
 SPLITS = {
@@ -67,6 +68,30 @@ def list_files(root: Path) -> Listing:
             else:
                 others[path] = "a link to nothing" if path.is_symlink() else "not a file"
     return Listing(sorted(files), others, places)
+
+
+class Reach(NamedTuple):
+    """Where the images lie that are read of a set: its folders, and what links to files lead to."""
+
+    places: set[Path]
+    linked: set[Path]
+
+    def meets(self, other: "Reach") -> bool:
+        """Whether a file may be read of both."""
+        shared = self.places & other.places or self.linked & other.linked
+        one, two = ({path.parent for path in reach.linked} for reach in (self, other))
+        return bool(shared or one & other.places or two & self.places)
+
+
+def find_reach(name: str) -> Reach:
+    """Of a folder; a Hub id is a place of its own. What may not be read is left out: who reads the
+    images says so."""
+    root = Path(resolve_if_there(name))
+    with suppress(OSError):
+        if root.is_dir():
+            files, _, places = list_files(root)
+            return Reach(places, {path.resolve() for path in files if path.is_symlink()})
+    return Reach({root}, set())
 
 
 def list_shown(folder: Path) -> list[Path]:
