@@ -190,6 +190,15 @@ def test_a_lower_precision_that_is_set_globally_does_not_look_like_mixed_rows():
         conv.fp32_precision = before
 
 
+def test_damaged_weights_do_not_look_like_mixed_rows():
+    pipeline = build_tiny_pipeline()
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    unet.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(UsageError, match="gradients are not finite, on public noise"):
+        rehearse(pipeline, PerUnitGradients(unet), 16)
+
+
 def test_an_unused_layer_is_found_before_any_image_is_read():
     pipeline = build_tiny_pipeline()
     unet = pipeline.unet.requires_grad_(False)

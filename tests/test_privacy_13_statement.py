@@ -20,7 +20,13 @@ from utils.privacy.plan import make_plan
 @pytest.mark.parametrize(
     "epsilon, told",
     [(1.0, "1.000"), (9.9996, "10.000"), (1.0041, "1.005"), (12.3456, "12.346"), (3e-9, "0.001")]
-    + [(0.9999999999, "1.000"), (1.0000000001, "1.000"), (0.0, "0.000"), (float("inf"), "inf")],
+    + [
+        (0.9999999999, "1.000"),
+        (1.0000000001, "1.000"),
+        (0.0, "0.000"),
+        (float("inf"), "inf"),
+        (9.6e-10, "0.001"),
+    ],
 )
 def test_an_epsilon_is_told_as_no_less_than_it_is(epsilon, told):
     assert quote(epsilon) == told

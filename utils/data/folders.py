@@ -236,7 +236,8 @@ def _name_classes(images: list[Path], root: Path) -> list[str | None]:
     if deep and PartialState().is_main_process:
         print(
             f"{root}: no column {LABEL} is made of the folders, since some lie within others: name "
-            "the classes in metadata.csv",
+            "the classes in metadata.csv; and if the folders are people, name those there, too, "
+            "for --privacy_unit_column: without it, each image is protected, not each person",
             file=sys.stderr,
         )
     return [] if deep else [None if p == shared else p.name for p in parents]

@@ -68,7 +68,8 @@ def rehearse(
     the model mixes the rows of a batch.
 
     Raises:
-        UsageError: a trainable layer is not used by this model, or the model mixes rows.
+        UsageError: a trainable layer is not used by this model, its gradients are not finite, or it
+            mixes rows.
     """
 
     def measure(captions: list[str]) -> torch.Tensor:
@@ -85,6 +86,11 @@ def rehearse(
             f"{error}: leave that layer out (--target_modules, --scope, --trainable); this model "
             "packs the tokens of all rows together there"
         ) from error
+    if not alone.isfinite().all():
+        raise UsageError(
+            "this model's gradients are not finite, on public noise: its weights are damaged, or "
+            "too large for --mixed_precision; load it in diffusers, and draw with it, first"
+        )
     if not torch.allclose(alone, measure(captions), rtol=1e-3, atol=0.0):
         raise UsageError(
             "this model gives a unit another gradient beside other units than alone: it mixes the "

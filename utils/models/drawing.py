@@ -146,7 +146,8 @@ def write_settings(settings: DrawingSettings, folder: Path) -> None:
 def adopt_template(data: DataArguments, model: ModelArguments) -> DataArguments:
     """`data` with the caption template of the base model, unless it has one itself, or needs none;
     says so. On every process."""
-    needs_one = data.label_column is not None and data.caption_template is None
+    is_told = data.caption is not None or data.caption_column is not None
+    needs_one = data.label_column is not None and data.caption_template is None and not is_told
     if not needs_one or model.pretrained_model_name_or_path is None:
         return data
     found = on_main_process(lambda: read_base_settings(model)).get("caption_template")
