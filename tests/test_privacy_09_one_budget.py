@@ -159,8 +159,9 @@ def test_runs_on_the_same_images_in_other_ledgers_are_named(
         for more in (["--dry_run"], []):
             found = warnings(name, *more)
             assert re.search(f"{ledgers[0]}, which stands at epsilon (7.9|8.0)", found[0])
-            assert len(found) == (1 if name == "second" else 2)
+            assert len(found) == (1 if name == "second" else 3)
     assert str(ledgers[1]) in found[1]
+    assert "those 2 ledgers come to at most epsilon 1" in found[2]  # less than 16, by composition
 
     shared = ["--privacy_ledger", ledgers[0]]
     assert all(str(ledgers[0]) not in line for line in warnings("fourth", *shared))

@@ -37,6 +37,19 @@ def test_another_ledger_is_named_with_what_it_stands_at(tmp_path):
     assert find_other_ledgers("other scans", here) == []
 
 
+def test_what_several_ledgers_come_to_is_told(tmp_path):
+    here, *others = (Ledger(tmp_path / name) for name in ("z.jsonl", "a.jsonl", "b.jsonl"))
+    for ledger in others:
+        charge(ledger)
+    *each, together = find_other_ledgers("scans", here)
+    events = [event for ledger in others for event in list_charged_events(ledger.records())]
+    assert len(each) == len(events) == 2
+    assert f"2 ledgers come to at most epsilon {quote(pld_epsilon(events, 1e-4))} at" in together
+    other = build_plan(steps=3, unit_column="patient").terms(True)  # cannot be added to those
+    remember_run("scans", last := Ledger(tmp_path / "c.jsonl"), last.reserve(other).run, 1.0, 1e-4)
+    assert len(find_other_ledgers("scans", here)) == 3
+
+
 def test_a_run_whose_ledger_is_gone_is_named(tmp_path):
     here, other, third = (Ledger(tmp_path / name) for name in ("m.jsonl", "a.jsonl", "z.jsonl"))
     charge(here)

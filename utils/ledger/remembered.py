@@ -49,8 +49,10 @@ def remember_run(source: str, ledger: Ledger, run: str, epsilon: float, delta: f
 
 def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
     """A sentence for each ledger but `ledger` that `source` was charged to, and for each run that
-    was charged to a ledger which is gone."""
+    was charged to a ledger which is gone; and what several such ledgers come to, if they protect
+    the same unit."""
     entries, sentences = _read(locate_memory()).get(source, []), []
+    spent, deltas, units = [], [], []
     for path in dict.fromkeys(entry["ledger"] for entry in entries):
         try:
             records = Ledger(path).records()
@@ -64,6 +66,8 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
                 f"{quote(pld_epsilon(events, delta))} at delta {delta:g}. For the same people both "
                 f"add up: --privacy_ledger {path} would count them together"
             )
+            spent, deltas = [*spent, *events], [*deltas, delta]
+            units.append({r["privacy_unit"] for r in records if "privacy_unit" in r})
         sentences += [
             f"{source} was also charged to run {entry['run']} of {entry['date']} (planned epsilon "
             f"{quote(entry['epsilon'])} at delta {entry['delta']:g}), whose ledger {path} is gone. "
@@ -71,6 +75,12 @@ def find_other_ledgers(source: str, ledger: Ledger) -> list[str]:
             for entry in charged
             if not select_run(records, entry["run"])
         ]
+    if len(deltas) > 1 and len(set.union(*units)) == 1:
+        sentences.append(
+            f"those {len(deltas)} ledgers come to at most epsilon "
+            f"{quote(pld_epsilon(spent, min(deltas)))} at delta {min(deltas):g} together, without "
+            "this run"
+        )
     return sentences
 
 
