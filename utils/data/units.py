@@ -16,6 +16,7 @@ UNSEEN = ("VARIATION SELECTOR", "COMBINING GRAPHEME JOINER", "HANGUL JUNGSEONG F
 UNSEEN += ("HANGUL CHOSEONG FILLER", "BRAILLE PATTERN BLANK")
 # What programs and people write where there is no value; in small letters, without punctuation.
 NOBODY = {"", "nan", "na", "nat", "null", "nil", "none", "missing", "unknown", "anonymous"}
+MARKS = dict.fromkeys(map(ord, string.punctuation + " "))
 HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212"), "-")
 
 
@@ -31,7 +32,8 @@ def number_units(rows: Dataset, unit_column: str | None) -> torch.Tensor:
     if unit_column is None:
         return torch.arange(len(rows))
     values = _read_names(rows, unit_column)
-    if missing := sum(map(_is_nobody, values)):
+    nobody = set(filter(_is_nobody, set(values)))
+    if missing := sum(value in nobody for value in values):
         raise UsageError(
             f"--privacy_unit_column {unit_column}: {missing} row(s) have no value, or -1, or a "
             "word for none (NA, null, unknown, ...), so nobody knows whose they are; fill them in "
@@ -72,7 +74,7 @@ def _read_names(rows: Dataset, unit_column: str) -> list:
             f"--privacy_unit_column {unit_column} holds {type(feature).__name__} values; a unit is "
             "named by a text or a number"
         )
-    values = rows.with_format(None)[unit_column]  # a tensor is equal to nothing but itself
+    values = list(rows.with_format(None)[unit_column])  # a tensor is equal to nothing but itself
     if isinstance(feature, ClassLabel):  # a folder a person: they are told apart by their names
         names = dict(enumerate(feature.names))
         values = [names.get(value, value) for value in values]
@@ -83,8 +85,7 @@ def _is_nobody(value: object) -> bool:
     if not isinstance(value, str):
         return value in (None, -1) or value != value
     text = _normalise(value).casefold()
-    words = text.translate(dict.fromkeys(map(ord, string.punctuation + " ")))
-    return words in NOBODY or text in ("-1", "-1.0")
+    return text.translate(MARKS) in NOBODY or text in ("-1", "-1.0")
 
 
 def _loosen(text: str) -> str:
