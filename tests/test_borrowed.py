@@ -19,6 +19,7 @@ HOMES = {
     "_collate_lora_metadata": "utils/models/lora.py",
     "_fetch_remapped_cls_from_config": "utils/models/shapes.py",
     "_linear_pointwise": "utils/gradients/fast_linear.py",
+    "_is_mkldnn_bf16_supported": "utils/arguments/values.py",
     "_is_avx512_bf16_supported": "utils/metrics/synthetic_accuracy/classifiers.py",
     "_is_amx_tile_supported": "utils/metrics/synthetic_accuracy/classifiers.py",
 }

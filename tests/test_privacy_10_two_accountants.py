@@ -16,6 +16,7 @@ from utils.privacy.accounting import (
     ADD_OR_REMOVE_ONE,
     NOISE_TOLERANCE,
     REPLACE_ONE,
+    ROUNDING,
     SMALLEST_DELTA,
     account,
     calibrate_noise_multiplier,
@@ -76,10 +77,13 @@ def test_pld_is_an_upper_bound_at_the_smallest_delta_that_may_be_asked_for(
     sigma, q, steps, added, replaced
 ):
     """What is true was found without Fourier transforms: by inverting the moment generating
-    function of the loss along a contour, to seven digits. Replacing one costs no less."""
+    function of the loss along a contour, to seven digits. Replacing one costs no less. Near it the
+    bound is where most of delta is left; of a million steps, one with AVX2 alone says 7.8."""
     events = [event(sigma, q, steps)]
-    assert added < pld_epsilon(events, SMALLEST_DELTA) < added * 1.01 + 0.3
-    assert replaced < pld_epsilon(events, SMALLEST_DELTA, REPLACE_ONE) < replaced * 1.02 + 0.4
+    ours = pld_epsilon(events, SMALLEST_DELTA), pld_epsilon(events, SMALLEST_DELTA, REPLACE_ONE)
+    assert added < ours[0] and replaced < ours[1]
+    if steps * ROUNDING < SMALLEST_DELTA / 2:
+        assert ours[0] < added * 1.01 + 0.3 and ours[1] < replaced * 1.02 + 0.4
 
 
 def test_what_attackers_achieve_has_the_margin_for_rounding_too(monkeypatch):

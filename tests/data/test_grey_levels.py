@@ -142,7 +142,7 @@ def test_what_is_left_out_is_counted_by_reason():
     assert found.left_out == {MORE_BITS: 2, UNREADABLE: 2}
     kept, left_out = keep_readable(ImageRows(rows.rows, "image", (0, 4095)))
     assert len(kept) == 4 and left_out == {UNREADABLE: 2}
-    with pytest.raises(UsageError, match="row 1 is of more than 8 bits"):
+    with pytest.raises(UsageError, match="row 1 .of more than 8 bits"):
         find_readable_rows(rows, strict=True)
 
 
@@ -200,6 +200,7 @@ def test_training_sees_a_scan_and_its_owner_sees_what_training_sees(tiny_base, t
         "units": 21,
         "units_without_image": 0,
         "left_out": {},
+        "left_out_images": {},
         "pictures_in_several_units": 0,
         "captions_empty": 0,
     }

@@ -17,13 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from utils.arguments.training import DataArguments
 from utils.data.images import read_pixel_batches, tile_images
 from utils.data.private_set import PrivateSet
-from utils.data.rows import (
-    fill_template,
-    find_item_feature,
-    find_used_template,
-    read_labels,
-    require_column,
-)
+from utils.data.rows import fill_template, find_item_feature, find_used_template, read_labels
 from utils.errors import on_main_process
 from utils.files import (
     DATA_REPORT,
@@ -41,13 +35,7 @@ LINES, PER_LINE = 3, 20  # of a caption
 
 def warn_of_captions(rows: Dataset, data: DataArguments) -> None:
     """Say so if captions are not made of labels, though a template is given; or of numbers: by the
-    names of its classes nobody can ask for images then.
-
-    Raises:
-        UsageError: there is no `--label_column` by that name.
-    """
-    if data.label_column is not None:  # also where captions come from another
-        require_column(rows, data.label_column, "--label_column")
+    names of its classes nobody can ask for images then."""
     template = find_used_template(data)
     if template is None and data.caption_template is not None:
         used = "--caption" if data.caption is not None else "--caption_column"

@@ -39,5 +39,5 @@ def find_image_column(rows: Dataset, asked: str | None, argument: str) -> str:
 def _name_feature(feature: object) -> str:
     kind = getattr(feature, "dtype", None) or type(feature).__name__
     if kind in ("string", "large_string"):
-        return "texts; if they are paths, make an image folder of the files"
+        return "texts; for paths or addresses, make an image folder"
     return f"{kind}; write them as datasets does: of a column that is cast to its Image()"
