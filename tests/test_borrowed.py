@@ -89,3 +89,9 @@ def test_a_processor_says_whether_it_computes_in_bf16():
     """Without these the larger classifiers of an evaluation are in fp32 on a CPU."""
     answers = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     assert all(isinstance(answer, bool) for answer in answers)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this build of PyTorch has no oneDNN")
+def test_onednn_says_whether_it_has_bf16_here():
+    """Without it nobody is told of a processor that is slow in bf16."""
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)

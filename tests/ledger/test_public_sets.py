@@ -14,7 +14,7 @@ from utils.arguments.rehearsal import RehearsalArguments
 from utils.arguments.training import DataArguments, ModelArguments
 from utils.errors import UsageError
 from utils.evaluation.features import build_extractor
-from utils.evaluation.trained_extractors import list_public_data, refuse_as_not_public
+from utils.evaluation.trained_extractors import list_public_data, refuse_as_learned_from
 from utils.ledger.ledger import Ledger
 from utils.ledger.public_sets import (
     refuse_as_private,
@@ -79,9 +79,9 @@ def test_public_inputs_of_every_kind_are_asked(images, tmp_path, run_script):
     more = ["--resolution", 32, "--label_column", "label", "--output_dir", tmp_path / "base"]
     run = run_script("pretrain_ldm.py", "--dataset_name", images, *more)
     assert run.returncode == 2 and REFUSED in run.stderr and not (tmp_path / "base").exists()
-    judged = EvaluateArguments(synthetic="set", test_data_dir=str(images), test_is_public=True)
-    with pytest.raises(UsageError, match=f"--test_is_public: .*{REFUSED}"):
-        refuse_as_not_public(judged, ExtractorArguments())
+    more = ["--test_data_dir", images, "--test_is_public"]
+    run = run_script("evaluate.py", "--synthetic", tmp_path / "set", *more)
+    assert run.returncode == 2 and f"--test_is_public: {images}" in run.stderr
     more = ["--data_is_public", "--mutants", "--label_column", "label"]
     run = run_script("audit_privacy.py", "--train_data_dir", images, *more)
     assert run.returncode == 2 and f"--data_is_public: {images}" in run.stderr
@@ -253,9 +253,9 @@ def test_evaluation_does_not_learn_from_the_images_to_protect(images, tmp_path, 
     private = elsewhere | {"private_data_dir": str(images)}
     for sets in (own, private, private | {"test_is_public": True}):
         with pytest.raises(UsageError, match="what is public must lie elsewhere"):
-            refuse_as_not_public(EvaluateArguments(synthetic="set", **sets), extractor)
+            refuse_as_learned_from(EvaluateArguments(synthetic="set", **sets), extractor)
     for sets in (elsewhere, own | {"test_is_public": True}):
-        refuse_as_not_public(EvaluateArguments(synthetic="set", **sets), extractor)
+        refuse_as_learned_from(EvaluateArguments(synthetic="set", **sets), extractor)
 
 
 @pytest.mark.parametrize(

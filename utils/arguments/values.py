@@ -38,7 +38,7 @@ def choose_precision(asked: str | None) -> str:
 
 @cache  # once in a process
 def _warn_of_slow_bf16() -> None:
-    """Say so if a CPU computes that oneDNN has no bf16 for: one without AVX-512, of PCs."""
+    """Say so if a CPU computes that oneDNN has no bf16 for: of x86, one without AVX-512."""
     import torch
     from accelerate.utils import parse_flag_from_env
 

@@ -17,7 +17,13 @@ from datasets import ClassLabel, Dataset, Image
 from utils.data.metadata import FILE_NAME, METADATA_NAMES, read_metadata, require_images
 from utils.errors import UsageError
 from utils.files import read_text
-from utils.listing import find_image_extensions, find_reach, find_split, list_files
+from utils.listing import (
+    RESULTS,
+    find_image_extensions,
+    find_reach,
+    find_split,
+    list_files,
+)
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 MEDICAL = (".dcm", ".dicom", ".nii")  # docs/data.md says how to convert them
@@ -93,8 +99,8 @@ def load_image_folder(folder: Path, split: str | None) -> Dataset:
     unused |= {path: "not an image" for path in files if path.suffix.lower() not in extensions}
     if not images:
         raise UsageError(f"{root} holds no images{_hint_at(unused)}")
-    names = {path for path in files if path.suffix.lower() in TABLES}
-    unused |= dict.fromkeys(names, "a table is read if it is metadata.csv or .jsonl")
+    others = [path for path in files if path.suffix.lower() in TABLES and path.name not in RESULTS]
+    unused |= dict.fromkeys(others, "a table is read if it is metadata.csv or .jsonl")
     unused |= {path: "a scan, convert it" for path in files if _is_scan(path)}
     unused |= {path: "convert it to JPEG" for path in files if path.suffix.lower() in CAMERA}
     tables = [path for path in unused if path.name.lower() in METADATA_NAMES]

@@ -42,7 +42,7 @@ from utils.evaluation.memorisation import compare_spaces, save_pairs, summarise_
 from utils.evaluation.outputs import choose_output
 from utils.evaluation.plots import measure_first, tile_sample
 from utils.evaluation.report import Page, format_metric, read_runs, write_report
-from utils.evaluation.trained_extractors import refuse_as_not_public
+from utils.evaluation.trained_extractors import refuse_as_learned_from
 from utils.files import (
     METRICS,
     REPORT,
@@ -50,6 +50,7 @@ from utils.files import (
     private_folder,
     write_durably,
 )
+from utils.ledger.public_sets import refuse_as_public
 from utils.metrics.frechet_distance.frechet_distance import frechet_distance_by_class
 from utils.sampling.generation import prepare_generation
 from utils.sampling.paid_sets import check_judge
@@ -71,7 +72,10 @@ def evaluate_set(
     """
     state, folder = PartialState(), Path(args.synthetic)
     runs = read_runs(args.compare or [])
-    on_main_process(lambda: refuse_as_not_public(args, extractor))
+    on_main_process(lambda: refuse_as_learned_from(args, extractor))
+    if args.test_is_public:
+        test = args.test_dataset_name or args.test_data_dir
+        on_main_process(lambda: refuse_as_public("--test_is_public:", test))
     if model.pretrained_model_name_or_path is not None:
         source = check_judge(sampling.reject_by, find_source(model, sampling))
         prepared = prepare_generation(model, sampling, source, folder, state)

@@ -86,10 +86,9 @@ def list_public_data(args: ExtractorArguments) -> list[str]:
     return [*named, *learned_from]
 
 
-def refuse_as_not_public(args: EvaluateArguments, extractor: ExtractorArguments) -> None:
-    """Refuse test images that are said to be public, but known not to be; and an extractor whose
-    `--public_data` are among the images to protect: who lets private images vote by its features
-    would take it as public.
+def refuse_as_learned_from(args: EvaluateArguments, extractor: ExtractorArguments) -> None:
+    """Refuse an extractor whose `--public_data` are among the images to protect: who lets private
+    images vote by its features would take it as public.
 
     Raises:
         UsageError: they are the private images, or test images that are not said to be public.
@@ -98,9 +97,7 @@ def refuse_as_not_public(args: EvaluateArguments, extractor: ExtractorArguments)
     if args.has_private:
         refuse_own_images(learned_from, args.private_dataset_name or args.private_data_dir)
     test = args.test_dataset_name or args.test_data_dir
-    if args.test_is_public:
-        refuse_as_public("--test_is_public:", test)
-    elif test is not None:
+    if test is not None and not args.test_is_public:
         otherwise = "what is public must lie elsewhere, or the test images be --test_is_public"
         refuse_own_images(learned_from, test, otherwise)
 
