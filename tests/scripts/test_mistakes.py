@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.conftest import read_json, train_arguments, train_here
+from tests.conftest import BUDGET, read_json, train_arguments, train_here
 from utils.errors import run_script
 
 
@@ -113,6 +113,15 @@ def test_a_missing_budget_waits_for_no_model(image_folder, tmp_path, budget, sai
     for more in ([], ["--release_means"], ["--select_saliency"]):
         base = ["--pretrained_model_name_or_path", "no/such/model", *more]
         assert said in train_here([*base, *data, *budget])
+
+
+def test_a_repository_that_nothing_goes_to_is_spoken_of(image_folder, tmp_path, capsys):
+    data = ["--train_data_dir", image_folder, "--caption", "", "--output_dir", tmp_path / "run"]
+    base = ["--pretrained_model_name_or_path", "no/such/model", *BUDGET]
+    train_here([*base, *data, "--hub_model_id", "user/scans"])
+    assert capsys.readouterr().err.count("nothing will be published") == 1
+    train_here([*base, *data])
+    assert "published" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a run publishes beside its weights: the card's settings, samples, and the repository."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from utils.sampling.batches import generate_all
 from utils.sampling.shards import SET
 from utils.sampling.synthetic_sets import read_privacy
 
+NOT_PUSHED = "warning: --hub_model_id without --push_to_hub: nothing will be published"
+
 
 def check_early(
     hub: PublishArguments, privacy: PrivacyArguments, training: TrainingArguments
@@ -46,7 +49,12 @@ def check_early(
     """
     check_budget(privacy.target_epsilon, privacy.noise_multiplier)
     if privacy.target_delta is None:
-        raise UsageError("give --target_delta, below 1/N, for N privacy units")
+        raise UsageError(
+            "give --target_delta, below 1/N, for N privacy units; 1 / (N ln N) is a common choice: "
+            "1e-5 for 10,000 of them"
+        )
+    if hub.hub_model_id is not None and not hub.push_to_hub:
+        on_main_process(lambda: print(NOT_PUSHED, file=sys.stderr))
     if not hub.push_to_hub or training.dry_run:
         return
     refuse_reproducible(privacy)
